@@ -1,0 +1,48 @@
+# make serve    the server with the shipped checkpoint, on http://127.0.0.1:8000
+# make test     the whole test suite
+# make install  .venv with every extra
+# make check    ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= demo
+DTYPE ?= auto
+DEVICE ?= auto
+ARGS ?=
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+
+.PHONY: serve test install check clean
+
+serve: $(VENV)/.installed
+	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+install: $(VENV)/.installed-test $(VENV)/.installed-dev
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# One stamp for each set of packages; all of them anew when a pin changes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	@$(PIP_INSTALL) -e '.[$*]'
+	@touch $@

@@ -1,0 +1,304 @@
+"""The command line: `blip2-serve up` starts the server, `caption` and `ask` are small clients."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from blip2_serve import __version__
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import StartupError
+from blip2_serve.http.validation import explain
+
+APP_NAME = "blip2"
+EXIT_USAGE = 2
+READY_POLL_S = 0.2
+STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
+
+_ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
+
+PICTURE = Path(__file__).parent / "demo" / "picture.png"
+
+cli = typer.Typer(
+    help="Serve BLIP-2 OPT models for captions, questions and chat about an image.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The console script. A StartupError is one line and exit code 2."""
+    try:
+        cli()
+    except StartupError as error:
+        err.print(f"blip2-serve: {error}", markup=False)
+        sys.exit(EXIT_USAGE)
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+# -- up --------------------------------------------------------------------------------------------
+
+
+@cli.command()
+def up(
+    model: Annotated[
+        str | None, typer.Option(help='Folder, hub id, or "demo" for the shipped checkpoint.')
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name for clients; by default the hub id or folder's name.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Image, prompt and answer tokens together.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Deploy to this running Ray instead of an own local one.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of the application's configuration.")
+    ] = None,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Fetch https image URLs that clients name.")
+    ] = False,
+) -> None:
+    """Start the server and serve until Ctrl-C."""
+    flags = {
+        "model": model,
+        "device": device,
+        "dtype": dtype,
+        "served_model_name": served_model_name,
+        "revision": revision,
+        "max_model_len": max_model_len,
+    }
+    app_config = read_config(config, {k: v for k, v in flags.items() if v is not None})
+    if allow_image_urls:
+        app_config = _allow_image_urls(app_config)
+    check_startable(app_config, local=address is None)
+    if address is None:
+        check_port(host, port)
+    url = f"http://{_bracketed('127.0.0.1' if host in _ANY_HOST else host)}:{port}"
+
+    signals = StopSignals()
+    signals.install()
+    with contextlib.suppress(KeyboardInterrupt), _running(app_config, host, port, address, signals):
+        _wait_until_ready(url)
+        _greet(url, app_config)
+        signals.received.wait()
+
+
+def read_config(file: Path | None, flags: dict[str, Any]) -> AppConfig:
+    """The file's configuration with the flags over it.
+
+    Raises:
+        StartupError: the file cannot be read, or a key or value is wrong.
+    """
+    data: Any = {}
+    if file is not None:
+        try:
+            data = yaml.safe_load(file.read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise StartupError(f"cannot read {file}: {error}") from None
+        if not isinstance(data, dict):
+            raise StartupError(f"{file} must be a mapping of configuration keys")
+    merged = {**data, **flags}
+    try:
+        return AppConfig.model_validate(merged)
+    except ValidationError as error:
+        raise StartupError(f"configuration: {explain(error.errors(), merged)}") from None
+
+
+def check_startable(config: AppConfig, *, local: bool) -> None:
+    """Finds what would keep replicas from starting before any is started; downloads if need be.
+
+    Raises:
+        StartupError: with what to do about it.
+    """
+    # Imported late: torch and transformers take seconds, which --help should not.
+    with err.status("reading the checkpoint's configuration"):
+        import torch
+
+        from blip2_serve.model.checkpoint import longest_sequence, read_config
+        from blip2_serve.model.processor import ImageProcessor
+        from blip2_serve.model.source import find_folder
+
+    if local and config.device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("no CUDA device on this machine: use --device cpu")
+    if not local and not Path(config.model).exists() and config.model != "demo":
+        return  # a hub id or a path of the cluster's machines
+    folder = find_folder(config.model, config.revision)
+    longest_sequence(read_config(folder), config.max_model_len)
+    ImageProcessor.load(folder)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises StartupError unless the port can be listened on."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {host}:{port} ({error.strerror}): "
+            "choose another with --port or --host"
+        ) from None
+
+
+def _allow_image_urls(config: AppConfig) -> AppConfig:
+    err.print(
+        "[yellow]warning:[/] --allow-image-urls lets any client make this server fetch https "
+        "addresses, those of your own network included"
+    )
+    images = config.ingress.images.model_copy(update={"allow_urls": True})
+    ingress = config.ingress.model_copy(update={"images": images})
+    return config.model_copy(update={"ingress": ingress})
+
+
+class StopSignals:
+    """SIGINT and SIGTERM set `received`; the first one also breaks off what is under way."""
+
+    def __init__(self) -> None:
+        self.received = threading.Event()
+
+    def install(self) -> None:
+        """To be called again after ray.init, whose native code takes SIGTERM for itself."""
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self._on_signal)
+
+    def _on_signal(self, *_: object) -> None:
+        if not self.received.is_set():  # else already stopping
+            self.received.set()
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _running(
+    config: AppConfig, host: str, port: int, address: str | None, signals: StopSignals
+) -> Iterator[None]:
+    """Ray with the application on it; both are gone afterwards, a foreign Ray stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # On purpose, since Ray's default may change: a job submitted to Ray is code that runs.
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if address is None else "disabled")
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from blip2_serve.app import build
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    try:
+        if address is None:
+            err.print("starting Ray")
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        else:
+            ray.init(address=address, logging_level=logging.WARNING)
+        signals.install()
+        quiet = LoggingConfig(log_level="WARNING")
+        logging.getLogger("ray.serve").setLevel("WARNING")
+        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+        err.print(f"loading {config.model}")
+        try:
+            serve.run(build(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        except RuntimeError as error:
+            raise StartupError(f"the application did not start: {error}") from None
+        yield
+    finally:
+        if ray.is_initialized():
+            err.print("stopping")
+            with contextlib.suppress(Exception):
+                serve.delete(APP_NAME)  # lets requests under way finish
+            ray.shutdown()
+
+
+def _wait_until_ready(url: str) -> None:
+    with err.status("warming up"):
+        for _ in range(int(STARTED_WITHIN_S / READY_POLL_S)):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/ready", timeout=5).status_code == httpx.codes.OK:
+                    return
+            time.sleep(READY_POLL_S)
+    raise StartupError("the application did not become ready; the lines above say why")
+
+
+def _greet(url: str, config: AppConfig) -> None:
+    caption = _post(url, "/v1/caption", {"image": data_url(PICTURE)})["data"][0]["caption"]
+    out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
+    out.print(f"{PICTURE.name}: {caption}\n", markup=False)
+    out.print(f"    curl -F image=@{PICTURE} {url}/v1/caption\n", markup=False)
+    out.print("Ctrl-C stops it.")
+
+
+# -- clients ---------------------------------------------------------------------------------------
+
+Url = Annotated[str, typer.Option(help="The server.")]
+Image = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=True)]
+
+
+@cli.command()
+def caption(image: Image, url: Url = "http://127.0.0.1:8000") -> None:
+    """Caption a picture."""
+    answer = _post(url, "/v1/caption", {"image": data_url(image)})
+    out.print(answer["data"][0]["caption"], markup=False)
+
+
+@cli.command()
+def ask(image: Image, question: str, url: Url = "http://127.0.0.1:8000") -> None:
+    """Ask a question about a picture."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": question},
+    ]
+    answer = _post(
+        url, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]}
+    )
+    out.print(answer["choices"][0]["message"]["content"], markup=False)
+
+
+def data_url(path: Path) -> str:
+    """A file as a data URL; the server looks at the bytes, not at the media type."""
+    return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _post(url: str, path: str, body: dict[str, Any]) -> Any:
+    try:
+        response = httpx.post(url + path, json=body, timeout=600)
+    except httpx.TransportError as error:
+        raise StartupError(
+            f"no server answers at {url} ({error}): start one with blip2-serve up"
+        ) from None
+    answer = response.json()
+    if response.is_error:
+        raise StartupError(answer["error"]["message"])
+    return answer
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

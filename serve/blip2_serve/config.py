@@ -1,0 +1,124 @@
+"""The configuration: frozen, checked, one model per deployment. Unknown keys are errors.
+
+Values come from the command line, from `serve run ... key=value` or from a Serve config file's
+`args`. What is discovered at start (memory, threads) is returned by whoever discovers it and never
+written back here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from blip2_serve.model.source import DEMO
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class StageConfig(_Config):
+    """Replicas of one deployment, and what each of them gets.
+
+    The defaults of all stages together fit one CPU core; real resources are for clusters.
+    """
+
+    num_replicas: int = Field(1, ge=1)
+    autoscaling: dict[str, Any] | None = Field(
+        None, description="Ray Serve's autoscaling_config; instead of num_replicas"
+    )
+    num_cpus: float = Field(0.1, ge=0)
+    resources: dict[str, float] = {}
+    max_ongoing_requests: int = Field(256, ge=1, description="per replica")
+    max_queued_requests: int = Field(1024, ge=1, description="per caller, beyond the ongoing ones")
+
+
+class ComputeConfig(StageConfig):
+    """A stage that runs a part of the model."""
+
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs per replica; by default none on a CPU, a whole one each where the "
+        "cluster has two, and a share of the one it has otherwise",
+    )
+    threads: int | None = Field(None, ge=1, description="torch's threads; by default all cores")
+
+
+class ImageLimits(_Config):
+    max_bytes: int = Field(20 << 20, ge=1, description="of one image file")
+    allow_urls: bool = Field(False, description="fetch https image URLs")
+    url_timeout_s: float = Field(10.0, gt=0)
+
+
+class ChatConfig(_Config):
+    """How chat turns become a prompt (`str.format` templates), as LAVIS writes them."""
+
+    answered: str = "Question: {question} Answer: {answer}. "
+    asked: str = "Question: {question} Answer:"
+    captioned: str = Field("{answer}. ", description="an answer to an image without a question")
+    preamble: str = Field("{text} ", description="system and developer messages, put first")
+
+
+class IngressConfig(StageConfig):
+    images: ImageLimits = ImageLimits()
+    chat: ChatConfig = ChatConfig()
+    max_body_bytes: int = Field(64 << 20, ge=1, description="of one request")
+    prefix_cache_entries: int = Field(512, ge=0, description="image prefixes kept per replica")
+
+
+class PreprocessorConfig(StageConfig):
+    num_cpus: float = Field(0.2, ge=0)
+    threads: int = Field(2, ge=1, description="images decoded at once in one replica")
+
+
+class EncoderConfig(ComputeConfig):
+    num_cpus: float = Field(0.3, ge=0)
+    max_batch_size: int = Field(8, ge=1, description="images of one forward pass")
+
+
+class GeneratorConfig(ComputeConfig):
+    num_cpus: float = Field(0.4, ge=0)
+    default_max_tokens: int = Field(64, ge=1, description="for requests that name no limit")
+    max_running: int = Field(64, ge=1, description="sequences generated at once")
+    max_waiting: int = Field(256, ge=1, description="sequences queued beyond that")
+    max_step_tokens: int = Field(512, ge=2, description="tokens computed in one engine step")
+    kv_rows: int | None = Field(
+        None,
+        ge=1,
+        description="tokens whose keys and values fit; by default enough for max_running "
+        "sequences of full length, as far as memory allows",
+    )
+    kv_memory_fraction: float = Field(
+        0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"
+    )
+
+
+class AppConfig(_Config):
+    """The whole application: what `blip2_serve.app:build` takes."""
+
+    model: str = Field(DEMO, description='folder, hub id, or "demo" for the shipped checkpoint')
+    revision: str | None = Field(None, description="of a hub id")
+    served_model_name: str | None = None
+    device: Device = "auto"
+    dtype: Dtype = Field("auto", description="float32 on a CPU, the checkpoint's on a GPU")
+    max_model_len: int | None = Field(
+        None, ge=1, description="image, prompt and answer tokens; by default the model's positions"
+    )
+    ingress: IngressConfig = IngressConfig()
+    preprocessor: PreprocessorConfig = PreprocessorConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+
+    @property
+    def model_name(self) -> str:
+        """The name clients see: as given, else the hub id or the folder's name."""
+        if self.served_model_name:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        return path.resolve().name if path.is_dir() else self.model

@@ -1,0 +1,59 @@
+"""What the two stages that hold a part of the model have in common."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from blip2_serve.model import memory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadReport:
+    """What loading cost: seconds, and growth of this process's anonymous memory in bytes."""
+
+    tensor_bytes: int = 0
+    seconds: float = 0.0
+    rss_anon_growth: int = 0
+
+
+def prepare(device: str, threads: int | None) -> torch.device:
+    """Sets torch's threads, and finds the device."""
+    # Ray sets OMP_NUM_THREADS to the fraction of a core that was asked for, that is, to 1.
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return torch.device(device)
+
+
+@contextmanager
+def measured_loading(what: str) -> Iterator[LoadReport]:
+    """Measures the block and logs it; the block sets `tensor_bytes`."""
+    report = LoadReport()
+    start, before = time.monotonic(), memory.rss_anon()
+    yield report
+    report.seconds = time.monotonic() - start
+    report.rss_anon_growth = memory.rss_anon() - before
+    logger.info(
+        "loaded %s: %.2f GB in %.1f s, anonymous memory grew by %.2f GB",
+        what,
+        report.tensor_bytes / 1e9,
+        report.seconds,
+        report.rss_anon_growth / 1e9,
+    )
+
+
+def size_of(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters, each counted once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()

@@ -1,0 +1,67 @@
+"""GPU (or CPU) pool: pixels to image prefixes."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ray import serve
+
+from blip2_serve import logs
+from blip2_serve.config import AppConfig
+from blip2_serve.deployments.compute import measured_loading, prepare, size_of
+from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.types import ImagePrefix
+
+_Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImagePrefix
+
+
+@serve.deployment
+class Encoder:
+    """Encodes whatever is waiting, up to a limit, in one forward pass; never waits for more."""
+
+    async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
+        logs.configure()
+        self._thread = ThreadPoolExecutor(1, "encode")
+        self._images = self._batches = 0
+        limit = config.encoder.max_batch_size
+        self._encode_waiting.set_max_batch_size(limit)  # type: ignore[attr-defined]
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load, config, device)
+
+    def _load(self, config: AppConfig, device_name: str) -> None:
+        device = prepare(device_name, config.encoder.threads)
+        checkpoint = open_checkpoint(config.model, config.revision)
+        processor = ImageProcessor.load(checkpoint.folder)
+        dtype = resolve_dtype(config.dtype, device, checkpoint.config)
+        with measured_loading("vision model") as self._loading:
+            self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
+            self._loading.tensor_bytes = size_of(self._model)
+
+    async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
+        """uint8 [3, S, S] -> the prefix of the image that `digest` names."""
+        data, shape, dtype = await self._encode_waiting(pixels)
+        return ImagePrefix(digest, data, shape, dtype)
+
+    async def stats(self) -> dict[str, Any]:
+        """Images and batches since the start, and what loading cost."""
+        return {"images": self._images, "batches": self._batches, **asdict(self._loading)}
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0)
+    async def _encode_waiting(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
+        self._images += len(pixels)
+        self._batches += 1
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, pixels)
+
+    def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
+        prefixes = self._model(torch.from_numpy(np.stack(pixels))).cpu()
+        shape = (prefixes.shape[1], prefixes.shape[2])
+        dtype = str(prefixes.dtype).removeprefix("torch.")
+        # numpy knows no bfloat16, but bytes are bytes.
+        return [(p.view(torch.uint8).numpy().tobytes(), shape, dtype) for p in prefixes]

@@ -1,0 +1,145 @@
+"""GPU (or CPU) pool: image prefix and prompt to text. Thin: the work is the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import torch
+from ray import serve
+from torch import Tensor
+
+from blip2_serve import logs
+from blip2_serve.config import AppConfig
+from blip2_serve.deployments.compute import (
+    LoadReport,
+    free_memory,
+    measured_loading,
+    prepare,
+    size_of,
+)
+from blip2_serve.engine.engine import Engine
+from blip2_serve.engine.kv import KvRows
+from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.runner import Runner, row_bytes
+from blip2_serve.engine.sampler import Sampler
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Sequence
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest
+from blip2_serve.model.checkpoint import (
+    eos_token_ids,
+    longest_sequence,
+    open_checkpoint,
+    resolve_dtype,
+)
+from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.text import Tokenizer
+from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+
+@serve.deployment
+class Generator:
+    """Tokenises, submits to the engine, passes its events on, cancels, reports health."""
+
+    async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
+        logs.configure()
+        self._default_max_tokens = config.generator.default_max_tokens
+        parts = await asyncio.to_thread(_load, config, device)
+        self._tokenizer, self._max_model_len, self._loading = parts[1:]
+        self._loop = EngineLoop(parts[0])
+
+    async def generate(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> Completion:
+        """The whole answer.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable
+        """
+        whole = reduce(add, [event async for event in self.stream(prefix, prompt, params)])
+        assert whole.finish_reason is not None
+        return Completion(whole.token_ids, whole.text, whole.finish_reason, whole.prompt_tokens)
+
+    async def stream(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> AsyncIterator[TokenEvent]:
+        """The answer as it comes; raises as `generate`, before the first event."""
+        ids = self._tokenizer.prompt_ids(prompt)
+        sequence = Sequence(uuid.uuid4().hex, ids, _tensor(prefix), self._bounded(ids, params))
+        events = self._loop.stream(sequence)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def stats(self) -> dict[str, Any]:
+        """The engine's state, and what loading cost."""
+        return {**asdict(self._loop.stats()), **asdict(self._loading)}
+
+    def check_health(self) -> None:
+        """Called by Serve: a replica whose engine has failed is replaced."""
+        if self._loop.failure:
+            raise RuntimeError(f"the engine has failed: {self._loop.failure}")
+
+    def _bounded(self, ids: list[int], params: SamplingParams) -> SamplingParams:
+        """The parameters with max_tokens set, checked against the model's positions."""
+        room = self._max_model_len - len(ids)
+        wanted = params.max_tokens
+        if room < (wanted or 1):
+            raise ContextLengthExceeded(
+                f"image and prompt take {len(ids)} tokens and max_tokens asks for {wanted or 1}; "
+                f"this model has {self._max_model_len} positions",
+                "prompt" if room < 1 else "max_tokens",
+            )
+        max_tokens = wanted or min(self._default_max_tokens, room)
+        if params.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is above max_tokens ({max_tokens})", "min_tokens")
+        return replace(params, max_tokens=max_tokens)
+
+
+def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, LoadReport]:
+    """The engine with all its parts, the tokenizer, the longest sequence, the cost of loading."""
+    own = config.generator
+    device = prepare(device_name, own.threads)
+    checkpoint = open_checkpoint(config.model, config.revision)
+    tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, device, checkpoint.config)
+    with measured_loading("language model") as report:
+        decoder = OptDecoder.load(checkpoint, device, dtype)
+        report.tensor_bytes = size_of(decoder)
+    max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
+    rows = own.kv_rows or min(
+        own.max_running * max_model_len,
+        int(free_memory(device) * own.kv_memory_fraction) // row_bytes(decoder),
+    )
+    logger.info("KV: %d rows, %.2f GB", rows, rows * row_bytes(decoder) / 1e9)
+    scheduler = Scheduler(
+        KvRows(rows),
+        max_running=own.max_running,
+        max_waiting=own.max_waiting,
+        max_step_tokens=own.max_step_tokens,
+    )
+    eos = eos_token_ids(checkpoint.config)
+    engine = Engine(
+        Runner(decoder, rows),
+        scheduler,
+        Sampler(eos),
+        decode=tokenizer.decode,
+        eos_token_ids=eos,
+    )
+    return engine, tokenizer, max_model_len, report
+
+
+def _tensor(prefix: ImagePrefix) -> Tensor:
+    """[queries, hidden], on the CPU; the runner moves it."""
+    flat = torch.frombuffer(bytearray(prefix.data), dtype=getattr(torch, prefix.dtype))
+    return flat.view(prefix.shape)

@@ -1,0 +1,150 @@
+"""HTTP in front of the three stages; the path of one request through them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from blip2_serve import logs
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import Blip2ServeError, Overloaded, Unavailable
+from blip2_serve.http.api import create_app
+from blip2_serve.http.images import digest
+from blip2_serve.model.processor import PREPROCESSING_VERSION
+from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
+
+logger = logging.getLogger(__name__)
+
+PICTURE = Path(__file__).parent.parent / "demo" / "picture.png"
+WARM_UP_RETRY_S = 1.0
+
+Computation = Callable[[], Awaitable[ImagePrefix]]
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """The `Backend` of the routes: prefix (kept, computed once), then the answer."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        preprocessor: DeploymentHandle[Any],
+        encoder: DeploymentHandle[Any],
+        generator: DeploymentHandle[Any],
+    ) -> None:
+        logs.configure()
+        self._config = config
+        self._preprocessor = preprocessor
+        self._encoder = encoder
+        self._generator = generator
+        self._streaming: Any = generator.options(stream=True)
+        self._prefixes = PrefixCache(config.ingress.prefix_cache_entries)
+        self.is_ready = False
+        self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self, self._config)
+
+    async def prefix(self, image: bytes) -> ImagePrefix:
+        """The image's prefix: from the cache, from an encode under way, or encoded now."""
+        name = digest(image, PREPROCESSING_VERSION)
+        return await self._prefixes.get(name, lambda: self._encode(image, name))
+
+    async def _encode(self, image: bytes, name: str) -> ImagePrefix:
+        with stage_errors():
+            pixels = self._preprocessor.pixels.remote(image)
+            prefix: ImagePrefix = await self._encoder.encode.remote(pixels, name)
+            return prefix
+
+    async def generate(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> Completion:
+        with stage_errors():
+            completion: Completion = await self._generator.generate.remote(prefix, prompt, params)
+            return completion
+
+    async def stream(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> AsyncGenerator[TokenEvent, None]:
+        with stage_errors():
+            events = self._streaming.stream.remote(prefix, prompt, params)
+            finished = False
+            try:
+                async for event in events:
+                    finished = event.finish_reason is not None
+                    yield event
+            finally:
+                if not finished:
+                    events.cancel()
+
+    async def _warm_up(self) -> None:
+        """Sends one request through every stage, until it succeeds: then the replica is ready."""
+        image = PICTURE.read_bytes()
+        while not self.is_ready:
+            try:
+                prefix = await self._encode(image, digest(image, PREPROCESSING_VERSION))
+                await self.generate(prefix, "", SamplingParams(max_tokens=2, ignore_eos=True))
+                self.is_ready = True
+            except Blip2ServeError as error:
+                logger.warning("not ready yet: %s", error)
+                await asyncio.sleep(WARM_UP_RETRY_S)
+
+
+class PrefixCache:
+    """The last used prefixes by digest; a digest asked for twice at once is computed once."""
+
+    def __init__(self, entries: int) -> None:
+        self._entries = entries
+        self._kept: OrderedDict[str, ImagePrefix] = OrderedDict()
+        self._under_way: dict[str, asyncio.Task[ImagePrefix]] = {}
+
+    async def get(self, name: str, compute: Computation) -> ImagePrefix:
+        """The prefix of that name, computed if need be; errors reach everyone who waits."""
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        task = self._under_way.get(name)
+        if task is None:
+            # In a context of its own: Serve cancels what a request started when its client
+            # leaves, but others may be waiting for this by then.
+            task = asyncio.create_task(self._run(name, compute), context=contextvars.Context())
+            self._under_way[name] = task
+        return await asyncio.shield(task)
+
+    async def _run(self, name: str, compute: Computation) -> ImagePrefix:
+        try:
+            prefix = await compute()
+        finally:
+            del self._under_way[name]
+        self._kept[name] = prefix
+        while len(self._kept) > self._entries:
+            self._kept.popitem(last=False)
+        return prefix
+
+
+@contextmanager
+def stage_errors() -> Iterator[None]:
+    """What Ray raises when a stage fails, as this package's errors."""
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, Blip2ServeError):
+            raise error.cause from None
+        raise
+    except BackPressureError as error:
+        raise Overloaded("too many requests are queued; try again later") from error
+    except (RayActorError, DeploymentUnavailableError) as error:
+        raise Unavailable("a replica was lost while it worked on this; try again") from error

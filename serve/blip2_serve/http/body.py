@@ -1,0 +1,41 @@
+"""What is done to every request's body before a route reads it."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip2_serve.errors import RequestTooLarge
+
+
+class RequestBody:
+    """ASGI middleware: bodies have a limit, and are JSON unless they say multipart.
+
+    The limit counts the declared length and what really arrives; beyond it, reading the body raises
+    `RequestTooLarge`. `curl -d` declares a form where it sends JSON: its declaration is ignored.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if not headers.get(b"content-type", b"").startswith(b"multipart/"):
+            headers[b"content-type"] = b"application/json"
+            scope = {**scope, "headers": list(headers.items())}
+        declared = headers.get(b"content-length", b"")
+        too_large = declared.isdigit() and int(declared) > self._max_bytes
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message: Message = {} if too_large else await receive()
+            received += len(message.get("body", b""))
+            if too_large or received > self._max_bytes:
+                raise RequestTooLarge(f"the request's body is above {self._max_bytes:,} bytes")
+            return message
+
+        await self._app(scope, limited, send)

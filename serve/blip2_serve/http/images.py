@@ -1,0 +1,83 @@
+"""Image URLs to image bytes, under limits. Decoding the picture is the preprocessor's work."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+
+import httpx
+
+from blip2_serve.config import ImageLimits
+from blip2_serve.errors import InvalidImage, InvalidRequest
+
+_DATA_PREFIX = "data:"
+
+
+async def fetch(url: str, limits: ImageLimits, param: str) -> bytes:
+    """The bytes behind a data URL or, where allowed, an https URL.
+
+    Raises:
+        InvalidRequest, InvalidImage: the URL is of another kind, malformed, too long, unreachable.
+    """
+    if url[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX:
+        return _check_size(_decode_data_url(url, param), limits, param)
+    if url.lower().startswith("https://"):
+        if not limits.allow_urls:
+            raise InvalidRequest(
+                "this server does not fetch image URLs; send a data URL "
+                '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
+                param,
+            )
+        return await _download(url, limits, param)
+    raise InvalidRequest(
+        'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
+    )
+
+
+def check_upload(data: bytes, limits: ImageLimits, param: str) -> bytes:
+    """The bytes of an uploaded file, unless empty or too large."""
+    return _check_size(data, limits, param)
+
+
+def digest(data: bytes, preprocessing: int) -> str:
+    """Names an image under a preprocessing version: equal digests, equal prefixes."""
+    return hashlib.blake2b(data, digest_size=16, salt=preprocessing.to_bytes(8)).hexdigest()
+
+
+def _decode_data_url(url: str, param: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise InvalidImage('a data URL must read "data:<media type>;base64,<data>"', param)
+    try:
+        return base64.b64decode("".join(payload.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidImage(f"the data URL's base64 is broken: {error}", param) from None
+
+
+def _check_size(data: bytes, limits: ImageLimits, param: str) -> bytes:
+    if not data:
+        raise InvalidImage("the image is empty", param)
+    if len(data) > limits.max_bytes:
+        raise InvalidImage(
+            f"the image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted", param
+        )
+    return data
+
+
+async def _download(url: str, limits: ImageLimits, param: str) -> bytes:
+    data = bytearray()
+    try:
+        async with (
+            httpx.AsyncClient(timeout=limits.url_timeout_s, follow_redirects=False) as client,
+            client.stream("GET", url) as response,
+        ):
+            if response.status_code != httpx.codes.OK:
+                raise InvalidImage(f"the image URL answered {response.status_code}", param)
+            async for piece in response.aiter_bytes():
+                data += piece
+                if len(data) > limits.max_bytes:
+                    break
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InvalidImage(f"the image URL cannot be fetched: {error}", param) from None
+    return _check_size(bytes(data), limits, param)

@@ -1,0 +1,47 @@
+"""pydantic's findings as one error that names the field as the client wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from blip2_serve.errors import InvalidRequest
+
+
+def explain(errors: Sequence[Any], body: Any) -> InvalidRequest:
+    """The most specific of pydantic's errors. `body`: the parsed request, where it is at hand."""
+    if not errors:
+        return InvalidRequest("the request is not valid")
+    located = [(_path(error, body), error) for error in errors]
+    path, error = max(located, key=lambda pair: len(pair[0]))
+    field = str(path[0]) if path else None
+    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    kind = error["type"]
+    if kind == "json_invalid":
+        return InvalidRequest(f"the body is not JSON: {error.get('ctx', {}).get('error', '')}")
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"unknown parameter {name}", field)
+    if kind == "missing":
+        return InvalidRequest(f"{name or 'a JSON body'} is required", field)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return InvalidRequest(f"{name}: {message}" if name else message, field)
+
+
+def _path(error: Any, body: Any) -> list[str | int]:
+    """The error's location less what pydantic adds: "body", and the names of union members."""
+    path: list[str | int] = []
+    here = body
+    location = [part for i, part in enumerate(error["loc"]) if (i, part) != (0, "body")]
+    if body is None:
+        return location
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        in_mapping = isinstance(here, dict) and part in here
+        in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if in_mapping or in_list:
+            here = here[part]
+        elif not (last and error["type"] == "missing"):
+            continue
+        path.append(part)
+    return path

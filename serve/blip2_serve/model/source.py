@@ -1,0 +1,49 @@
+"""Where a checkpoint's files are: a folder, the shipped one, or the hub. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from blip2_serve.errors import StartupError
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+
+# (single file, index of shards) in the order in which they are looked for.
+WEIGHT_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def find_folder(model: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint; a hub id's files are downloaded, with progress bars."""
+    if model == DEMO:
+        return DEMO_FOLDER
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = model.startswith(("/", "./", "../", "~")) or model.count("/") != 1
+    if looks_like_path or path.exists():
+        raise StartupError(
+            f"no checkpoint folder at {model}: give a folder, a hub id such as "
+            f'Salesforce/blip2-opt-2.7b-coco, or "{DEMO}"'
+        )
+    # Imported late: the hub client takes half a second that a local folder does not need.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        listing = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.txt"])
+        has_safetensors = any((Path(listing) / index).exists() for index in WEIGHT_LAYOUTS[0])
+        if not has_safetensors:  # a single model.safetensors has no index to tell of it
+            listing = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors"])
+            has_safetensors = any(Path(listing).glob("*.safetensors"))
+        weights = "*.safetensors" if has_safetensors else "*.bin"
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[weights]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StartupError(
+            f"cannot get {model} from the hub ({reason}): check the name, the revision and the "
+            "network, or give a local folder"
+        ) from error

@@ -1,0 +1,41 @@
+"""Prompts to token ids and back. A prompt is text: no part of it becomes a special token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, Blip2Config
+
+from blip2_serve.errors import InvalidRequest, StartupError
+
+
+class Tokenizer:
+    """The checkpoint's tokenizer, and BLIP-2's layout: image tokens, BOS, prompt."""
+
+    def __init__(self, folder: Path, config: Blip2Config) -> None:
+        try:
+            # Otherwise "<image>" in a prompt would become an image position.
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+        except (OSError, ValueError) as error:
+            raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        self._image_id = config.image_token_index
+        self._bos_id = config.text_config.bos_token_id
+        self._image_tokens = [config.image_token_index] * config.num_query_tokens
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """[image] * queries + [bos] + the prompt's tokens.
+
+        Raises:
+            InvalidRequest: a special token that cannot be told from text is in the prompt.
+        """
+        text = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if self._image_id in text:
+            raise InvalidRequest("the prompt contains the model's image token", "prompt")
+        return [*self._image_tokens, self._bos_id, *text]
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids to text, without special tokens."""
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text

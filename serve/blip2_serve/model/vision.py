@@ -1,0 +1,69 @@
+"""Pixels to image prefixes: ViT, Q-Former and projection, through transformers' own modules.
+
+This module knows nothing of text, of batching or of where its pixels come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
+
+from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.processor import ImageProcessor
+
+
+class ImageEncoder(nn.Module):
+    """The vision half of a BLIP-2 checkpoint. Parameters are named as in the checkpoint."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: Blip2Config) -> None:
+        super().__init__()
+        self.vision_model = Blip2VisionModel._from_config(config.vision_config)
+        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.query_tokens = nn.Parameter(
+            torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size)
+        )
+        self.language_projection = nn.Linear(
+            config.qformer_config.hidden_size, config.text_config.hidden_size
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        processor: ImageProcessor,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> ImageEncoder:
+        """Reads the vision half only; the Q-Former stays float32 under float16."""
+        with torch.device("meta"):
+            encoder = cls(checkpoint.config).to(dtype).eval()
+            if dtype == torch.float16:  # _keep_in_fp32_modules of transformers' BLIP-2
+                encoder.qformer.float()
+                encoder.query_tokens.data = encoder.query_tokens.data.float()
+        encoder.to_empty(device=device).requires_grad_(False)
+        checkpoint.load(dict(encoder.named_parameters()), "vision model")
+        encoder.set_normalisation(processor)
+        return encoder
+
+    def set_normalisation(self, processor: ImageProcessor) -> None:
+        device = self.query_tokens.device
+        self.mean = torch.tensor(processor.mean, device=device).view(3, 1, 1)
+        self.std = torch.tensor(processor.std, device=device).view(3, 1, 1)
+        self.rescale = processor.rescale
+
+    @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] on any device -> prefixes [B, queries, hidden] on the model's."""
+        dtype = self.language_projection.weight.dtype
+        pixels = pixels.to(self.query_tokens.device, non_blocking=True).float()
+        normalised = (pixels * self.rescale - self.mean) / self.std
+        seen = self.vision_model(normalised.to(dtype)).last_hidden_state
+        output = self.qformer(
+            query_embeds=self.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=seen
+        ).last_hidden_state
+        prefixes: Tensor = self.language_projection(output.to(dtype))
+        return prefixes
