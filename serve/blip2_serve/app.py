@@ -1,7 +1,6 @@
 """The composition graph: three stages behind one ingress, each scaled by itself."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Serve reads build's annotation as a class.
 from typing import Any
 
 import ray

@@ -8,9 +8,9 @@ written back here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from blip2_serve.model.source import DEMO
 
@@ -97,6 +97,15 @@ class GeneratorConfig(ComputeConfig):
     kv_memory_fraction: float = Field(
         0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"
     )
+
+    @model_validator(mode="after")
+    def _prompts_get_a_share_of_each_step(self) -> Self:
+        if self.max_step_tokens <= self.max_running:
+            raise ValueError(
+                f"max_step_tokens must be above max_running ({self.max_running}): each running "
+                "sequence takes one token of a step, and prompts need some too"
+            )
+        return self
 
 
 class AppConfig(_Config):

@@ -184,7 +184,7 @@ def make_model(tokenizer: GPT2Tokenizer) -> Blip2ForConditionalGeneration:
     return model
 
 
-# -- stages 1 and 2: see, ask ------------------------------------------------------------------------------
+# -- stages 1 and 2: see, ask ----------------------------------------------------------------------
 
 
 def pixels_of(scene: scenes.Scene) -> Tensor:
@@ -253,14 +253,15 @@ def ask(
 
     def loss_of(batch: Tensor) -> tuple[Tensor, float]:
         output = query(model, features[batch].float())
-        return heads(output[:, :4], output[:, 4], output[:, 5], labels[batch])
+        loss, share = heads(output[:, :4], output[:, 4], output[:, 5], labels[batch])
+        return loss, share
 
     parameters = [*model.qformer.parameters(), model.query_tokens, *heads.parameters()]
     optimise(parameters, loss_of, len(drawn), batch_size=128, steps=steps, name="ask", log=log)
 
 
 class Heads(nn.Module):
-    """Linear readers of a scene's attributes, shared by the quarters; thrown away after training."""
+    """Linear readers of a scene's attributes, shared by its quarters; not kept."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

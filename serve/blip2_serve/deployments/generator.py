@@ -72,8 +72,11 @@ class Generator:
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncIterator[TokenEvent]:
         """The answer as it comes; raises as `generate`, before the first event."""
+        # Megabytes of text would hold up the event loop only to be refused then.
+        self._bounded(self._tokenizer.least_tokens(prompt), params)
         ids = self._tokenizer.prompt_ids(prompt)
-        sequence = Sequence(uuid.uuid4().hex, ids, _tensor(prefix), self._bounded(ids, params))
+        params = self._bounded(len(ids), params)
+        sequence = Sequence(uuid.uuid4().hex, ids, _tensor(prefix), params)
         events = self._loop.stream(sequence)
         try:
             async for event in events:
@@ -90,13 +93,13 @@ class Generator:
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
 
-    def _bounded(self, ids: list[int], params: SamplingParams) -> SamplingParams:
+    def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """The parameters with max_tokens set, checked against the model's positions."""
-        room = self._max_model_len - len(ids)
+        room = self._max_model_len - prompt_tokens
         wanted = params.max_tokens
         if room < (wanted or 1):
             raise ContextLengthExceeded(
-                f"image and prompt take {len(ids)} tokens and max_tokens asks for {wanted or 1}; "
+                f"image and prompt take {prompt_tokens} tokens, max_tokens asks for {wanted or 1}; "
                 f"this model has {self._max_model_len} positions",
                 "prompt" if room < 1 else "max_tokens",
             )

@@ -21,8 +21,9 @@ class Scheduler:
     def __init__(
         self, kv: KvRows, *, max_running: int, max_waiting: int, max_step_tokens: int
     ) -> None:
-        if max_step_tokens <= max_running:
-            raise ValueError("max_step_tokens must leave room for prompts: above max_running")
+        assert (
+            max_step_tokens > max_running
+        )  # or prompts would starve; the configuration sees to it
         self.kv = kv
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission

@@ -9,7 +9,7 @@ from typing import Any
 from blip2_serve.types import FinishReason, SamplingParams
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """Token ids and progress of one request.
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from blip2_serve import __version__
 from blip2_serve.config import AppConfig
@@ -61,7 +64,7 @@ class Backend(Protocol):
 
     def stream(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
-    ) -> AsyncIterator[TokenEvent]: ...
+    ) -> AsyncGenerator[TokenEvent, None]: ...
 
 
 def create_app(backend: Backend, config: AppConfig) -> FastAPI:
@@ -190,12 +193,15 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
             "model": config.model_name,
         }
         if not request.stream:
-            completion = await backend.generate(prefix, prompt, params)
+            with _named_as_in(request):
+                completion = await backend.generate(prefix, prompt, params)
             return JSONResponse(sse.body(shape, head, completion, bool(request.return_token_ids)))
         # The first event comes before the headers: an early failure is a status, not a broken 200.
         events = backend.stream(prefix, prompt, params)
-        first = await anext(events)
-        return StreamingResponse(
+        with _named_as_in(request):
+            first = await anext(events)
+        return _Stream(
+            events,
             sse.chunks(
                 shape,
                 head,
@@ -209,6 +215,32 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         )
 
     return app
+
+
+@contextmanager
+def _named_as_in(request: GenerationFields) -> Iterator[None]:
+    """The stages name fields by their own names; a chat has others."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if isinstance(request, ChatRequest):
+            names = {"prompt": "messages", "max_tokens": request.limit_name}
+            error.param = names.get(error.param or "", error.param)
+        raise
+
+
+class _Stream(StreamingResponse):
+    """Closes the backend's stream however it ends; otherwise the garbage collector would, late."""
+
+    def __init__(self, source: AsyncGenerator[TokenEvent, None], *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._source = source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._source.aclose()
 
 
 async def _chain(first: TokenEvent, rest: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
@@ -244,10 +276,12 @@ _CAPTION_BODY: dict[str, Any] = {
 
 
 async def _read_caption_json(request: Request) -> tuple[CaptionFields, list[str | bytes]]:
+    body = await request.body()
     try:
-        parsed = CaptionRequest.model_validate_json(await request.body())
+        parsed = CaptionRequest.model_validate_json(body)
     except ValidationError as error:
-        raise explain(error.errors(), None) from None
+        wrong_json = error.errors()[0]["type"] == "json_invalid"
+        raise explain(error.errors(), None if wrong_json else from_json(body)) from None
     return parsed, list(parsed.urls)
 
 

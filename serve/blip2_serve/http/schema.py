@@ -6,6 +6,7 @@ accepted with the values that have none. This module knows nothing of models and
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,9 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    # With any constraint on strings, pydantic refuses those that are not Unicode text (half a
+    # surrogate pair), which no tokenizer takes.
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=0)
 
 
 # -- parameters ----------------------------------------------------------------------------------
@@ -57,10 +60,14 @@ class GenerationFields(_Strict):
     length_penalty: Literal[1] | None = None
     early_stopping: Literal[False] | None = None
 
-    @field_validator("n", "num_beams", mode="before")
+    @field_validator("n", "num_beams", "length_penalty", "early_stopping", mode="before")
     @classmethod
-    def _plain_number(cls, value: object) -> object:
-        return int(value) if isinstance(value, str) and value.isdecimal() else value  # multipart
+    def _from_form(cls, value: object) -> object:
+        """Multipart has strings only, and Literal converts none."""
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
 
     @field_validator("stop")
     @classmethod

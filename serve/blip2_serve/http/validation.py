@@ -35,12 +35,16 @@ def _path(error: Any, body: Any) -> list[str | int]:
     location = [part for i, part in enumerate(error["loc"]) if (i, part) != (0, "body")]
     if body is None:
         return location
+    tagged = False
     for i, part in enumerate(location):
         last = i == len(location) - 1
+        if isinstance(here, dict) and not tagged and part in (here.get("role"), here.get("type")):
+            tagged = True  # the union member that this object chose, not one of its fields
+            continue
         in_mapping = isinstance(here, dict) and part in here
         in_list = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if in_mapping or in_list:
-            here = here[part]
+            here, tagged = here[part], False
         elif not (last and error["type"] == "missing"):
             continue
         path.append(part)

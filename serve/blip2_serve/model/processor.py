@@ -23,10 +23,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while that leaves at least this many decoded
-# pixels for each one wanted along both sides. Against decoding in full, photographs then differ by
-# at most DRAFT_TOLERANCE of 255 grey levels in any value (tests/unit/model/test_processor.py).
+# pixels for each one wanted along both sides. Against decoding in full, a photograph's pixels then
+# differ by at most half a grey level (of 255) on average, and at the sharpest edges by at most 20.
 DRAFT_OVERSAMPLING = 4
-DRAFT_TOLERANCE = 6
+DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE = 0.5, 20
 
 Image.init()  # or Image.open does not know all of FORMATS by name
 

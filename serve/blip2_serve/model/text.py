@@ -20,7 +20,12 @@ class Tokenizer:
             raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
         self._image_id = config.image_token_index
         self._bos_id = config.text_config.bos_token_id
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))
         self._image_tokens = [config.image_token_index] * config.num_query_tokens
+
+    def least_tokens(self, prompt: str) -> int:
+        """A lower bound of the prompt's tokens, at no cost: no token stands for more characters."""
+        return len(prompt) // self._longest_token
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """[image] * queries + [bos] + the prompt's tokens.

@@ -1,0 +1,94 @@
+"""Decode step of the own OPT decoder against transformers', in one process, alternating.
+
+    python loadtest/bench/decoder.py [--dtype bfloat16] [--batch 1 8 32]
+
+Random weights: OPT with 768 wide, 12 layers, 12 heads, 3072, vocabulary 8,064 (85M parameters).
+Prints milliseconds per step, medians of several rounds, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from array import array
+
+import torch
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
+
+from blip2_serve.engine.runner import Runner
+from blip2_serve.engine.sequence import Chunk, Sequence
+from blip2_serve.model.opt import OptDecoder
+from blip2_serve.types import SamplingParams
+
+PROMPT, STEPS, ROUNDS = 48, 20, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    args = parser.parse_args()
+
+    config = OPTConfig(
+        vocab_size=8064,
+        hidden_size=768,
+        word_embed_proj_dim=768,
+        ffn_dim=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+    )
+    torch.manual_seed(0)
+    reference = OPTForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+    decoder = OptDecoder(config).to(getattr(torch, args.dtype)).eval()
+    tensors = {f"language_model.{name}": t for name, t in reference.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in decoder.checkpoint_tensors().items():
+            parameter.copy_(tensors[name])
+
+    print(f"{args.dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}, {STEPS} steps")
+    for batch in args.batch:
+        own, theirs = [], []
+        for _ in range(ROUNDS):
+            own.append(own_step(decoder, batch))
+            theirs.append(reference_step(reference, batch))
+        a, b = statistics.median(own), statistics.median(theirs)
+        print(f"batch {batch:3}: own {a:6.1f} ms, transformers {b:6.1f} ms, ratio {b / a:.2f}")
+
+
+def own_step(decoder: OptDecoder, batch: int) -> float:
+    """Milliseconds of one decode step after the prompts."""
+    reach = PROMPT + STEPS
+    runner = Runner(decoder, rows=batch * reach)
+    sequences = []
+    for i in range(batch):
+        rows = array("q", range(1 + i * reach, 1 + (i + 1) * reach))
+        image = torch.empty(0, decoder.config.hidden_size)
+        sequences.append(Sequence(str(i), [5] * PROMPT, image, SamplingParams(), rows=rows))
+    for sequence in sequences:
+        runner.run([Chunk(sequence, 0, PROMPT)])
+        sequence.output.append(7)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        logits = runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])
+        for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
+            sequence.output.append(token)
+    return (time.perf_counter() - start) / STEPS * 1000
+
+
+@torch.inference_mode()
+def reference_step(model: OPTForCausalLM, batch: int) -> float:
+    """The same with transformers' model and cache."""
+    cache = DynamicCache(config=model.config)
+    model(torch.full((batch, PROMPT), 5), past_key_values=cache, logits_to_keep=1)
+    token = torch.full((batch, 1), 7)
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token.flatten().tolist()
+    return (time.perf_counter() - start) / STEPS * 1000
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The distribution that the sampler draws from is the one that transformers draws from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from blip2_serve.engine.sampler import Sampler
+from blip2_serve.engine.sequence import Sequence
+from blip2_serve.types import SamplingParams
+
+VOCABULARY = 50
+EOS = [2, 31]
+PROMPT = [4, 4, 8, 15, 16, 23, 42]
+OUTPUT = [8, 3, 3]
+
+CASES = [
+    pytest.param({}, id="plain"),
+    pytest.param({"temperature": 0.3}, id="a low temperature"),
+    pytest.param({"temperature": 2.0}, id="a high temperature"),
+    pytest.param({"top_k": 1}, id="the likeliest only"),
+    pytest.param({"top_k": 7}, id="the seven likeliest"),
+    pytest.param({"top_k": VOCABULARY}, id="as many as there are"),
+    pytest.param({"top_k": 1000}, id="more than there are"),
+    pytest.param({"top_p": 0.01}, id="hardly any probability"),
+    pytest.param({"top_p": 0.5}, id="half of the probability"),
+    pytest.param({"top_p": 0.999}, id="nearly all of the probability"),
+    pytest.param({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, id="all three"),
+    pytest.param({"repetition_penalty": 1.5}, id="repetition is penalised"),
+    pytest.param({"repetition_penalty": 0.7}, id="repetition is encouraged"),
+    pytest.param({"min_tokens": 4}, id="below the minimum"),
+    pytest.param({"min_tokens": 3}, id="at the minimum"),
+    pytest.param(
+        {
+            "temperature": 0.8,
+            "top_k": 30,
+            "top_p": 0.9,
+            "repetition_penalty": 1.3,
+            "min_tokens": 10,
+        },
+        id="everything",
+    ),
+]
+
+
+def processors(params: SamplingParams) -> LogitsProcessorList:
+    steps = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.min_tokens:
+        steps.append(MinNewTokensLengthLogitsProcessor(len(PROMPT), params.min_tokens, EOS))
+    return steps
+
+
+def warpers(params: SamplingParams) -> LogitsProcessorList:
+    steps = LogitsProcessorList([TemperatureLogitsWarper(params.temperature)])
+    if params.top_k:
+        steps.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        steps.append(TopPLogitsWarper(params.top_p))
+    return steps
+
+
+def transformed(logits: Tensor, params: SamplingParams) -> Tensor:
+    """[vocabulary] logits -> transformers' processed logits, before it samples."""
+    return processors(params)(torch.tensor([PROMPT + OUTPUT]), logits[None].clone())[0]
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    scores = transformed(logits, params).double()[None]
+    return warpers(params)(torch.tensor([PROMPT + OUTPUT]), scores)[0].softmax(-1)
+
+
+def draw(logits: Tensor, params: SamplingParams, count: int) -> list[int]:
+    """The token for each of the patched numbers; its index is the seed."""
+    sequences = [
+        Sequence("a", PROMPT, None, SamplingParams(**{**vars(params), "seed": seed}), [*OUTPUT])
+        for seed in range(count)
+    ]
+    return Sampler(tuple(EOS)).sample(logits.repeat(count, 1), sequences)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_every_token_is_drawn_from_its_own_share_of_the_numbers(
+    case: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+    params = SamplingParams(**{"temperature": 1.0, **case})
+    expected = probabilities(logits, params)
+    ends = expected.cumsum(-1)
+    starts = ends - expected
+    kept = (expected > 1e-8).nonzero().flatten().tolist()
+
+    # Both ends of every kept token's share and its middle: so the shares are equal, and none is
+    # left for any other token.
+    numbers, wanted = [], []
+    for token in kept:
+        start, end = starts[token].item(), ends[token].item()
+        margin = (end - start) / 100
+        numbers += [start + margin, (start + end) / 2, end - margin]
+        wanted += [token] * 3
+    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda seed, _: numbers[seed])
+    assert draw(logits, params, len(numbers)) == wanted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_over_a_grid_of_numbers_tokens_come_as_often_as_in_transformers(
+    case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 500
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7)) * 2
+    params = SamplingParams(**{"temperature": 1.0, **case})
+    expected = probabilities(logits, params)
+    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda n, _: (n + 0.5) / count)
+    tokens = torch.tensor(draw(logits, params, count))
+    seen = torch.bincount(tokens, minlength=VOCABULARY) / count
+    torch.testing.assert_close(seen.double(), expected, atol=1.01 / count, rtol=0)
+    assert not seen[expected == 0].any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_takes_the_token_that_transformers_takes(case: dict[str, Any]) -> None:
+    kept = {key: case[key] for key in case if key in ("repetition_penalty", "min_tokens")}
+    params = SamplingParams(**kept)
+    for seed in range(20):
+        logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
+        logits[EOS[seed % 2]] += 3 * (seed % 3)
+        assert draw(logits, params, 1) == [int(transformed(logits, params).argmax())]

@@ -1,0 +1,110 @@
+"""OpenAI's own Python client works against this server, unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from blip2_serve.demo import scenes
+from support.server import App, image_message
+
+
+@pytest.fixture
+def client(demo: App) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_a_chat_of_three_turns_sends_the_clients_own_message_objects_back(
+    client: openai.OpenAI,
+) -> None:
+    scene = scenes.sample(2_001)
+    messages: list[Any] = [image_message(scene.image)]  # no question: a caption
+    for question in ("how many shapes are there?", "what color is the background?", None):
+        answer = client.chat.completions.create(model="demo", messages=messages, seed=1, user="me")
+        choice = answer.choices[0]
+        assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+        assert choice.message.content
+        assert answer.usage is not None
+        total = answer.usage.prompt_tokens + answer.usage.completion_tokens
+        assert answer.usage.total_tokens == total
+        if question:
+            messages += [choice.message, {"role": "user", "content": question}]
+    assert choice.message.content == scene.background
+
+
+def test_a_stream_with_usage_adds_up_to_the_whole_answer(client: openai.OpenAI) -> None:
+    messages: Any = [image_message(scenes.sample(2_002).image)]
+    whole = client.chat.completions.create(model="demo", messages=messages)
+    stream = client.chat.completions.create(
+        model="demo", messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 3
+
+
+async def test_the_asynchronous_client_streams(demo: App) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="unused") as client:
+        stream = await client.chat.completions.create(
+            model="demo",
+            messages=[image_message(scenes.sample(2_003).image, "how many shapes are there?")],  # type: ignore[list-item]
+            stream=True,
+        )
+        text = "".join([c.choices[0].delta.content or "" async for c in stream])
+    assert text in scenes.NUMBERS
+
+
+def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").object == "model"
+
+
+def test_sampling_with_a_seed_repeats_itself_and_differs_between_seeds(
+    client: openai.OpenAI,
+) -> None:
+    messages: Any = [image_message(scenes.sample(2_004).image)]
+
+    def sample(seed: int) -> str | None:
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, temperature=2, seed=seed, max_tokens=20
+        )
+        return answer.choices[0].message.content
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        pytest.param({"model": "gpt-5"}, openai.NotFoundError, id="unknown model"),
+        pytest.param({"max_tokens": 0}, openai.BadRequestError, id="no tokens"),
+        pytest.param(
+            {"extra_body": {"best_of": 2}}, openai.BadRequestError, id="unknown parameter"
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "hello"}]},
+            openai.BadRequestError,
+            id="no image",
+        ),
+    ],
+)
+def test_bad_requests_raise_the_clients_error_classes(
+    client: openai.OpenAI, change: dict[str, Any], error: type[openai.APIStatusError]
+) -> None:
+    request: dict[str, Any] = {
+        "model": "demo",
+        "messages": [image_message(scenes.sample(2_005).image)],
+        **change,
+    }
+    with pytest.raises(error) as raised:
+        client.chat.completions.create(**request)
+    assert raised.value.type == "invalid_request_error"

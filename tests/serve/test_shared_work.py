@@ -1,0 +1,75 @@
+"""What is computed once, and what stops when nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from blip2_serve.demo import scenes
+from support.server import App, data_url, image_message
+
+LONG = {"max_tokens": 400, "ignore_eos": True}
+
+
+async def test_one_image_from_32_clients_at_once_is_encoded_once(demo: App) -> None:
+    before = (await demo.stats("Encoder"))["images"]
+    body = {"image": data_url(scenes.sample(3_001).image)}
+    async with demo.client() as client:
+        answers = await asyncio.gather(*(client.post("/v1/caption", json=body) for _ in range(32)))
+    assert {a.status_code for a in answers} == {200}
+    assert len({a.json()["data"][0]["caption"] for a in answers}) == 1
+    assert (await demo.stats("Encoder"))["images"] == before + 1
+
+
+async def test_images_that_wait_together_are_encoded_in_batches(demo: App) -> None:
+    before = await demo.stats("Encoder")
+    bodies = [{"image": data_url(scenes.sample(3_100 + i).image)} for i in range(48)]
+    async with demo.client() as client:
+        answers = await asyncio.gather(*(client.post("/v1/caption", json=b) for b in bodies))
+    assert {a.status_code for a in answers} == {200}
+    after = await demo.stats("Encoder")
+    assert after["images"] - before["images"] == len(bodies)
+    assert after["batches"] - before["batches"] < len(bodies)
+
+
+async def test_a_client_that_leaves_does_not_take_the_encode_from_another(demo: App) -> None:
+    async with demo.client() as client:
+        for seed in range(3_200, 3_210):
+            body = {"image": data_url(scenes.sample(seed).image)}
+            leaving = asyncio.create_task(client.post("/v1/caption", json=body))
+            staying = asyncio.create_task(client.post("/v1/caption", json=body))
+            await asyncio.sleep(0.01)  # both are somewhere on their way
+            leaving.cancel()
+            answer = await staying
+            assert answer.status_code == 200, answer.text
+
+
+async def test_a_client_that_goes_away_while_streaming_leaves_nothing_in_the_engine(
+    demo: App,
+) -> None:
+    steps = (await demo.stats("Generator"))["steps"]
+    body = {"messages": [image_message(scenes.sample(3_300).image)], "stream": True, **LONG}
+    async with (
+        demo.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        lines = response.aiter_lines()
+        for _ in range(3):
+            await anext(lines)
+        assert (await demo.stats("Generator"))["running"] == 1
+    after = await demo.until_idle()
+    assert after["steps"] - steps < LONG["max_tokens"]
+    assert after["kv_rows_used"] == 0
+
+
+async def test_a_client_that_goes_away_while_waiting_leaves_nothing_in_the_engine(
+    demo: App,
+) -> None:
+    steps = (await demo.stats("Generator"))["steps"]
+    body = {"image": data_url(scenes.sample(3_301).image), **LONG}
+    async with demo.client() as client:
+        request = asyncio.create_task(client.post("/v1/generate", json=body))
+        while (await demo.stats("Generator"))["running"] == 0:
+            await asyncio.sleep(0.01)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+    assert (await demo.until_idle())["steps"] - steps < LONG["max_tokens"]

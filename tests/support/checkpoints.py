@@ -1,0 +1,159 @@
+"""Random BLIP-2 checkpoints that see: the image changes the answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    GPT2Tokenizer,
+)
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from blip2_serve.demo import scenes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One random checkpoint. `layout` is how its files lie on disk."""
+
+    name: str
+    seed: int
+    image_size: int = 56
+    vision_width: int = 64
+    vision_layers: int = 2
+    queries: int = 8
+    qformer_width: int = 48
+    width: int = 64
+    layers: int = 2
+    heads: int = 4
+    vocabulary: int = 320
+    positions: int = 256
+    tied: bool = True
+    eos: int | list[int] | None = None  # by default the newline token
+    layout: Literal["single", "sharded", "bin"] = "single"
+    text: dict[str, Any] = field(default_factory=dict)
+
+
+def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
+    """Writes model and processor as transformers does; equal recipes give equal files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(recipe.vocabulary)
+    image_processor = BlipImageProcessorPil(
+        size={"height": recipe.image_size, "width": recipe.image_size}
+    )
+    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=recipe.queries)
+    model = make_model(recipe, tokenizer)
+    match recipe.layout:
+        case "single":
+            model.save_pretrained(folder)
+        case "sharded":
+            model.save_pretrained(folder, max_shard_size="200KB")
+        case "bin":
+            _save_as_bin(model, folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalGeneration:
+    newline = tokenizer.convert_tokens_to_ids("Ċ")
+    config = Blip2Config(
+        vision_config={
+            "hidden_size": recipe.vision_width,
+            "intermediate_size": 2 * recipe.vision_width,
+            "num_hidden_layers": recipe.vision_layers,
+            "num_attention_heads": 4,
+            "image_size": recipe.image_size,
+            "patch_size": 14,
+        },
+        qformer_config={
+            "vocab_size": 1,
+            "hidden_size": recipe.qformer_width,
+            "intermediate_size": 2 * recipe.qformer_width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "cross_attention_frequency": 2,
+        },
+        text_config={
+            "model_type": "opt",
+            # A few ids beyond the tokenizer's, as the real checkpoints have.
+            "vocab_size": math.ceil((len(tokenizer) + 2) / 8) * 8,
+            "hidden_size": recipe.width,
+            "word_embed_proj_dim": recipe.width,
+            "ffn_dim": 2 * recipe.width,
+            "num_hidden_layers": recipe.layers,
+            "num_attention_heads": recipe.heads,
+            "max_position_embeddings": recipe.positions,
+            "bos_token_id": 2,
+            "pad_token_id": 1,
+            "eos_token_id": newline if recipe.eos is None else recipe.eos,
+            "tie_word_embeddings": recipe.tied,
+            **recipe.text,
+        },
+        num_query_tokens=recipe.queries,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(recipe.seed)
+    model = Blip2ForConditionalGeneration(config).eval()
+    # As transformers draws it, BLIP-2 is blind: the ViT has std 1e-10, the queries are zero.
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=_std(name, parameter))
+        if "norm" in name.lower() and name.endswith("weight"):
+            nn.init.ones_(parameter)
+    return model
+
+
+def _std(name: str, parameter: Tensor) -> float:
+    if name.endswith("bias"):
+        return 0.1
+    if "query_tokens" in name or ("embed" in name and "patch" not in name):
+        return 0.5
+    return 1.5 / math.sqrt(parameter[0].numel())
+
+
+def make_tokenizer(vocabulary: int) -> GPT2Tokenizer:
+    """A byte-level BPE in OPT's layout with about `vocabulary` tokens."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 1,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([scenes.sample(seed).caption for seed in range(200)], trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    tokenizer = GPT2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(pair) for pair in learned["merges"]],
+        bos_token="</s>",
+        eos_token="</s>",
+        unk_token="</s>",
+        pad_token="<pad>",
+        add_bos_token=True,
+    )
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    return tokenizer
+
+
+def _save_as_bin(model: Blip2ForConditionalGeneration, folder: Path) -> None:
+    """Two pytorch_model-*.bin and their index, as older checkpoints have them."""
+    model.config.save_pretrained(folder)
+    tensors = {name: t.clone() for name, t in model.state_dict().items()}
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in part}, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))

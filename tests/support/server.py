@@ -1,0 +1,112 @@
+"""The application on a real Ray Serve, and the little that tests say to it over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from PIL import Image
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from blip2_serve.app import build
+from blip2_serve.config import AppConfig
+
+STARTED_WITHIN_S = 180
+TIMEOUT_S = 120
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class App:
+    """One running application."""
+
+    name: str
+    url: str
+
+    async def stats(self, deployment: str) -> dict[str, Any]:
+        """What a stage says of itself."""
+        stats: dict[str, Any] = await serve.get_deployment_handle(
+            deployment, self.name
+        ).stats.remote()
+        return stats
+
+    async def until_idle(self) -> dict[str, Any]:
+        """Waits until no sequence is in the engine; its state then."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (stats := await self.stats("Generator"))["running"] or stats["waiting"]:
+            assert time.monotonic() < deadline, f"still busy: {stats}"
+            await asyncio.sleep(0.01)
+        return stats
+
+    def post(self, path: str, **kwargs: Any) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=TIMEOUT_S, **kwargs)
+
+    def client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=200)
+        return httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S, limits=limits)
+
+
+def start_app(base_url: str, name: str, config: dict[str, Any]) -> App:
+    """Deploys under /name on the running Serve, and waits until it is ready."""
+    stages = ("ingress", "preprocessor", "encoder", "generator")
+    # Several applications share two cores here: none may wait for a whole one.
+    light = {stage: {**config.get(stage, {}), "num_cpus": 0} for stage in stages}
+    application = build(AppConfig.model_validate({**config, **light}))
+    quiet = LoggingConfig(log_level="WARNING")
+    serve.run(application, name=name, route_prefix=f"/{name}", logging_config=quiet)
+    app = App(name, f"{base_url}/{name}")
+    wait_until(lambda: httpx.get(f"{app.url}/ready", timeout=30).status_code == httpx.codes.OK)
+    return app
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = STARTED_WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+
+
+async def gather_at_most(at_once: int, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order, with at most so many calls under way."""
+    gate = asyncio.Semaphore(at_once)
+
+    async def gated(call: Coroutine[Any, Any, T]) -> T:
+        async with gate:
+            return await call
+
+    return await asyncio.gather(*map(gated, calls))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image | bytes, media_type: str = "image/png") -> str:
+    data = image if isinstance(image, bytes) else encode(image)
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def image_message(image: Image.Image | bytes, text: str | None = None) -> dict[str, Any]:
+    """A user message with an image and, maybe, a question."""
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
+    if text is not None:
+        content.append({"type": "text", "text": text})
+    return {"role": "user", "content": content}

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from blip2_serve.engine.engine import Engine
+from blip2_serve.engine.kv import KvRows
+from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Chunk, Sequence
+from blip2_serve.errors import ContextLengthExceeded, Overloaded, Unavailable
+from blip2_serve.types import SamplingParams, TokenEvent
+
+DEADLINE = 20.0  # of a test that would otherwise hang
+
+
+class StepByStep:
+    """A runner whose steps wait for `allow`; `fail` makes the next one raise."""
+
+    def __init__(self) -> None:
+        self.permits = threading.Semaphore(0)
+        self.failing = False
+
+    def allow(self, steps: int) -> None:
+        self.permits.release(steps)
+
+    def fail(self) -> None:
+        self.failing = True
+        self.allow(1)
+
+    def run(self, chunks: list[Chunk]) -> None:
+        assert chunks
+        assert self.permits.acquire(timeout=DEADLINE)
+        if self.failing:
+            raise RuntimeError("the device is gone")
+
+
+class Alphabet:
+    """'Samples' a, b, c, ... for every sequence."""
+
+    def sample(self, logits: Any, sequences: list[Sequence]) -> list[int]:
+        assert logits is None
+        return [ord("a") + len(s.output) % 26 for s in sequences]
+
+
+class Bench:
+    """An engine loop over a runner that a test lets go step by step."""
+
+    def __init__(self, max_running: int = 4, max_waiting: int = 100, free: bool = False) -> None:
+        self.runner = StepByStep()
+        if free:
+            self.runner.allow(1_000_000)
+        scheduler = Scheduler(
+            KvRows(1000), max_running=max_running, max_waiting=max_waiting, max_step_tokens=32
+        )
+        self.engine = Engine(
+            self.runner,
+            scheduler,
+            Alphabet(),
+            decode=lambda ids: bytes(ids).decode(),
+            eos_token_ids=(),
+        )
+        self.loop = EngineLoop(self.engine)
+
+    async def collect(self, name: str, max_tokens: int = 5) -> list[TokenEvent]:
+        async with asyncio.timeout(DEADLINE):
+            return [event async for event in self.loop.stream(request(name, max_tokens))]
+
+    async def begin(self, name: str, max_tokens: int = 5) -> asyncio.Task[list[TokenEvent]]:
+        """A reader whose request is in the inbox; the engine takes it before its next step."""
+        task = asyncio.create_task(self.collect(name, max_tokens))
+        await asyncio.sleep(0)
+        return task
+
+    async def held(self, count: int) -> None:
+        """Until the engine holds `count` sequences."""
+        await until(lambda: self.loop.stats().running + self.loop.stats().waiting == count)
+
+
+def request(name: str, max_tokens: int = 5) -> Sequence:
+    return Sequence(name, [1, 2, 3], None, SamplingParams(max_tokens=max_tokens))
+
+
+def text(events: list[TokenEvent]) -> str:
+    return "".join(event.text for event in events)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def block_until(condition: Callable[[], object]) -> None:
+    """Keeps the event loop from running meanwhile."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def make_bench(**arguments: Any) -> Bench:
+        made.append(Bench(**arguments))
+        return made[-1]
+
+    yield make_bench
+    for bench in made:
+        bench.runner.allow(1_000_000)
+        bench.loop.close()
+
+
+async def test_an_answer_is_streamed_token_by_token(make: Callable[..., Bench]) -> None:
+    bench = make()
+    async with aclosing(bench.loop.stream(request("a", 3))) as stream:
+        for letter, reason in [("a", None), ("b", None), ("c", "length")]:
+            bench.runner.allow(1)
+            event = await anext(stream)
+            assert event == TokenEvent((ord(letter),), letter, reason, 3)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_many_answers_are_streamed_at_once(make: Callable[..., Bench]) -> None:
+    bench = make(max_running=8, free=True)
+    lengths = [1 + n * 7 % 25 for n in range(60)]
+    async with asyncio.timeout(DEADLINE):
+        answers = await asyncio.gather(
+            *(bench.collect(f"r{n}", length) for n, length in enumerate(lengths))
+        )
+    assert [text(events) for events in answers] == [
+        "abcdefghijklmnopqrstuvwxyz"[:length] for length in lengths
+    ]
+    for events in answers:
+        assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + ["length"]
+    await bench.held(0)
+
+
+async def test_tokens_that_a_busy_event_loop_let_pile_up_come_as_one_event(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    task = await bench.begin("a", 5)
+    await bench.held(1)
+    bench.runner.allow(5)
+    block_until(lambda: bench.loop.stats().steps == 5)
+    bench.loop.close()
+    assert await task == [TokenEvent(tuple(b"abcde"), "abcde", "length", 3)]
+
+
+async def test_a_reader_that_leaves_takes_its_sequence_out_before_the_next_step(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    stream = bench.loop.stream(request("a", 500))
+    bench.runner.allow(1)
+    assert (await anext(stream)).text == "a"
+    await stream.aclose()
+    bench.runner.allow(1)  # of the step that may be under way
+    await bench.held(0)
+    assert bench.loop.stats().kv_rows_used == 0
+    assert bench.loop.stats().steps <= 2
+
+
+async def test_a_cancelled_reader_takes_its_sequence_out(make: Callable[..., Bench]) -> None:
+    bench = make()
+    task = await bench.begin("a", 500)
+    await bench.held(1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    bench.runner.allow(1)
+    await bench.held(0)
+    assert bench.loop.stats().steps <= 1
+
+
+async def test_a_waiting_sequence_can_be_left_too(make: Callable[..., Bench]) -> None:
+    bench = make(max_running=1)
+    running = await bench.begin("a", 3)
+    waiting = await bench.begin("b", 3)
+    bench.runner.allow(1)
+    await bench.held(2)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    bench.runner.allow(2)
+    assert text(await running) == "abc"
+    await bench.held(0)
+    assert bench.loop.stats().steps == 3
+
+
+async def test_one_reader_leaving_does_not_disturb_the_others(make: Callable[..., Bench]) -> None:
+    bench = make()
+    leaving, staying = await bench.begin("a", 400), await bench.begin("b", 20)
+    bench.runner.allow(5)
+    await until(lambda: bench.loop.stats().steps == 5)
+    leaving.cancel()
+    bench.runner.allow(1_000)
+    assert text(await staying) == "abcdefghijklmnopqrst"
+    await bench.held(0)
+
+
+async def test_the_engine_serves_again_after_being_idle(make: Callable[..., Bench]) -> None:
+    bench = make(free=True)
+    for n in range(3):
+        assert text(await bench.collect(f"r{n}")) == "abcde"
+        await bench.held(0)
+    assert bench.loop.stats().steps == 15
+
+
+async def test_a_full_queue_is_told_to_the_one_who_came_too_late(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(max_running=1, max_waiting=1)
+    first = await bench.begin("a")
+    await until(lambda: bench.loop.stats().running == 1)
+    second, third = await bench.begin("b"), await bench.begin("c")
+    bench.runner.allow(1_000)
+    outcomes = await asyncio.gather(first, second, third, return_exceptions=True)
+    assert [text(o) for o in outcomes[:2]] == ["abcde", "abcde"]
+    assert isinstance(outcomes[2], Overloaded)
+    assert bench.loop.failure is None
+    await bench.held(0)
+
+
+async def test_what_can_never_fit_is_told_to_the_caller(make: Callable[..., Bench]) -> None:
+    bench = make(free=True)
+    with pytest.raises(ContextLengthExceeded):
+        await bench.collect("a", 5_000)
+    assert text(await bench.collect("b")) == "abcde"
+
+
+async def test_a_failing_step_fails_everyone_and_all_who_come_later(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(max_running=2)
+    tasks = [await bench.begin(f"r{n}", 50) for n in range(4)]
+    bench.runner.allow(2)
+    await until(lambda: bench.loop.stats().steps == 2)
+    bench.runner.fail()
+    async with asyncio.timeout(DEADLINE):
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4
+    assert "the device is gone" in str(outcomes[0])
+    assert isinstance(bench.loop.failure, RuntimeError)
+    with pytest.raises(Unavailable):
+        await bench.collect("later")
+
+
+async def test_an_answer_that_was_whole_before_the_failure_is_delivered(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    cut, whole = await bench.begin("b", 9), await bench.begin("a", 1)
+    bench.runner.allow(2)  # the first may have begun before the second request came
+    block_until(lambda: bench.loop.stats().steps == 2)
+    bench.runner.fail()
+    block_until(lambda: bench.loop.failure)
+    bench.loop.close()
+    outcomes = await asyncio.gather(whole, cut, return_exceptions=True)
+    assert isinstance(outcomes[1], Unavailable)
+    assert not isinstance(outcomes[0], Unavailable)
+    assert text(outcomes[0]) == "a"
+
+
+async def test_closing_ends_the_thread(make: Callable[..., Bench]) -> None:
+    before = threading.active_count()
+    bench = make(free=True)
+    assert threading.active_count() == before + 1
+    assert text(await bench.collect("a")) == "abcde"
+    bench.loop.close()
+    assert threading.active_count() == before
+
+
+async def test_closing_does_not_wait_for_running_answers(make: Callable[..., Bench]) -> None:
+    bench = make()
+    task = await bench.begin("a", 900)
+    closing = asyncio.create_task(asyncio.to_thread(bench.loop.close))
+
+    def closed() -> bool:
+        bench.runner.allow(1)  # step by step, as the current one may be over already
+        return closing.done()
+
+    await until(closed)
+    assert bench.loop.stats().steps < 900
+    task.cancel()

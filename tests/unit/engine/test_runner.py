@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from array import array
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from blip2_serve.engine.kv import PADDING_ROW, KvRows
+from blip2_serve.engine.runner import Runner, row_bytes
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Chunk, Sequence
+from blip2_serve.model.opt import OptDecoder
+from blip2_serve.types import SamplingParams
+
+VOCABULARY = 60
+HIDDEN = 32
+ROWS = 100
+IMAGE_TOKEN = 59
+
+
+class Model:
+    """A small random decoder and transformers' with the same weights."""
+
+    def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
+        config = OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            max_position_embeddings=64,
+            do_layer_norm_before=norm_first,
+            tie_word_embeddings=tied,
+        )
+        torch.manual_seed(0)
+        self.reference = OPTForCausalLM(config).eval().requires_grad_(False)
+        for parameter in self.reference.parameters():  # biases and norms too
+            parameter.normal_(std=0.4)
+        self.decoder = OptDecoder(config).eval().requires_grad_(False)
+        weights = self.reference.state_dict()
+        for name, tensor in self.decoder.checkpoint_tensors().items():
+            tensor.copy_(weights[name.removeprefix("language_model.")])
+
+    def runner(self) -> Runner:
+        runner = Runner(self.decoder, ROWS)
+        # Rows that were never written hold whatever was in memory; here, the worst.
+        for rows in (runner._keys, runner._values):
+            rows[:, [row for row in range(ROWS + 1) if row != PADDING_ROW]] = torch.nan
+        return runner
+
+    def logits(self, sequence: Sequence) -> Tensor:
+        """After every token of the sequence, by transformers."""
+        embeddings = self.reference.get_input_embeddings()
+        embedded = embeddings(torch.tensor(sequence.prompt + sequence.output))
+        embedded[: len(sequence.image)] = sequence.image
+        result: Tensor = self.reference(inputs_embeds=embedded[None]).logits[0]
+        return result
+
+    def check(self, runner: Runner, chunks: list[Chunk]) -> None:
+        """Runs the chunks; the logits must be transformers'."""
+        logits = runner.run(chunks)
+        expected = [self.logits(c.sequence)[-1] for c in chunks if c.completes]
+        assert logits.shape == (len(expected), VOCABULARY)
+        assert logits.dtype == torch.float32
+        if expected:
+            torch.testing.assert_close(logits, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+def sequence(
+    length: int, rows: list[int] | None = None, image: int = 0, seed: int = 0, max_tokens: int = 1
+) -> Sequence:
+    random = Random(seed)
+    prompt = [IMAGE_TOKEN] * image + [random.randrange(VOCABULARY) for _ in range(length - image)]
+    picture = torch.randn(image, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    result = Sequence(f"{seed}", prompt, picture, SamplingParams(max_tokens=max_tokens))
+    result.rows = array("q", rows or range(1, length + 1))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("norm_first", "tied"),
+    [
+        pytest.param(True, True, id="as in the released checkpoints"),
+        pytest.param(False, True, id="norms come after each block"),
+        pytest.param(True, False, id="the head has weights of its own"),
+        pytest.param(False, False, id="both"),
+    ],
+)
+def test_a_prompt_and_its_answer_have_the_logits_of_transformers(
+    norm_first: bool, tied: bool
+) -> None:
+    model = Model(norm_first, tied)
+    runner = model.runner()
+    s = sequence(9, rows=list(range(40, 60)), image=3)
+    model.check(runner, [Chunk(s, 0, 9)])
+    for token in (5, 17, 0):
+        s.output.append(token)
+        model.check(runner, [Chunk(s, s.length - 1, s.length)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 10, 11])
+def test_a_prompt_may_be_computed_in_chunks_of_any_size(model: Model, size: int) -> None:
+    runner = model.runner()
+    s = sequence(11, image=4)
+    for start in range(0, 11, size):
+        model.check(runner, [Chunk(s, start, min(start + size, 11))])
+
+
+def test_image_rows_take_the_place_of_image_tokens(model: Model) -> None:
+    with_image = sequence(8, image=4)
+    without = sequence(8, image=4)
+    without.image = torch.empty(0, HIDDEN)
+    seen = model.runner().run([Chunk(with_image, 0, 8)])
+    unseen = model.runner().run([Chunk(without, 0, 8)])
+    torch.testing.assert_close(seen[0], model.logits(with_image)[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unseen[0], model.logits(without)[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(seen, unseen, atol=0.1)
+
+
+def test_sequences_share_a_step_without_seeing_each_other(model: Model) -> None:
+    runner = model.runner()
+    short = sequence(2, rows=[1, 2, 3], image=1, seed=1)
+    long = sequence(20, rows=list(range(30, 60)), image=4, seed=2)
+    for s in (short, long):
+        model.check(runner, [Chunk(s, 0, s.length)])
+        s.output.append(11)
+    chunked = sequence(9, rows=list(range(10, 20)), image=4, seed=3)
+    tiny = sequence(1, rows=[5], seed=4)
+    whole = sequence(6, rows=[99, 4, 98, 6, 97, 7], image=2, seed=5)
+    model.check(
+        runner,
+        [
+            Chunk(short, 2, 3),
+            Chunk(long, 20, 21),
+            Chunk(chunked, 0, 5),
+            Chunk(tiny, 0, 1),
+            Chunk(whole, 0, 6),
+        ],
+    )
+    long.output.append(12)
+    model.check(runner, [Chunk(long, 21, 22), Chunk(chunked, 5, 9)])
+
+
+def test_a_last_chunk_of_one_token_may_come_after_decodes(model: Model) -> None:
+    runner = model.runner()
+    decoding = sequence(12, rows=list(range(20, 40)), seed=1)
+    prompt = sequence(4, seed=2)
+    model.check(runner, [Chunk(decoding, 0, 12), Chunk(prompt, 0, 3)])
+    decoding.output.append(3)
+    model.check(runner, [Chunk(decoding, 12, 13), Chunk(prompt, 3, 4)])
+
+
+def test_a_step_that_completes_nothing_has_no_logits(model: Model) -> None:
+    assert model.runner().run([Chunk(sequence(8), 0, 5)]).shape == (0, VOCABULARY)
+
+
+def test_rows_of_an_earlier_sequence_leave_no_trace(model: Model) -> None:
+    runner = model.runner()
+    earlier = sequence(20, image=4, seed=1)
+    model.check(runner, [Chunk(earlier, 0, 20)])
+    later = sequence(7, rows=[20, 3, 11, 1, 2, 19, 7, 8], image=2, seed=2)
+    model.check(runner, [Chunk(later, 0, 4)])
+    model.check(runner, [Chunk(later, 4, 7)])
+    later.output.append(9)
+    model.check(runner, [Chunk(later, 7, 8)])
+
+
+def test_many_sequences_through_few_rows_have_the_logits_of_transformers(model: Model) -> None:
+    random = Random(0)
+    runner = model.runner()
+    scheduler = Scheduler(KvRows(60), max_running=4, max_waiting=100, max_step_tokens=10)
+    for seed in range(25):
+        length, image = random.randint(2, 24), random.randint(0, 2)
+        s = sequence(length, image=image, seed=seed, max_tokens=random.randint(1, 10))
+        s.rows = array("q")
+        scheduler.add(s)
+    while scheduler.has_work:
+        chunks = scheduler.schedule()
+        model.check(runner, chunks)
+        scheduler.advance(chunks)
+        for s in [c.sequence for c in chunks if c.completes]:
+            s.output.append(random.randrange(VOCABULARY))
+            if len(s.output) == s.params.max_tokens:
+                scheduler.release(s, "length")
+
+
+def test_a_row_is_as_large_as_the_kv_of_one_token(model: Model) -> None:
+    runner = model.runner()
+    size = runner._keys.nbytes + runner._values.nbytes
+    assert row_bytes(model.decoder) * (ROWS + 1) == size

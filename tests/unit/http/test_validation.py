@@ -1,0 +1,125 @@
+"""pydantic's findings in words that a client understands."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from blip2_serve.errors import InvalidRequest
+from blip2_serve.http.schema import CaptionRequest, ChatRequest
+from blip2_serve.http.validation import explain
+
+
+def explained(schema: type[BaseModel], body: Any) -> InvalidRequest:
+    with pytest.raises(ValidationError) as caught:
+        schema.model_validate(body)
+    return explain(caught.value.errors(), body)
+
+
+def part(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [fields]}]}
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "param"),
+    [
+        pytest.param({}, "messages is required", "messages", id="a missing field"),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "x"}], "beam": 1},
+            "unknown parameter beam",
+            "beam",
+            id="an unknown field",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "content": "x", "mood": 1}]},
+            "unknown parameter messages[0].mood",
+            "messages",
+            id="an unknown field of a message",
+        ),
+        pytest.param(
+            part(type="image_url", image_url={}),
+            "messages[0].content[0].image_url.url is required",
+            "messages",
+            id="a missing field deep inside",
+        ),
+        pytest.param(
+            part(type="text", text="x", size=1),
+            "unknown parameter messages[0].content[0].size",
+            "messages",
+            id="an unknown field of a content part",
+        ),
+        pytest.param(
+            {"messages": [{"role": "user", "user": {"a": 1}, "content": "x"}]},
+            "unknown parameter messages[0].user",
+            "messages",
+            id="an unknown field that is called like the role",
+        ),
+        pytest.param(
+            part(type="text"),
+            "messages[0].content[0].text is required",
+            "messages",
+            id="a text part without text",
+        ),
+    ],
+)
+def test_the_message_names_the_field_with_its_place(body: Any, message: str, param: str) -> None:
+    error = explained(ChatRequest, body)
+
+    assert error.message == message
+    assert error.param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        pytest.param({"temperature": "hot"}, "temperature: ", id="a field"),
+        pytest.param({"stop": ["a", 5]}, "stop[1]: ", id="a place in a list"),
+        pytest.param(
+            {"messages": [{"role": "nobody"}]}, "messages[0]: ", id="a message of an unknown role"
+        ),
+        pytest.param(
+            part(type="image_url", image_url={"url": 5}),
+            "messages[0].content[0].image_url.url: ",
+            id="a value deep inside",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_after_the_fields_name(body: dict[str, Any], place: str) -> None:
+    good = {"messages": [{"role": "user", "content": "x"}]}
+
+    assert explained(ChatRequest, {**good, **body}).message.startswith(place)
+
+
+def test_of_several_errors_the_deepest_is_told() -> None:
+    body = {"temperature": "hot", **part(type="text", text=5)}
+
+    assert explained(ChatRequest, body).message.startswith("messages[0].content[0].text: ")
+
+
+def test_our_own_checks_are_told_without_pydantics_prefix() -> None:
+    error = explained(CaptionRequest, {"image": "x", "stop": ["x"] * 17})
+
+    assert error.message == "stop: at most 16 stop strings"
+
+
+def test_a_body_that_is_not_json_is_told_so() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CaptionRequest.model_validate_json("{")
+    error = explain(caught.value.errors(), None)
+
+    assert error.message.startswith("the body is not JSON: ")
+    assert error.param is None
+
+
+def test_no_errors_still_make_an_error() -> None:
+    assert explain([], None).status == 400
+
+
+def test_the_explanation_never_repeats_the_body() -> None:
+    secret = "do not log me"
+    error = explained(CaptionRequest, {"image": "x", "max_tokens": [secret]})
+
+    assert secret not in json.dumps(error.body())

@@ -1,0 +1,184 @@
+"""Images become the pixels that transformers' processor gives, whatever file they come in."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photographs
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+from blip2_serve.errors import InvalidImage, StartupError
+from blip2_serve.model import processor as module
+from blip2_serve.model.processor import DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE, ImageProcessor
+from blip2_serve.model.source import DEMO_FOLDER
+
+NORMALISED_TOLERANCE = 1e-6
+
+
+def processor(size: int = 224) -> ImageProcessor:
+    loaded = ImageProcessor.load(DEMO_FOLDER)
+    return ImageProcessor((size, size), loaded.mean, loaded.std, loaded.rescale, loaded.resample)
+
+
+def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+PHOTOGRAPHS = {
+    "astronaut": photographs.astronaut(),
+    "cat": photographs.chelsea(),
+    "coffee": photographs.coffee(),
+    "rocket": photographs.rocket(),
+}
+
+
+@pytest.mark.parametrize("size", [224, 364])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_normalised_pixels_equal_the_transformers_processors(name: str, size: int) -> None:
+    image = Image.fromarray(PHOTOGRAPHS[name])
+    own = processor(size)
+    pixels = own.pixels(file_of(image))
+    assert pixels.shape == (3, size, size)
+    assert pixels.dtype == np.uint8
+    mean, std = (np.float32(v).reshape(3, 1, 1) for v in (own.mean, own.std))
+    normalised = (pixels.astype(np.float32) * np.float32(own.rescale) - mean) / std
+    reference = BlipImageProcessorPil(size={"height": size, "width": size})
+    wanted = reference(image, return_tensors="np")["pixel_values"][0]
+    assert np.abs(normalised - wanted).max() <= NORMALISED_TOLERANCE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(orientation: int) -> None:
+    stored = Image.fromarray(PHOTOGRAPHS["cat"]).resize((90, 60))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = {
+        1: lambda i: i,
+        2: lambda i: i.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        3: lambda i: i.transpose(Image.Transpose.ROTATE_180),
+        4: lambda i: i.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
+        5: lambda i: i.transpose(Image.Transpose.TRANSPOSE),
+        6: lambda i: i.transpose(Image.Transpose.ROTATE_270),
+        7: lambda i: i.transpose(Image.Transpose.TRANSVERSE),
+        8: lambda i: i.transpose(Image.Transpose.ROTATE_90),
+    }[orientation](stored)
+    assert np.array_equal(
+        processor().pixels(file_of(stored, exif=exif)), processor().pixels(file_of(upright))
+    )
+
+
+@pytest.mark.parametrize(
+    "mode", ["RGBA", "LA", "P with a transparent colour", "RGB with a transparent colour"]
+)
+def test_what_is_transparent_becomes_white(mode: str) -> None:
+    # The left half is transparent, the right half a dark grey.
+    grey = Image.new("L", (64, 64), 40)
+    if mode in ("RGBA", "LA"):
+        alpha = Image.new("L", (64, 64), 0)
+        alpha.paste(255, (32, 0, 64, 64))
+        image = grey.convert("RGB" if mode == "RGBA" else "L")
+        image.putalpha(alpha)
+        data = file_of(image)
+    else:
+        grey.paste(200, (0, 0, 32, 64))
+        rgb = grey.convert("RGB")
+        data = (
+            file_of(rgb, transparency=(200, 200, 200))
+            if mode.startswith("RGB")
+            else file_of(rgb.quantize(2), transparency=_index_of(rgb.quantize(2), 200))
+        )
+    pixels = processor(64).pixels(data)
+    assert pixels[:, 32, 8].tolist() == [255, 255, 255]
+    assert pixels[:, 32, 56].tolist() == [40, 40, 40]
+
+
+def _index_of(image: Image.Image, grey: int) -> int:
+    palette = image.getpalette()
+    assert palette is not None
+    return palette[::3].index(grey)
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_to_8_bits_not_clipped(format: str) -> None:
+    grey = (
+        np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16).repeat(16, 0).repeat(16, 1)
+    )
+    pixels = processor(32).pixels(file_of(Image.fromarray(grey), format))
+    corners = pixels[0, [4, 4, 28, 28], [4, 28, 4, 28]]
+    assert corners.tolist() == [0, 100, 200, 255]
+
+
+@pytest.mark.parametrize("size", [224, 364])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+@pytest.mark.parametrize("scale", [4, 9])
+def test_draft_decoding_of_large_jpegs_stays_within_the_stated_tolerance(
+    name: str, size: int, scale: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = Image.fromarray(PHOTOGRAPHS[name])
+    large = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.LANCZOS)
+    data = file_of(large, "JPEG", quality=90)
+    drafted = processor(size).pixels(data).astype(int)
+    monkeypatch.setattr(module, "DRAFT_OVERSAMPLING", 1_000)  # never
+    whole = processor(size).pixels(data).astype(int)
+    assert np.abs(drafted - whole).max() <= DRAFT_TOLERANCE
+    assert np.abs(drafted - whole).mean() <= DRAFT_MEAN_TOLERANCE
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    original = module._to_rgb
+    monkeypatch.setattr(module, "_to_rgb", lambda i: decoded.append(i.size) or original(i))
+    processor(224).pixels(file_of(Image.new("RGB", (4000, 3000)), "JPEG"))
+    processor(224).pixels(file_of(Image.new("RGB", (800, 600)), "JPEG"))
+    assert decoded == [(2000, 1500), (800, 600)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"I am a PNG", id="text"),
+        pytest.param(b"%PDF-1.7 ...", id="a PDF"),
+        pytest.param(file_of(Image.new("RGB", (99, 99)), "PPM"), id="a format not accepted"),
+        *(
+            pytest.param(
+                file_of(Image.fromarray(PHOTOGRAPHS["cat"]), kind)[:3000], id=f"half a {kind}"
+            )
+            for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
+        ),
+    ],
+)
+def test_what_is_no_whole_image_is_an_invalid_image(data: bytes) -> None:
+    with pytest.raises(InvalidImage):
+        processor().pixels(data)
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    bomb = file_of(Image.new("1", (20_000, 20_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(InvalidImage, match="pixels"):
+        processor().pixels(bomb)
+
+
+def test_the_older_config_file_is_read_too(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"size": {"height": 364, "width": 364}, "image_mean": [0.5, 0.5, 0.5]})
+    )
+    loaded = ImageProcessor.load(tmp_path)
+    assert loaded.size == (364, 364)
+    assert loaded.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("config", [{"do_center_crop": True}, {"do_resize": False}])
+def test_a_processor_with_other_steps_is_refused(config: dict[str, bool], tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError):
+        ImageProcessor.load(tmp_path)

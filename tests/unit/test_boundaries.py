@@ -1,0 +1,158 @@
+"""Which module may know of what: read from the source's imports, late ones included."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import blip2_serve
+
+PACKAGE = "blip2_serve"
+ROOT = Path(blip2_serve.__file__).parent
+WEB = {"fastapi", "starlette", "pydantic"}
+
+
+def imports_of(source: str, module: str) -> set[str]:
+    """Dotted names that a module's source imports, anywhere in it.
+
+    `from a import b` yields both "a" and "a.b", since b may be a module.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, base] if base else parents)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def modules_under(*places: str) -> dict[str, Path]:
+    """Modules by dotted name; a place is a folder or a file of the package."""
+    paths: list[Path] = []
+    for place in places:
+        path = ROOT / place
+        assert path.exists(), path
+        paths += sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return {name_of(path): path for path in paths}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+ALL = modules_under(".")
+
+
+def reached_by(module: str, sources: dict[str, str]) -> set[str]:
+    """Outside packages that a module imports, itself or through this package's other modules."""
+    outside: set[str] = set()
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in sources:
+            continue
+        seen.add(name)
+        waiting += [name.rpartition(".")[0]]  # importing a.b runs a's __init__ too
+        for imported in imports_of(sources[name], name):
+            top = imported.partition(".")[0]
+            if top == PACKAGE:
+                waiting.append(imported)
+            else:
+                outside.add(top)
+    return outside
+
+
+SOURCES = {name: path.read_text() for name, path in ALL.items()}
+
+
+@pytest.mark.parametrize("module", modules_under("engine", "model"))
+def test_engine_and_model_know_neither_ray_nor_http(module: str) -> None:
+    assert not reached_by(module, SOURCES) & {"ray", *WEB}
+
+
+TORCH_FREE_ENGINE = ("scheduler", "sequence", "kv", "detokenizer", "engine")
+
+
+@pytest.mark.parametrize("module", [f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE])
+def test_the_engines_bookkeeping_reaches_no_torch(module: str) -> None:
+    assert module in SOURCES
+    assert "torch" not in reached_by(module, SOURCES)
+
+
+@pytest.mark.parametrize("module", modules_under("http"))
+def test_http_reaches_neither_ray_nor_torch(module: str) -> None:
+    assert not reached_by(module, SOURCES) & {"ray", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("module", modules_under("model/processor.py", "model/source.py"))
+def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
+    assert not reached_by(module, SOURCES) & {"torch", "transformers"}
+
+
+MAY_KNOW_RAY = ("app", "metrics", "cli", "deployments")
+
+
+def test_only_the_deployments_and_what_starts_them_know_ray() -> None:
+    knowing = {
+        name.removeprefix(f"{PACKAGE}.").partition(".")[0]
+        for name, source in SOURCES.items()
+        if any(imported.partition(".")[0] == "ray" for imported in imports_of(source, name))
+    }
+
+    assert knowing <= set(MAY_KNOW_RAY)
+
+
+def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
+    """The same once more for real: what other packages import counts here too."""
+    modules = [
+        f"{PACKAGE}.http.api",
+        f"{PACKAGE}.model.processor",
+        f"{PACKAGE}.model.source",
+        *(f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE),
+    ]
+    code = f"import sys, {', '.join(modules)}; print(sys.modules.keys() & {{'ray', 'torch'}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("import torch", id="a plain import"),
+        pytest.param("import torch.nn.functional as F", id="an import of a part, renamed"),
+        pytest.param("from torch.nn import Linear", id="an import from a part"),
+        pytest.param("def f():\n    import torch", id="a late import"),
+        pytest.param("from . import heavy", id="through a relative import"),
+        pytest.param("from .heavy import x", id="through a relative import's name"),
+        pytest.param("from blip2_serve.model import heavy", id="through a module of the package"),
+        pytest.param("import blip2_serve.middle", id="through two modules of the package"),
+        pytest.param("import blip2_serve.heavy_package.light", id="through a package's __init__"),
+    ],
+)
+def test_the_check_finds_a_violation(source: str) -> None:
+    made_up = {
+        "blip2_serve.model.light": source,
+        "blip2_serve.model.heavy": "import torch",
+        "blip2_serve.middle": "from blip2_serve.model.heavy import x",
+        "blip2_serve.heavy_package": "import torch",
+        "blip2_serve.heavy_package.light": "",
+    }
+
+    assert "torch" in reached_by("blip2_serve.model.light", made_up)
+
+
+def test_the_check_finds_no_violation_where_there_is_none() -> None:
+    made_up = {"blip2_serve.light": "import torchless, json\nfrom blip2_serve.types import x"}
+
+    assert reached_by("blip2_serve.light", made_up) == {"torchless", "json"}

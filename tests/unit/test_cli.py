@@ -1,0 +1,130 @@
+"""What the operator sees when `blip2-serve up` cannot start: one line that says what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import Blip2Config
+
+COMMAND = Path(sys.executable).parent / "blip2-serve"
+
+
+def up(*arguments: str) -> str:
+    """The one line that `up` leaves on standard error when it gives up."""
+    done = subprocess.run(
+        [COMMAND, "up", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("blip2-serve: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As much of a checkpoint as is looked at before anything is started."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    Blip2Config(
+        vision_config={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1},
+        qformer_config={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1},
+        text_config={
+            "model_type": "opt",
+            "hidden_size": 8,
+            "word_embed_proj_dim": 8,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 1,
+            "max_position_embeddings": 64,
+        },
+        num_query_tokens=4,
+        image_token_index=5,
+    ).save_pretrained(folder)
+    size = {"height": 28, "width": 28}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    return folder
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use_is_told_with_the_flag_that_changes_it(
+    checkpoint: Path, taken_port: int
+) -> None:
+    line = up("--model", str(checkpoint), "--device", "cpu", "--port", str(taken_port))
+
+    assert str(taken_port) in line
+    assert "--port" in line
+
+
+def test_a_missing_folder_is_told_with_what_could_be_given(tmp_path: Path) -> None:
+    line = up("--model", str(tmp_path / "absent"))
+
+    assert str(tmp_path / "absent") in line
+    assert "hub id" in line
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        pytest.param({"model_type": "bert"}, "bert", id="another model"),
+        pytest.param(
+            {"model_type": "blip-2", "text_config": {"model_type": "t5"}},
+            "only OPT",
+            id="another language model",
+        ),
+    ],
+)
+def test_a_folder_of_another_model_is_told_apart(
+    tmp_path: Path, config: dict[str, object], told: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = up("--model", str(tmp_path))
+
+    assert str(tmp_path) in line
+    assert told in line
+
+
+def test_a_missing_gpu_is_told_with_the_flag_to_do_without(checkpoint: Path) -> None:
+    line = up("--model", str(checkpoint), "--device", "cuda")
+
+    assert "CUDA" in line
+    assert "--device cpu" in line
+
+
+def test_an_unknown_dtype_is_told_with_those_that_exist() -> None:
+    line = up("--dtype", "float8")
+
+    assert "dtype" in line
+    assert "bfloat16" in line
+
+
+def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("generator:\n  max_runing: 4\n")
+
+    assert "generator.max_runing" in up("--config", str(file))
+
+
+def test_more_positions_than_the_model_has_are_told_with_how_many_it_has(checkpoint: Path) -> None:
+    line = up("--model", str(checkpoint), "--device", "cpu", "--max-model-len", "65")
+
+    assert "65" in line
+    assert "64" in line

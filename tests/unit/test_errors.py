@@ -1,0 +1,90 @@
+"""The error hierarchy: what HTTP says of each class, and that it survives the way between
+processes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from blip2_serve.errors import (
+    Blip2ServeError,
+    ContextLengthExceeded,
+    InvalidImage,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+    RequestTooLarge,
+    StartupError,
+    Unavailable,
+)
+
+HTTP = {
+    Blip2ServeError: (500, "server_error", None),
+    InvalidRequest: (400, "invalid_request_error", None),
+    InvalidImage: (400, "invalid_request_error", "invalid_image"),
+    ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    RequestTooLarge: (413, "invalid_request_error", "request_too_large"),
+    Unavailable: (503, "server_error", "unavailable"),
+    Overloaded: (503, "server_error", "overloaded"),
+}
+
+
+def classes(base: type[Blip2ServeError]) -> Iterator[type[Blip2ServeError]]:
+    yield base
+    for derived in base.__subclasses__():
+        yield from classes(derived)
+
+
+ALL = list(classes(Blip2ServeError))
+
+
+def test_every_error_is_known_here() -> None:
+    assert set(ALL) == {*HTTP, StartupError}
+
+
+@pytest.mark.parametrize("kind", HTTP)
+def test_an_error_knows_its_status_and_its_openai_body(kind: type[Blip2ServeError]) -> None:
+    status, type_, code = HTTP[kind]
+    error = kind("it is wrong", "field")
+
+    assert error.status == status
+    assert error.body() == {
+        "error": {"message": "it is wrong", "type": type_, "param": "field", "code": code}
+    }
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    "passed_on",
+    [
+        pytest.param(lambda e: pickle.loads(pickle.dumps(e)), id="pickled"),
+        pytest.param(copy.copy, id="copied"),
+    ],
+)
+def test_an_error_survives_the_way_between_processes(
+    kind: type[Blip2ServeError], passed_on: Callable[[Blip2ServeError], Blip2ServeError]
+) -> None:
+    error = kind("it is wrong", "field")
+    error.param, error.status = "other field", 418
+    arrived = passed_on(error)
+
+    assert type(arrived) is kind
+    assert arrived.status == 418
+    assert arrived.param == "other field"
+    assert arrived.message == "it is wrong"
+    assert arrived.body() == error.body()
+
+
+def test_a_status_set_on_one_error_is_not_that_of_the_next() -> None:
+    InvalidRequest("one").status = 405
+
+    assert InvalidRequest("two").status == 400
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_error_reads_as_its_message(kind: type[Blip2ServeError]) -> None:
+    assert str(kind("it is wrong", "field")) == "it is wrong"
