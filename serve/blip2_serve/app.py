@@ -4,6 +4,7 @@
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve import Application
 
@@ -12,10 +13,9 @@ from blip2_serve.deployments.encoder import Encoder
 from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.ingress import Ingress
 from blip2_serve.deployments.preprocessor import Preprocessor
-from blip2_serve.errors import StartupError
 
-# How two stages share one GPU; the language model is the larger by far.
-ENCODER_GPU_SHARE, GENERATOR_GPU_SHARE = 0.3, 0.7
+# How encoder and generator share one GPU; the language model is the larger by far.
+GPU_SHARES = (0.3, 0.7)
 
 # Threads that spin while they wait for each other take the cores from other replicas: two torch
 # processes on two cores then slow each other several times over.
@@ -24,15 +24,10 @@ REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 def build(config: AppConfig) -> Application:
     """The application of a configuration, for `serve.run`, `serve run` and `serve deploy`."""
-    gpus = cluster_gpus()
-    device = resolve_device(config.device, gpus)
-    encoder_gpu, generator_gpu = (
-        (0.0, 0.0)
-        if device == "cpu"
-        else (1.0, 1.0)
-        if gpus >= 2
-        else (ENCODER_GPU_SHARE, GENERATOR_GPU_SHARE)
-    )
+    gpus = visible_gpus()
+    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
+    # With none to be seen yet (an autoscaled cluster), each replica asks for a whole one.
+    encoder_gpu, generator_gpu = (0, 0) if device == "cpu" else GPU_SHARES if gpus == 1 else (1, 1)
 
     preprocessor = _place(Preprocessor, config.preprocessor).bind(config)
     encoder = _place(Encoder, config.encoder, encoder_gpu).bind(config, device)
@@ -40,23 +35,11 @@ def build(config: AppConfig) -> Application:
     return _place(Ingress, config.ingress).bind(config, preprocessor, encoder, generator)
 
 
-def cluster_gpus() -> float:
-    return ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-
-
-def resolve_device(device: str, gpus: float) -> str:
-    """ "auto" is the GPU where the cluster has one.
-
-    Raises:
-        StartupError: a GPU is asked for and there is none.
-    """
-    if device == "auto":
-        return "cuda" if gpus else "cpu"
-    if device == "cuda" and not gpus:
-        raise StartupError(
-            "no CUDA device in this Ray cluster: use --device cpu, or add a GPU node"
-        )
-    return device
+def visible_gpus() -> float:
+    """GPUs of the cluster or, since `serve run` builds before it connects, of this machine."""
+    if ray.is_initialized():
+        return float(ray.cluster_resources().get("GPU", 0))
+    return torch.cuda.device_count()
 
 
 def _place(deployment: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deployment:

@@ -7,8 +7,10 @@ As BLIP-2 itself was, it is trained in stages, each on the frozen results of the
 2. *ask*: query tokens and Q-Former, on the ViT's outputs computed once. The same kind of heads read
    one quarter off each of the first four queries, the background and the number off the next two.
 3. *speak*: projection and OPT, on the Q-Former's outputs computed once. Texts are captions and
-   chats of one to four turns in the prompt formats that the server writes; the loss counts answers
-   only, and the newline that ends the last one.
+   chats in the prompt formats that the server writes; the loss counts answers only, and the newline
+   that ends the last one.
+4. *answer*: the same with more questions, since those that name a shape ("where is the circle?")
+   are learned last.
 
 Only scenes with seeds from `scenes.FIRST_TRAINING_SEED` upwards are drawn. The result is a plain
 transformers checkpoint (`Blip2ForConditionalGeneration` and `Blip2Processor`) in float16.
@@ -54,7 +56,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=40_960, help="training scenes")
     parser.add_argument("--see-steps", type=int, default=2_800)
     parser.add_argument("--ask-steps", type=int, default=1_500)
-    parser.add_argument("--speak-steps", type=int, default=3_000)
+    parser.add_argument("--speak-steps", type=int, default=1_500)
+    parser.add_argument("--answer-steps", type=int, default=2_000)
     parser.add_argument("--eval-scenes", type=int, default=400, help="held-out scenes, from seed 0")
     args = parser.parse_args()
 
@@ -70,12 +73,18 @@ def main() -> None:
     drawn = [scenes.sample(scenes.FIRST_TRAINING_SEED + i) for i in range(args.scenes)]
     pixels = torch.stack([pixels_of(scene) for scene in drawn])
     log(f"drew {len(drawn):,} scenes")
-    see(model, drawn, pixels, args.see_steps, log)
+    stage(args.out / "see.pt", model, lambda: see(model, drawn, pixels, args.see_steps, log))
     seen = vision_outputs(model, pixels)
-    ask(model, drawn, seen, args.ask_steps, log)
+    stage(args.out / "ask.pt", model, lambda: ask(model, drawn, seen, args.ask_steps, log))
     answers = query_outputs(model, seen)
-    del pixels, seen
-    speak(model, processor.tokenizer, drawn, answers, args.speak_steps, log)
+    write = Writer(processor.tokenizer, captions=0.4, questions=3)
+    stage(
+        args.out / "speak.pt",
+        model,
+        lambda: speak(model, write, drawn, answers, args.speak_steps, "speak", log),
+    )
+    write = Writer(processor.tokenizer, captions=0.2, questions=6)
+    speak(model, write, drawn, answers, args.answer_steps, "answer", log)
 
     model.half().save_pretrained(args.out)
     processor.save_pretrained(args.out)
@@ -84,11 +93,20 @@ def main() -> None:
     log(f"held out, greedy, float32: {evaluate(model, processor, held_out)}")
 
 
+def stage(result: Path, model: nn.Module, train: Callable[[], None]) -> None:
+    """Trains and keeps the result; a run that was broken off goes on behind its last stage."""
+    if result.exists():
+        model.load_state_dict(torch.load(result))
+    else:
+        train()
+        torch.save(model.state_dict(), result)
+
+
 class Log:
-    """Prints lines with the seconds since the start, and keeps them in a file."""
+    """Prints lines with the seconds since the start, and adds them to a file."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("w", buffering=1)
+        self._file = path.open("a", buffering=1)
         self._start = time.monotonic()
 
     def __call__(self, message: str) -> None:
@@ -321,14 +339,14 @@ def query_outputs(model: Blip2ForConditionalGeneration, features: Tensor) -> Ten
 
 def speak(
     model: Blip2ForConditionalGeneration,
-    tokenizer: GPT2Tokenizer,
+    write: Writer,
     drawn: list[scenes.Scene],
     features: Tensor,
     steps: int,
+    name: str,
     log: Log,
 ) -> None:
-    rng = random.Random(SEED)
-    write = Writer(tokenizer, rng)
+    """Trains projection and OPT on the Q-Former's outputs `features` [N, QUERIES, width]."""
     embed = model.get_input_embeddings()
 
     def loss_of(batch: Tensor) -> tuple[Tensor, float]:
@@ -349,14 +367,19 @@ def speak(
         return loss, 1 - wrong.any(1).float().mean().item()
 
     parameters = [*model.language_projection.parameters(), *model.language_model.parameters()]
-    optimise(parameters, loss_of, len(drawn), batch_size=128, steps=steps, name="speak", log=log)
+    optimise(parameters, loss_of, len(drawn), batch_size=128, steps=steps, name=name, log=log)
 
 
 class Writer:
-    """Scene -> (token ids from BOS on, targets: the id where it counts, else IGNORE)."""
+    """Scene -> (token ids from BOS on, targets: the id where it counts, else IGNORE).
 
-    def __init__(self, tokenizer: GPT2Tokenizer, rng: random.Random) -> None:
-        self._rng = rng
+    `captions` is their share of the texts; the others ask up to so many `questions`.
+    """
+
+    def __init__(self, tokenizer: GPT2Tokenizer, *, captions: float, questions: int) -> None:
+        self._rng = random.Random(SEED)
+        self._captions = captions
+        self._questions = questions
         self._encode: Callable[[str], list[int]] = lambda text: tokenizer(
             text, add_special_tokens=False
         )["input_ids"]
@@ -370,14 +393,14 @@ class Writer:
         return ids, targets
 
     def _pieces(self, scene: scenes.Scene) -> list[tuple[str, bool]]:
-        if self._rng.random() < 0.4:
+        if self._rng.random() < self._captions:
             if self._rng.random() < 0.3:
                 return [("a photo of", False), (f" {scene.caption}\n", True)]
             return [(f"{scene.caption}\n", True)]
         if self._rng.random() < 0.4:
             turns = scene.chat
         else:
-            turns = self._rng.sample(scene.questions, self._rng.choice((1, 2, 3)))
+            turns = self._rng.sample(scene.questions, min(self._questions, len(scene.questions)))
         turns = turns[: self._rng.randint(1, len(turns))]
         word = "Short answer" if len(turns) == 1 and self._rng.random() < 0.3 else "Answer"
         pieces = []

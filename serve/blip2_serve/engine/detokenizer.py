@@ -28,6 +28,7 @@ class Detokenizer:
         self._context = 0  # decoding starts here
         self._read = 0  # tokens before this one have been turned into text
         self._held = ""  # decoded, but could be the beginning of a stop string
+        self._early = 0  # so much of it came when no stop string could end yet
         self.stopped = False
 
     def push(self, token: int, may_stop: bool = True) -> str:
@@ -37,7 +38,9 @@ class Detokenizer:
         """
         self._ids.append(token)
         self._held += self._new_text()
-        if may_stop and self._cut_at_stop():
+        if not may_stop:
+            self._early = len(self._held)
+        elif self._cut_at_stop():
             return self._release(0)
         return self._release(self._begun_stop())
 
@@ -45,6 +48,7 @@ class Detokenizer:
         """The rest, once no token follows; half a character comes out as U+FFFD."""
         if not self.stopped:
             self._held += self._new_text(final=True)
+            self._cut_at_stop()
         return self._release(0)
 
     def _new_text(self, final: bool = False) -> str:
@@ -57,7 +61,8 @@ class Detokenizer:
         return text[len(known) :]
 
     def _cut_at_stop(self) -> bool:
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        starts = (self._held.find(s, max(0, self._early - len(s) + 1)) for s in self._stop)
+        found = [at for at in starts if at >= 0]
         if found:
             self._held = self._held[: min(found)]
             self.stopped = True
@@ -74,4 +79,5 @@ class Detokenizer:
     def _release(self, keep: int) -> str:
         split = len(self._held) - keep
         text, self._held = self._held[:split], self._held[split:]
+        self._early = max(0, self._early - split)
         return text

@@ -109,6 +109,8 @@ class Engine:
                 reason = "length"
         if reason:
             text += detokenizer.close()
+            if detokenizer.stopped:  # maybe only by the very last half of a character
+                reason = "stop"
             self._release(sequence, reason)
         return TokenEvent((token,), text, reason, len(sequence.prompt))
 

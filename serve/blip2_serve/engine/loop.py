@@ -53,17 +53,13 @@ class EngineLoop:
         finished = False
         try:
             while not finished:
-                item = await queue.get()
-                while isinstance(item, TokenEvent) and not queue.empty():
-                    later = queue.get_nowait()
-                    if isinstance(later, Blip2ServeError):
-                        raise later
-                    item += later
-                if isinstance(item, Blip2ServeError):
+                event, failure = _take_all(await queue.get(), queue)
+                if event is not None:
+                    finished = event.finish_reason is not None
+                    yield event
+                if failure is not None and not finished:
                     finished = True  # nothing is left to abort
-                    raise item
-                finished = item.finish_reason is not None
-                yield item
+                    raise failure
         finally:
             del self._queues[sequence.id]
             if not finished:
@@ -140,3 +136,16 @@ class EngineLoop:
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"the generation engine has failed ({self.failure}); try again")
+
+
+def _take_all(
+    item: _Item, queue: asyncio.Queue[_Item]
+) -> tuple[TokenEvent | None, Blip2ServeError | None]:
+    """The item and all that is waiting behind it: tokens as one event, and the error at the end."""
+    event: TokenEvent | None = None
+    while isinstance(item, TokenEvent):
+        event = item if event is None else event + item
+        if queue.empty():
+            return event, None
+        item = queue.get_nowait()
+    return event, item

@@ -54,7 +54,9 @@ def uniform(seed: int, position: int) -> float:
 def _draw(row: Tensor, sequence: Sequence) -> int:
     """One token by inverting the cumulative distribution at a keyed uniform number."""
     params = sequence.params
-    scores = row.double().cpu() / params.temperature
+    # Less the largest, or a tiny temperature would make them infinite.
+    scores = row.double().cpu()
+    scores = (scores - scores.max()) / params.temperature
     if 0 < params.top_k < len(scores):
         smallest_kept = scores.topk(params.top_k).values[-1]
         scores[scores < smallest_kept] = -torch.inf

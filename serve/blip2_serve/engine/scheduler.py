@@ -48,7 +48,8 @@ class Scheduler:
                 f"for {self.kv.total}",
                 "max_tokens",
             )
-        if len(self.waiting) >= self._max_waiting:
+        free_places = self._max_running - len(self.running)  # filled by the next step
+        if len(self.waiting) >= self._max_waiting + free_places:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(sequence)
 

@@ -51,7 +51,7 @@ class GenerationFields(_Strict):
     top_k: int | None = Field(None, ge=-1, description="0 or -1 keep every token")
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: StopString | list[StopString] | None = None
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     # Accepted with the one value that changes nothing.

@@ -193,7 +193,7 @@ def test_aborting_what_has_ended_or_never_was_is_no_error() -> None:
 
 
 def test_a_refused_sequence_leaves_nothing() -> None:
-    bench = Bench(rows=10, max_waiting=1)
+    bench = Bench(rows=10, max_running=1, max_waiting=0)
     with pytest.raises(ContextLengthExceeded):
         bench.add("large", "cat", prompt=11)
     bench.add("a", "cat")

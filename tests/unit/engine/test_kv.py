@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from array import array
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def test_rows_given_back_are_the_next_to_be_taken() -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=40), st.randoms(use_true_random=False))
-def test_rows_are_conserved(counts: list[int], random) -> None:  # type: ignore[no-untyped-def]
+def test_rows_are_conserved(counts: list[int], random: Random) -> None:
     kv = KvRows(12)
     held: list[array[int]] = []
     for count in counts:

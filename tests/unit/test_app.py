@@ -1,0 +1,74 @@
+"""Placement: what each stage's replicas ask for, by device and by the GPUs there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from blip2_serve import app
+from blip2_serve.config import AppConfig
+
+
+def placements(
+    config: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """Deployment name -> options, from the graph that is built where so many GPUs are seen."""
+    monkeypatch.setattr(app, "visible_gpus", lambda: gpus)
+    placed: dict[str, Any] = {}
+    original = app._place
+
+    def recording(*args: Any) -> Any:
+        deployment = original(*args)
+        placed[deployment.name] = deployment
+        return deployment
+
+    monkeypatch.setattr(app, "_place", recording)
+    app.build(AppConfig.model_validate(config))
+    return placed
+
+
+@pytest.mark.parametrize(
+    ("config", "gpus", "shares"),
+    [
+        pytest.param({}, 0, (0, 0), id="no GPU: none is asked for"),
+        pytest.param({}, 1, (0.3, 0.7), id="one GPU: encoder and generator share it"),
+        pytest.param({}, 4, (1, 1), id="several GPUs: a whole one for each replica"),
+        pytest.param({"device": "cpu"}, 4, (0, 0), id="CPU wanted where there are GPUs"),
+        pytest.param({"device": "cuda"}, 0, (1, 1), id="GPUs wanted that are still to come"),
+        pytest.param(
+            {"encoder": {"num_gpus": 0.5}, "generator": {"num_gpus": 2}},
+            4,
+            (0.5, 2),
+            id="the configuration's own numbers win",
+        ),
+    ],
+)
+def test_gpus_are_shared_out(
+    config: dict[str, Any], gpus: int, shares: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = placements(config, gpus, monkeypatch)
+    asked = [placed[name].ray_actor_options["num_gpus"] for name in ("Encoder", "Generator")]
+    assert tuple(asked) == shares
+    assert placed["Preprocessor"].ray_actor_options["num_gpus"] == 0
+
+
+def test_the_default_replicas_fit_one_core_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = placements({}, 0, monkeypatch)
+    assert set(placed) == {"Ingress", "Preprocessor", "Encoder", "Generator"}
+    assert sum(d.ray_actor_options["num_cpus"] for d in placed.values()) <= 1
+
+
+def test_each_stage_takes_replicas_or_autoscaling_and_resources_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {
+        "preprocessor": {"num_replicas": 3, "resources": {"decode": 1}},
+        "generator": {"autoscaling": {"min_replicas": 1, "max_replicas": 4}},
+    }
+    placed = placements(config, 0, monkeypatch)
+    assert placed["Preprocessor"].num_replicas == 3
+    assert placed["Preprocessor"].ray_actor_options["resources"] == {"decode": 1}
+    assert placed["Encoder"].num_replicas == 1
+    scaling = placed["Generator"]._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
