@@ -41,6 +41,7 @@ class Recipe:
     tied: bool = True
     eos: int | list[int] | None = None  # by default the newline token
     layout: Literal["single", "sharded", "bin"] = "single"
+    shard_size: str = "200KB"
     text: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +58,7 @@ def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
         case "single":
             model.save_pretrained(folder)
         case "sharded":
-            model.save_pretrained(folder, max_shard_size="200KB")
+            model.save_pretrained(folder, max_shard_size=recipe.shard_size)
         case "bin":
             _save_as_bin(model, folder)
     processor.save_pretrained(folder)

@@ -18,11 +18,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LoadReport:
-    """What loading cost: seconds, and growth of this process's anonymous memory in bytes."""
+    """What loading a part of the model took."""
 
     tensor_bytes: int = 0
     seconds: float = 0.0
-    rss_anon_growth: int = 0
+    rss_anon_before: int = 0
+
+    def stats(self) -> dict[str, float]:
+        """Bytes of the tensors, seconds, and growth of this process's memory since before, now."""
+        return {
+            "tensor_bytes": self.tensor_bytes,
+            "load_seconds": self.seconds,
+            "rss_anon_growth": memory.rss_anon() - self.rss_anon_before,
+        }
 
 
 def prepare(device: str, threads: int | None) -> torch.device:
@@ -35,17 +43,16 @@ def prepare(device: str, threads: int | None) -> torch.device:
 @contextmanager
 def measured_loading(what: str) -> Iterator[LoadReport]:
     """Measures the block and logs it; the block sets `tensor_bytes`."""
-    report = LoadReport()
-    start, before = time.monotonic(), memory.rss_anon()
+    start = time.monotonic()
+    report = LoadReport(rss_anon_before=memory.rss_anon())
     yield report
     report.seconds = time.monotonic() - start
-    report.rss_anon_growth = memory.rss_anon() - before
     logger.info(
-        "loaded %s: %.2f GB in %.1f s, anonymous memory grew by %.2f GB",
+        "loaded %s: %.2f GB in %.1f s, memory grew by %.2f GB",
         what,
         report.tensor_bytes / 1e9,
         report.seconds,
-        report.rss_anon_growth / 1e9,
+        report.stats()["rss_anon_growth"] / 1e9,
     )
 
 

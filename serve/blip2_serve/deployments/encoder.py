@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class Encoder:
 
     async def stats(self) -> dict[str, Any]:
         """Images and batches since the start, and what loading cost."""
-        return {"images": self._images, "batches": self._batches, **asdict(self._loading)}
+        return {"images": self._images, "batches": self._batches, **self._loading.stats()}
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0)
     async def _encode_waiting(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:

@@ -86,7 +86,7 @@ class Generator:
 
     async def stats(self) -> dict[str, Any]:
         """The engine's state, and what loading cost."""
-        return {**asdict(self._loop.stats()), **asdict(self._loading)}
+        return {**asdict(self._loop.stats()), **self._loading.stats()}
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine has failed is replaced."""

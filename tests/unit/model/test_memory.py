@@ -1,0 +1,71 @@
+"""Loading takes the memory of a stage's own tensors, in the dtype asked for, and no more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from blip2_serve.model import memory
+from support.checkpoints import Recipe, write_checkpoint
+
+ALLOWED = 1.25
+
+# In a process of its own: what other tests have allocated and freed would hide the growth.
+SCRIPT = """
+import json, sys, torch
+from blip2_serve.model import memory
+from blip2_serve.model.checkpoint import open_checkpoint
+from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.vision import ImageEncoder
+
+half, folder = sys.argv[1:]
+checkpoint, cpu = open_checkpoint(folder), torch.device("cpu")
+torch.zeros(8, 8).bfloat16() @ torch.zeros(8, 8).bfloat16()
+before = memory.rss_anon()
+if half == "vision":
+    processor = ImageProcessor.load(checkpoint.folder)
+    model = ImageEncoder.load(checkpoint, processor, cpu, torch.bfloat16)
+else:
+    model = OptDecoder.load(checkpoint, cpu, torch.bfloat16)
+owned = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({"grown": memory.rss_anon() - before, "owned": owned}))
+"""
+
+
+@pytest.fixture(
+    scope="module", params=["sharded", "bin"], ids=["safetensors shards", ".bin shards"]
+)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe = Recipe(
+        "large",
+        seed=6,
+        vision_width=768,
+        vision_layers=8,
+        width=1024,
+        layers=6,
+        layout=request.param,
+        shard_size="64MB",
+    )
+    return write_checkpoint(tmp_path_factory.mktemp("large"), recipe)
+
+
+@pytest.mark.parametrize("half", ["vision", "language"])
+def test_from_float32_shards_to_bfloat16_memory_grows_by_the_tensors_alone(
+    half: str, folder: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, half, folder], check=True, capture_output=True, text=True
+    )
+    sizes = json.loads(done.stdout.splitlines()[-1])
+    assert sizes["owned"] > 40e6
+    assert 0.9 * sizes["owned"] < sizes["grown"] <= ALLOWED * sizes["owned"]
+
+
+def test_the_available_memory_is_within_the_machines() -> None:
+    total = memory._kib_field(Path("/proc/meminfo"), "MemTotal")
+    assert 0 < memory.rss_anon() < memory.available() < total
