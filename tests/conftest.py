@@ -26,6 +26,7 @@ def dashboard_port() -> int:
 def base_url(dashboard_port: int) -> Iterator[str]:
     """Where Serve listens."""
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the dashboard is asked without a token
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
     ray.init(
         address="local",
         include_dashboard=True,

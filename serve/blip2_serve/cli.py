@@ -205,6 +205,8 @@ def _running(
 ) -> Iterator[None]:
     """Ray with the application on it; both are gone afterwards, a foreign Ray stays."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Seconds; the default of 5 gives up where several processes load torch on two busy cores.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     # On purpose, since Ray's default may change: a job submitted to Ray is code that runs.
     os.environ.setdefault("RAY_AUTH_MODE", "token" if address is None else "disabled")
     import ray

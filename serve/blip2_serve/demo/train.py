@@ -64,7 +64,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     args.out.mkdir(parents=True, exist_ok=True)
     log = Log(args.out / "train.log")
-    log(f"seed {SEED}, {vars(args)}, torch {torch.__version__}")
+    counts = {name: value for name, value in vars(args).items() if name != "out"}
+    log(f"seed {SEED}, {counts}, torch {torch.__version__}")
 
     processor = make_processor()
     model = make_model(processor.tokenizer)
