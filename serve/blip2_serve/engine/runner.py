@@ -82,8 +82,7 @@ class Runner:
             if decode is not None:
                 table, mask = decode
                 k, v = (_gather(x, table).transpose(1, 2) for x in (keys, values))
-                q = query[:single, :, None]
-                parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, 0])
+                parts.append(_attend_one(query[:single, :, None], k, v, mask)[:, :, 0])
             offset = single
             for table, mask in prompts:
                 count = mask.shape[0]
@@ -107,6 +106,18 @@ def row_bytes(decoder: OptDecoder) -> int:
 def _gather(rows: Tensor, table: Tensor) -> Tensor:
     """[rows, heads, dim] by a table of row numbers of any shape -> [*table.shape, heads, dim]."""
     return rows.index_select(0, table.flatten()).view(*table.shape, *rows.shape[1:])
+
+
+def _attend_one(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Attention of one query per sequence: [B, heads, 1, dim] over [B, heads, L, dim].
+
+    Two matrix products and a float32 softmax: for a single query, torch's fused attention takes
+    twice as long on a CPU (DESIGN.md).
+    """
+    scores = (query @ key.transpose(2, 3)).float() * query.shape[-1] ** -0.5
+    weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
+    attended: Tensor = weights.to(value.dtype) @ value
+    return attended
 
 
 def _causal_mask(chunk: Chunk, device: torch.device) -> Tensor:
