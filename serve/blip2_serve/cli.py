@@ -173,10 +173,6 @@ def check_port(host: str, port: int) -> None:
 
 
 def _allow_image_urls(config: AppConfig) -> AppConfig:
-    err.print(
-        "[yellow]warning:[/] --allow-image-urls lets any client make this server fetch https "
-        "addresses, those of your own network included"
-    )
     images = config.ingress.images.model_copy(update={"allow_urls": True})
     ingress = config.ingress.model_copy(update={"images": images})
     return config.model_copy(update={"ingress": ingress})

@@ -72,8 +72,13 @@ class Generator:
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncIterator[TokenEvent]:
         """The answer as it comes; raises as `generate`, before the first event."""
-        # Megabytes of text would hold up the event loop only to be refused then.
-        self._bounded(self._tokenizer.least_tokens(prompt), params)
+        least = self._tokenizer.least_tokens(prompt)
+        if least >= self._max_model_len:  # tokenising megabytes would hold up the event loop
+            raise ContextLengthExceeded(
+                f"the prompt takes at least {least} tokens; this model has "
+                f"{self._max_model_len} positions",
+                "prompt",
+            )
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
         sequence = Sequence(uuid.uuid4().hex, ids, _tensor(prefix), params)

@@ -52,6 +52,11 @@ class Ingress:
         self._generator = generator
         self._streaming: Any = generator.options(stream=True)
         self._prefixes = PrefixCache(config.ingress.prefix_cache_entries)
+        if config.ingress.images.allow_urls:
+            logger.warning(
+                "image URLs are on: any client can make this server fetch https addresses, those "
+                "of its own network included"
+            )
         self.is_ready = False
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
 
@@ -98,8 +103,8 @@ class Ingress:
                 prefix = await self._encode(image, digest(image, PREPROCESSING_VERSION))
                 await self.generate(prefix, "", SamplingParams(max_tokens=2, ignore_eos=True))
                 self.is_ready = True
-            except Blip2ServeError as error:
-                logger.warning("not ready yet: %s", error)
+            except Exception as error:  # whatever it is, the stages may come up later
+                logger.warning("not ready yet: %r", error)
                 await asyncio.sleep(WARM_UP_RETRY_S)
 
 
