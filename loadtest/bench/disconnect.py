@@ -20,8 +20,8 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from blip2_serve.app import build
-from blip2_serve.cli import PICTURE
 from blip2_serve.config import AppConfig
+from blip2_serve.model.source import DEMO_PICTURE
 
 PORT = 8765
 
@@ -48,7 +48,7 @@ def main() -> None:
 
 def one_round() -> float:
     generator = serve.get_deployment_handle("Generator", "default")
-    image = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+    image = "data:image/png;base64," + base64.b64encode(DEMO_PICTURE.read_bytes()).decode()
     body = {"image": image, "max_tokens": 480, "ignore_eos": True, "stream": True}
     url = f"http://127.0.0.1:{PORT}/v1/generate"
     with httpx.stream("POST", url, json=body, timeout=60) as response:

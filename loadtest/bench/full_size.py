@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from blip2_serve.app import build
-from blip2_serve.cli import PICTURE, data_url
+from blip2_serve.cli import data_url
 from blip2_serve.config import AppConfig
-from blip2_serve.model.source import DEMO_FOLDER
+from blip2_serve.model.source import DEMO_FOLDER, DEMO_PICTURE
 
 PORT = 8766
 SHARD_BYTES = 2 << 30
@@ -52,7 +52,7 @@ def main() -> None:
             time.sleep(0.5)
         print(f"ready after {time.perf_counter() - started:.0f} s")
         before = time.perf_counter()
-        body = {"image": data_url(PICTURE), "max_tokens": 16, "ignore_eos": True}
+        body = {"image": data_url(DEMO_PICTURE), "max_tokens": 16, "ignore_eos": True}
         answer = httpx.post(f"{url}/v1/generate", json=body, timeout=600).raise_for_status()
         seconds = time.perf_counter() - before
         print(f"one caption of 16 tokens: {seconds:.1f} s, {answer.json()['usage']}")

@@ -26,6 +26,7 @@ from blip2_serve import __version__
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 from blip2_serve.http.validation import explain
+from blip2_serve.model.source import DEMO_PICTURE, find_folder
 
 APP_NAME = "blip2"
 EXIT_USAGE = 2
@@ -33,8 +34,6 @@ READY_POLL_S = 0.2
 STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
 
 _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
-
-PICTURE = Path(__file__).parent / "demo" / "picture.png"
 
 cli = typer.Typer(
     help="Serve BLIP-2 OPT models for captions, questions and chat about an image.",
@@ -147,7 +146,6 @@ def check_startable(config: AppConfig, *, local: bool) -> None:
 
         from blip2_serve.model.checkpoint import longest_sequence, read_config
         from blip2_serve.model.processor import ImageProcessor
-        from blip2_serve.model.source import find_folder
 
     if local and config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("no CUDA device on this machine: use --device cpu")
@@ -247,10 +245,10 @@ def _wait_until_ready(url: str) -> None:
 
 
 def _greet(url: str, config: AppConfig) -> None:
-    caption = _post(url, "/v1/caption", {"image": data_url(PICTURE)})["data"][0]["caption"]
+    caption = _post(url, "/v1/caption", {"image": data_url(DEMO_PICTURE)})["data"][0]["caption"]
     out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
-    out.print(f"{PICTURE.name}: {caption}\n", markup=False)
-    out.print(f"    curl -F image=@{PICTURE} {url}/v1/caption\n", markup=False)
+    out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
+    out.print(f"    curl -F image=@{DEMO_PICTURE} {url}/v1/caption\n", markup=False)
     out.print("Ctrl-C stops it.")
 
 

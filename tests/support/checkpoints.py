@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     Blip2Config,
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_serve.demo import scenes
+from blip2_serve.demo.train import make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Recipe:
 def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
     """Writes model and processor as transformers does; equal recipes give equal files."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(recipe.vocabulary)
+    captions = [scenes.sample(seed).caption for seed in range(200)]
+    tokenizer = make_tokenizer(captions, vocabulary=recipe.vocabulary - 1, min_frequency=0)
+    tokenizer.add_tokens("<image>", special_tokens=True)
     image_processor = BlipImageProcessorPil(
         size={"height": recipe.image_size, "width": recipe.image_size}
     )
@@ -119,31 +121,6 @@ def _std(name: str, parameter: Tensor) -> float:
     if "query_tokens" in name or ("embed" in name and "patch" not in name):
         return 0.5
     return 1.5 / math.sqrt(parameter[0].numel())
-
-
-def make_tokenizer(vocabulary: int) -> GPT2Tokenizer:
-    """A byte-level BPE in OPT's layout with about `vocabulary` tokens."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 1,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([scenes.sample(seed).caption for seed in range(200)], trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    tokenizer = GPT2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
-        bos_token="</s>",
-        eos_token="</s>",
-        unk_token="</s>",
-        pad_token="<pad>",
-        add_bos_token=True,
-    )
-    tokenizer.add_tokens("<image>", special_tokens=True)
-    return tokenizer
 
 
 def _save_as_bin(model: Blip2ForConditionalGeneration, folder: Path) -> None:

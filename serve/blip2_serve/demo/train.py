@@ -23,7 +23,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class Log:
 
 
 def make_processor() -> Blip2Processor:
-    """A byte-level BPE in OPT's layout (<s> <pad> </s> <unk>, then tokens), and the resize."""
+    """The tokenizer of the scenes' texts, and the resize."""
 
     def texts() -> Iterator[str]:
         for seed in range(scenes.FIRST_TRAINING_SEED, scenes.FIRST_TRAINING_SEED + 2_000):
@@ -130,18 +130,25 @@ def make_processor() -> Blip2Processor:
             for question, answer in scene.questions + scene.chat:
                 yield f"Question: {question} Answer: {answer}. Question: {question} Short answer:"
 
+    tokenizer = make_tokenizer(texts(), vocabulary=600, min_frequency=20)
+    image_processor = BlipImageProcessorPil(size={"height": PIXELS, "width": PIXELS})
+    return Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES)
+
+
+def make_tokenizer(texts: Iterable[str], *, vocabulary: int, min_frequency: int) -> GPT2Tokenizer:
+    """At most `vocabulary` tokens: OPT's special ones, all bytes, and the merges of `texts`."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        min_frequency=20,
+        vocab_size=vocabulary,
+        min_frequency=min_frequency,
         special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts(), trainer)
+    bpe.train_from_iterator(texts, trainer)
     learned = json.loads(bpe.to_str())["model"]
-    tokenizer = GPT2Tokenizer(
+    return GPT2Tokenizer(
         vocab=learned["vocab"],
         merges=[tuple(pair) for pair in learned["merges"]],
         bos_token="</s>",
@@ -150,8 +157,6 @@ def make_processor() -> Blip2Processor:
         pad_token="<pad>",
         add_bos_token=True,
     )
-    image_processor = BlipImageProcessorPil(size={"height": PIXELS, "width": PIXELS})
-    return Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES)
 
 
 def make_model(tokenizer: GPT2Tokenizer) -> Blip2ForConditionalGeneration:

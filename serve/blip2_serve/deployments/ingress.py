@@ -8,7 +8,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,11 +22,11 @@ from blip2_serve.errors import Blip2ServeError, Overloaded, Unavailable
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
 from blip2_serve.model.processor import PREPROCESSING_VERSION
+from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 
-PICTURE = Path(__file__).parent.parent / "demo" / "picture.png"
 WARM_UP_RETRY_S = 1.0
 
 Computation = Callable[[], Awaitable[ImagePrefix]]
@@ -97,7 +96,7 @@ class Ingress:
 
     async def _warm_up(self) -> None:
         """Sends one request through every stage, until it succeeds: then the replica is ready."""
-        image = PICTURE.read_bytes()
+        image = DEMO_PICTURE.read_bytes()
         while not self.is_ready:
             try:
                 prefix = await self._encode(image, digest(image, PREPROCESSING_VERSION))

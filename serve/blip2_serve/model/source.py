@@ -8,6 +8,7 @@ from blip2_serve.errors import StartupError
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent.parent / "demo" / "checkpoint"
+DEMO_PICTURE = DEMO_FOLDER.parent / "picture.png"
 
 # (single file, index of shards) in the order in which they are looked for.
 WEIGHT_LAYOUTS = (
