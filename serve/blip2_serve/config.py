@@ -61,6 +61,9 @@ class ChatConfig(_Config):
 
     answered: str = "Question: {question} Answer: {answer}. "
     asked: str = "Question: {question} Answer:"
+    asked_short: str = Field(
+        "Question: {question} Short answer:", description='the last question, with preset "vqa"'
+    )
     captioned: str = Field("{answer}. ", description="an answer to an image without a question")
     preamble: str = Field("{text} ", description="system and developer messages, put first")
 
@@ -96,6 +99,10 @@ class GeneratorConfig(ComputeConfig):
     )
     kv_memory_fraction: float = Field(
         0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"
+    )
+
+    kv_reuse: bool = Field(
+        True, description="keep keys and values of requests for later ones that begin the same"
     )
 
     @model_validator(mode="after")

@@ -7,8 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from blip2_serve.engine.loop import EngineLoop
 from blip2_serve.engine.runner import Runner, row_bytes
 from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
-from blip2_serve.engine.sequence import Sequence
+from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
@@ -40,7 +38,14 @@ from blip2_serve.model.checkpoint import (
 )
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.text import Tokenizer
-from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
+from blip2_serve.types import (
+    Choice,
+    Completion,
+    ImagePrefix,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +64,23 @@ class Generator:
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> Completion:
-        """The whole answer.
+        """The whole answers.
 
         Raises:
             InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable
         """
-        whole = reduce(add, [event async for event in self.stream(prefix, prompt, params)])
-        assert whole.finish_reason is not None
-        return Completion(whole.token_ids, whole.text, whole.finish_reason, whole.prompt_tokens)
+        events: dict[int, TokenEvent] = {}
+        async for event in self.stream(prefix, prompt, params):
+            earlier = events.get(event.index)
+            events[event.index] = event if earlier is None else earlier + event
+        return Completion(
+            tuple(_choice(events[index]) for index in sorted(events)), events[0].prompt_tokens
+        )
 
     async def stream(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncIterator[TokenEvent]:
-        """The answer as it comes; raises as `generate`, before the first event."""
+        """The answers as they come; raises as `generate`, before the first event."""
         least = self._tokenizer.least_tokens(prompt)
         if least >= self._max_model_len:  # tokenising megabytes would hold up the event loop
             raise ContextLengthExceeded(
@@ -81,22 +90,33 @@ class Generator:
             )
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
-        sequence = Sequence(uuid.uuid4().hex, ids, _tensor(prefix), params)
-        events = self._loop.stream(sequence)
+        request = Request(uuid.uuid4().hex, ids, _tensor(prefix), prefix.digest, params)
+        events = self._loop.stream(request)
         try:
             async for event in events:
-                yield event
+                yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))
         finally:
             await events.aclose()
 
     async def stats(self) -> dict[str, Any]:
-        """The engine's state, and what loading cost."""
-        return {**asdict(self._loop.stats()), **self._loading.stats()}
+        """The engine's state, seconds of finished requests in it, and what loading cost."""
+        return {
+            **asdict(self._loop.stats()),
+            "engine_seconds": self._loop.seconds,
+            **self._loading.stats(),
+        }
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine has failed is replaced."""
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
+
+    def _with_bytes(self, logprob: TokenLogprob) -> TokenLogprob:
+        return replace(
+            logprob,
+            token=self._tokenizer.token_bytes(logprob.token_id),
+            top=tuple(map(self._with_bytes, logprob.top)),
+        )
 
     def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """The parameters with max_tokens set, checked against the model's positions."""
@@ -112,6 +132,11 @@ class Generator:
         if params.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is above max_tokens ({max_tokens})", "min_tokens")
         return replace(params, max_tokens=max_tokens)
+
+
+def _choice(event: TokenEvent) -> Choice:
+    assert event.finish_reason is not None
+    return Choice(event.token_ids, event.text, event.finish_reason, event.logprobs)
 
 
 def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, LoadReport]:
@@ -135,6 +160,7 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
         max_running=own.max_running,
         max_waiting=own.max_waiting,
         max_step_tokens=own.max_step_tokens,
+        reuse=own.kv_reuse,
     )
     eos = eos_token_ids(checkpoint.config)
     engine = Engine(

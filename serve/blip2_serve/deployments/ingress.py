@@ -88,7 +88,7 @@ class Ingress:
             finished = False
             try:
                 async for event in events:
-                    finished = event.finish_reason is not None
+                    finished = event.last
                     yield event
             finally:
                 if not finished:

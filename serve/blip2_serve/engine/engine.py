@@ -6,32 +6,60 @@ no torch either: logits pass from runner to sampler unseen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from blip2_serve.engine.detokenizer import Decode, Detokenizer
+from blip2_serve.engine.answer import Answer
+from blip2_serve.engine.beam import BeamSearch, Candidate
+from blip2_serve.engine.detokenizer import Decode
 from blip2_serve.engine.scheduler import Scheduler
-from blip2_serve.engine.sequence import Chunk, Sequence
-from blip2_serve.types import FinishReason, TokenEvent
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
+
+Event = tuple[str, TokenEvent]  # of the request of that id
 
 
 class Runner(Protocol):
     def run(self, chunks: list[Chunk]) -> Any: ...
 
 
+class Choice(Protocol):
+    @property
+    def token(self) -> int: ...
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
+
+
 class Sampler(Protocol):
-    def sample(self, logits: Any, sequences: list[Sequence]) -> list[int]: ...
+    def choose(
+        self, logits: Any, rows: list[int], sequences: list[Sequence]
+    ) -> Iterable[Choice]: ...
+    def expand(
+        self, logits: Any, rows: list[int], beams: list[Sequence], count: int
+    ) -> list[Candidate]: ...
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Sequences and KV rows at one moment, and steps since the start."""
+    """Sequences and KV rows at one moment; steps and tokens since the start."""
 
     running: int
     waiting: int
-    kv_rows_used: int
+    kv_rows_used: int  # by requests, or by what is kept of them
+    kv_rows_kept: int  # of earlier requests, for later ones
     kv_rows_total: int
     steps: int
+    reused_tokens: int  # of prompts, whose KV was there already
+
+
+@dataclass
+class _Live:
+    """A request and what is known of its answers."""
+
+    request: Request
+    answers: list[Answer]
+    search: BeamSearch | None = None
 
 
 class Engine:
@@ -51,7 +79,7 @@ class Engine:
         self._sampler = sampler
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
-        self._live: dict[str, tuple[Sequence, Detokenizer]] = {}
+        self._live: dict[str, _Live] = {}
         self._steps = 0
 
     @property
@@ -60,60 +88,124 @@ class Engine:
 
     def stats(self) -> EngineStats:
         s = self._scheduler
-        return EngineStats(len(s.running), len(s.waiting), s.kv.used, s.kv.total, self._steps)
+        running = sum(len(request.sequences) for request in s.running)
+        kept = s.kept.rows
+        return EngineStats(
+            running, len(s.waiting), s.kv.used, kept, s.kv.total, self._steps, s.reused_tokens
+        )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; raises as `Scheduler.add` does."""
-        self._scheduler.add(sequence)
-        self._live[sequence.id] = (sequence, Detokenizer(self._decode, sequence.params.stop))
+    def add(self, request: Request) -> None:
+        """Queues a request; raises as `Scheduler.add` does."""
+        self._scheduler.add(request)
+        answers = [Answer(request, index, self._decode) for index in range(request.params.n)]
+        search = None
+        if request.params.num_beams > 1:
+            search = BeamSearch(request, self._ends(request))
+        self._live[request.id] = _Live(request, answers, search)
 
-    def abort(self, sequence_id: str) -> None:
-        """Drops a sequence; one that has ended already is no error."""
-        if sequence_id in self._live:
-            self._release(self._live[sequence_id][0], None)
+    def abort(self, request_id: str) -> None:
+        """Drops a request; one that has ended already is no error."""
+        if live := self._live.pop(request_id, None):
+            self._scheduler.release(live.request)
 
-    def step(self) -> list[tuple[str, TokenEvent]]:
-        """One step: the new token of every sequence that got one, by sequence id."""
+    def step(self) -> list[Event]:
+        """One step: what is new of every answer, by request id."""
         chunks = self._scheduler.schedule()
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
-        ready = [chunk.sequence for chunk in chunks if chunk.completes]
-        tokens = self._sampler.sample(logits, ready)
         self._steps += 1
-        return [(s.id, self._append(s, t)) for s, t in zip(ready, tokens, strict=True)]
+        ready = [chunk.sequence for chunk in chunks if chunk.completes]
+        return [*self._choose(logits, ready), *self._search(logits, ready)]
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
         self._scheduler.check_integrity()
-        held = {s.id for s in [*self._scheduler.running, *self._scheduler.waiting]}
+        held = {r.id for r in [*self._scheduler.running, *self._scheduler.waiting]}
         assert held == self._live.keys()
 
     def check_idle(self) -> None:
-        """Asserts, at no cost, that nothing is held while there is no work."""
-        assert self._scheduler.kv.used == 0
+        """Asserts, at little cost, that nothing is held while there is no work."""
+        assert self._scheduler.kv.used == self._scheduler.kept.rows
         assert not self._live
 
-    def _append(self, sequence: Sequence, token: int) -> TokenEvent:
-        params = sequence.params
-        detokenizer = self._live[sequence.id][1]
-        sequence.output.append(token)
-        text = ""
-        reason: FinishReason | None = None
-        if token in self._eos and not params.ignore_eos:
-            reason = "stop"
-        else:
-            text = detokenizer.push(token, may_stop=len(sequence.output) >= params.min_tokens)
-            if detokenizer.stopped:
-                reason = "stop"
-            elif len(sequence.output) == params.max_tokens:
-                reason = "length"
-        if reason:
-            text += detokenizer.close()
-            if detokenizer.stopped:  # maybe only by the very last half of a character
-                reason = "stop"
-            self._release(sequence, reason)
-        return TokenEvent((token,), text, reason, len(sequence.prompt))
+    def _choose(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
+        """One token for every sequence that is not a beam."""
+        rows, sequences = [], []
+        for row, sequence in enumerate(ready):
+            if sequence.request.params.num_beams == 1:
+                samples = _samples(sequence)
+                sequences += samples
+                rows += [row] * len(samples)
+        if not sequences:
+            return
+        for sequence, choice in zip(
+            sequences, self._sampler.choose(logits, rows, sequences), strict=True
+        ):
+            yield sequence.request.id, self._append(sequence, choice)
 
-    def _release(self, sequence: Sequence, reason: FinishReason | None) -> None:
-        self._scheduler.release(sequence, reason)
-        del self._live[sequence.id]
+    def _append(self, sequence: Sequence, choice: Choice) -> TokenEvent:
+        request = sequence.request
+        reason: FinishReason | None = None
+        if choice.token in self._ends(request):
+            reason = "stop"
+        elif len(sequence.output) + 1 == request.params.max_tokens:
+            reason = "length"
+        answer = self._live[request.id].answers[sequence.index]
+        event = answer.add([choice.token], [choice.logprob] if choice.logprob else [], reason)
+        if event.finish_reason is None:
+            sequence.append(choice.token)
+            return event
+        self._scheduler.end(sequence)
+        if request.sequences:
+            return event
+        del self._live[request.id]
+        return replace(event, last=True)
+
+    def _search(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
+        """One step of every beam search."""
+        searching: dict[str, list[int]] = {}
+        for row, sequence in enumerate(ready):
+            if sequence.request.params.num_beams > 1:
+                searching.setdefault(sequence.request.id, []).append(row)
+        for request_id, rows in searching.items():
+            live = self._live[request_id]
+            assert live.search is not None
+            beams = [ready[row] for row in rows]
+            candidates = self._sampler.expand(logits, rows, beams, live.search.candidates)
+            live.request.sequences = live.search.step(candidates)
+            for event in self._beam_events(live, live.search):
+                yield request_id, event
+
+    def _beam_events(self, live: _Live, search: BeamSearch) -> list[TokenEvent]:
+        beams = live.request.sequences
+        best = search.hypotheses[0] if not beams else None
+        if live.request.params.n == 1:
+            tokens, logprobs = search.newly_agreed(beams)
+            event = live.answers[0].add(tokens, logprobs, best.reason if best else None)
+            if event.finish_reason is None:
+                return [event] if tokens else []
+            events = [event]
+        elif best:
+            events = [
+                answer.add(h.tokens, h.logprobs, h.reason)
+                for answer, h in zip(live.answers, search.hypotheses, strict=False)
+            ]
+        else:
+            return []
+        # The search is over, or a stop string ended all beams alike.
+        live.request.sequences = [best.beam if best else beams[0]]
+        self._scheduler.end(live.request.sequences[0])
+        del self._live[live.request.id]
+        return [*events[:-1], replace(events[-1], last=True)]
+
+    def _ends(self, request: Request) -> frozenset[int]:
+        return frozenset() if request.params.ignore_eos else self._eos
+
+
+def _samples(sequence: Sequence) -> list[Sequence]:
+    """The sequence or, where its prompt has just been computed, as many as there are samples."""
+    request = sequence.request
+    if request.params.n > 1 and not sequence.output:
+        request.sequences = [sequence.fork(index) for index in range(request.params.n)]
+        return request.sequences.copy()
+    return [sequence]

@@ -1,12 +1,16 @@
 """Which row of the KV belongs to whom. A row holds one token's keys and values of all layers.
 
-This module hands out row numbers; the rows themselves are tensors of the runner's. Row 0 is never
-handed out: it pads the shorter rows of a batch.
+This module hands out row numbers; the rows themselves are tensors of the runner's. A row may have
+several holders: requests with a common beginning, and the tree that keeps beginnings for later. It
+is free again when the last of them gives it back. Row 0 is never handed out: it pads the shorter
+rows of a batch.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import Counter
+from collections.abc import Iterable
 
 PADDING_ROW = 0
 
@@ -17,6 +21,7 @@ class KvRows:
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = array("q", range(total, 0, -1))
+        self._holders = array("l", bytes(array("l").itemsize * (total + 1)))
 
     @property
     def free(self) -> int:
@@ -27,19 +32,32 @@ class KvRows:
         return self.total - self.free
 
     def take(self, count: int) -> array[int] | None:
-        """`count` rows, or None where fewer are free."""
+        """`count` rows with one holder each, or None where fewer are free."""
         if count > self.free:
             return None
         split = self.free - count
         rows = self._free[split:]
         del self._free[split:]
+        self.share(rows)
         return rows
 
-    def give_back(self, rows: array[int]) -> None:
-        self._free.extend(rows)
+    def share(self, rows: Iterable[int]) -> None:
+        """Adds a holder to each of the rows."""
+        for row in rows:
+            self._holders[row] += 1
 
-    def check_integrity(self, held: list[array[int]]) -> None:
-        """Every row is either free or held by exactly one sequence."""
-        rows = sorted(row for group in [self._free, *held] for row in group)
-        if rows != list(range(1, self.total + 1)):
-            raise AssertionError("KV rows were lost or are held twice")
+    def give_back(self, rows: Iterable[int]) -> None:
+        """Takes a holder from each of the rows."""
+        for row in rows:
+            self._holders[row] -= 1
+            if not self._holders[row]:
+                self._free.append(row)
+
+    def check_integrity(self, held: Iterable[Iterable[int]]) -> None:
+        """Asserts that `held`, the rows of every holder, is just what was taken and shared."""
+        holders = Counter(row for rows in held for row in rows)
+        free = sorted(self._free)
+        if free != [row for row in range(1, self.total + 1) if row not in holders]:
+            raise AssertionError("KV rows were lost, or are free and held")
+        if any(self._holders[row] != holders[row] for row in range(self.total + 1)):
+            raise AssertionError("KV rows have another number of holders than was counted")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
 from functools import partial
 
-from blip2_serve.engine.engine import Engine, EngineStats
-from blip2_serve.engine.sequence import Sequence
+from blip2_serve.engine.engine import Engine, EngineStats, Event
+from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.types import TokenEvent
 
@@ -33,37 +34,40 @@ class EngineLoop:
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
+        self.seconds = 0.0  # from submitting to the end, summed over finished requests
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, sequence: Sequence) -> AsyncGenerator[TokenEvent, None]:
-        """The answer as it comes; tokens that are ready together come as one event.
+    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
+        """The answers as they come; tokens of one answer that are ready together are one event.
 
-        Leaving early (`aclose`, cancellation) takes the sequence out before the next step.
+        Leaving early (`aclose`, cancellation) takes the request out before the next step.
 
         Raises:
-            Overloaded, ContextLengthExceeded: as `Scheduler.add`.
+            Overloaded, ContextLengthExceeded, InvalidRequest: as `Scheduler.add`.
             Unavailable: the engine has failed.
         """
         if self.failure:
             raise self._unavailable()
-        queue = self._queues[sequence.id] = asyncio.Queue()
-        self._post(partial(self._add, sequence))
+        queue = self._queues[request.id] = asyncio.Queue()
+        submitted = time.perf_counter()
+        self._post(partial(self._add, request))
         finished = False
         try:
             while not finished:
-                event, failure = _take_all(await queue.get(), queue)
-                if event is not None:
-                    finished = event.finish_reason is not None
+                events, failure = _take_all(await queue.get(), queue)
+                finished = failure is not None or events[-1].last
+                if finished:
+                    self.seconds += time.perf_counter() - submitted
+                for event in _merged(events):
                     yield event
-                if failure is not None and not finished:
-                    finished = True  # nothing is left to abort
+                if failure is not None:
                     raise failure
         finally:
-            del self._queues[sequence.id]
+            del self._queues[request.id]
             if not finished:
-                self._post(partial(self._engine.abort, sequence.id))
+                self._post(partial(self._engine.abort, request.id))
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
@@ -107,11 +111,11 @@ class EngineLoop:
             call()
         return not self._closing
 
-    def _add(self, sequence: Sequence) -> None:
+    def _add(self, request: Request) -> None:
         try:
-            self._engine.add(sequence)
+            self._engine.add(request)
         except Blip2ServeError as error:
-            self._call_soon(self._put, sequence.id, error)
+            self._call_soon(self._put, request.id, error)
 
     def _call_soon(self, callback: Callable[..., None], *args: object) -> None:
         try:
@@ -121,12 +125,12 @@ class EngineLoop:
 
     # -- on the event loop -------------------------------------------------------------------
 
-    def _deliver(self, events: list[tuple[str, TokenEvent]]) -> None:
-        for sequence_id, event in events:
-            self._put(sequence_id, event)
+    def _deliver(self, events: list[Event]) -> None:
+        for request_id, event in events:
+            self._put(request_id, event)
 
-    def _put(self, sequence_id: str, item: _Item) -> None:
-        queue = self._queues.get(sequence_id)
+    def _put(self, request_id: str, item: _Item) -> None:
+        queue = self._queues.get(request_id)
         if queue is not None:  # else its reader has gone
             queue.put_nowait(item)
 
@@ -140,12 +144,21 @@ class EngineLoop:
 
 def _take_all(
     item: _Item, queue: asyncio.Queue[_Item]
-) -> tuple[TokenEvent | None, Blip2ServeError | None]:
-    """The item and all that is waiting behind it: tokens as one event, and the error at the end."""
-    event: TokenEvent | None = None
+) -> tuple[list[TokenEvent], Blip2ServeError | None]:
+    """The item and all that waits behind it: events, up to an error."""
+    events: list[TokenEvent] = []
     while isinstance(item, TokenEvent):
-        event = item if event is None else event + item
-        if queue.empty():
-            return event, None
+        events.append(item)
+        if item.last or queue.empty():
+            return events, None
         item = queue.get_nowait()
-    return event, item
+    return events, item
+
+
+def _merged(events: list[TokenEvent]) -> Iterable[TokenEvent]:
+    """One event for each answer; the request's last one stays the last."""
+    merged: dict[int, TokenEvent] = {}
+    for event in events:
+        earlier = merged.pop(event.index, None)
+        merged[event.index] = event if earlier is None else earlier + event
+    return merged.values()

@@ -54,14 +54,16 @@ class Runner:
         embeddings: Tensor = self._decoder.embed_tokens(torch.tensor(ids, device=self._keys.device))
         offset = 0
         for chunk in chunks:
-            image = chunk.sequence.image[chunk.start : chunk.end]  # empty past the image tokens
+            image = chunk.sequence.request.image[
+                chunk.start : chunk.end
+            ]  # empty past the image tokens
             embeddings[offset : offset + len(image)] = image
             offset += chunk.end - chunk.start
         return embeddings
 
     def _attention(self, chunks: list[Chunk]) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
         device = self._keys.device
-        rows = [torch.frombuffer(c.sequence.rows, dtype=torch.int64)[: c.end] for c in chunks]
+        rows = [torch.tensor(c.sequence.table[: c.end]) for c in chunks]
         written = torch.cat([r[c.start :] for r, c in zip(rows, chunks, strict=True)]).to(device)
         single = sum(1 for _ in takewhile(lambda c: c.end - c.start == 1, chunks))
         decode = None

@@ -1,20 +1,31 @@
 """Logits to next tokens.
 
 Every answer is a function of its own logits, parameters and position: greedy takes the largest
-logit, sampling draws one number from a generator keyed by (seed, position). So the answer does not
-depend on what else is in the batch, nor on which replica computes it. Order and meaning of the
-steps are transformers': repetition penalty, minimum length, temperature, top-k, top-p.
+logit, sampling draws one number from a generator keyed by (seed, sample, position). So the answer
+does not depend on what else is in the batch, nor on which replica computes it. Order and meaning of
+the steps are transformers': repetition penalty, minimum length, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
+from blip2_serve.types import TokenLogprob
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next token of a sequence; its log-probability where the request asks for it."""
+
+    token: int
+    logprob: TokenLogprob | None = None
 
 
 class Sampler:
@@ -22,38 +33,83 @@ class Sampler:
         self._eos = list(eos_token_ids)
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[int]:
-        """float32 logits [n, vocabulary] (changed in place) -> one token id per sequence."""
-        for row, sequence in zip(logits, sequences, strict=True):
+    def choose(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Choice]:
+        """float32 logits [n, vocabulary], and the row of each sequence -> its next token.
+
+        Samples of one request may share a row, as long as they have no tokens of their own yet.
+        """
+        raw = logits if rows == list(range(len(logits))) else logits[rows]
+        scores = raw.clone() if any(_changes_scores(s) for s in sequences) else raw
+        for row, sequence in zip(scores, sequences, strict=True):
             self._penalise(row, sequence)
-        tokens: list[int] = logits.argmax(-1).tolist()
+        tokens: list[int] = scores.argmax(-1).tolist()
         for i, sequence in enumerate(sequences):
-            if sequence.params.temperature > 0:
-                tokens[i] = _draw(logits[i], sequence)
-        return tokens
+            if sequence.request.params.temperature > 0:
+                tokens[i] = _draw(scores[i], sequence)
+        return [
+            Choice(token, _logprob(row.log_softmax(-1), token, top))
+            if (top := sequence.request.params.top_logprobs) is not None
+            else Choice(token)
+            for row, token, sequence in zip(raw, tokens, sequences, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def expand(
+        self, logits: Tensor, rows: list[int], beams: list[Sequence], count: int
+    ) -> list[Candidate]:
+        """The `count` best continuations of one request's beams, the best first.
+
+        As in transformers, penalties work on log-probabilities here, not on logits.
+        """
+        raw = logits[rows].log_softmax(-1)
+        scores = raw.clone() if _changes_scores(beams[0]) else raw
+        for row, beam in zip(scores, beams, strict=True):
+            self._penalise(row, beam)
+        sums = scores + torch.tensor([b.score for b in beams], device=scores.device)[:, None]
+        best = sums.flatten().topk(count)
+        top = beams[0].request.params.top_logprobs
+        candidates = []
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            beam, token = divmod(index, logits.shape[1])
+            logprob = None if top is None else _logprob(raw[beam], token, top)
+            candidates.append(Candidate(beams[beam], token, score, logprob))
+        return candidates
 
     def _penalise(self, row: Tensor, sequence: Sequence) -> None:
-        params = sequence.params
+        params = sequence.request.params
         if params.repetition_penalty != 1:
             # Prompt and image tokens count, as in transformers.
-            seen = torch.tensor(sorted({*sequence.prompt, *sequence.output}), device=row.device)
-            scores = row[seen]
+            seen = sorted({*sequence.request.prompt, *sequence.output})
+            where = torch.tensor(seen, device=row.device)
+            scores = row[where]
             penalty = params.repetition_penalty
-            row[seen] = torch.where(scores < 0, scores * penalty, scores / penalty)
+            row[where] = torch.where(scores < 0, scores * penalty, scores / penalty)
         if len(sequence.output) < params.min_tokens:
             row[self._eos] = -torch.inf
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (both 64-bit)."""
-    key = struct.pack("<qq", seed, position)
+def uniform(seed: int, position: int, sample: int = 0) -> float:
+    """A number in [0, 1) that depends on nothing but its arguments (64-bit integers)."""
+    key = struct.pack("<qqq", seed, position, sample)
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
+def _changes_scores(sequence: Sequence) -> bool:
+    params = sequence.request.params
+    return params.repetition_penalty != 1 or len(sequence.output) < params.min_tokens
+
+
+def _logprob(row: Tensor, token: int, top: int) -> TokenLogprob:
+    """From a row of log-probabilities [vocabulary]."""
+    likeliest = row.topk(top)
+    others = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return TokenLogprob(token, row[token].item(), top=tuple(TokenLogprob(*o) for o in others))
+
+
 def _draw(row: Tensor, sequence: Sequence) -> int:
     """One token by inverting the cumulative distribution at a keyed uniform number."""
-    params = sequence.params
+    params = sequence.request.params
     # Less the largest, or a tiny temperature would make them infinite.
     scores = row.double().cpu()
     scores = (scores - scores.max()) / params.temperature
@@ -68,7 +124,7 @@ def _draw(row: Tensor, sequence: Sequence) -> int:
         dropped[0] = False
         scores[order[dropped]] = -torch.inf
     cumulative = scores.softmax(-1).cumsum(-1)
-    wanted = uniform(params.seed, len(sequence.output)) * cumulative[-1]
-    token = int(torch.searchsorted(cumulative, wanted, right=True))
-    # Rounding may put the last step's end a hair below `wanted`: then the last possible token.
+    number = uniform(params.seed, len(sequence.output), sequence.index)
+    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
+    # Rounding may put the last step's end a hair below the number: then the last possible token.
     return token if token < len(scores) else int(scores.isfinite().nonzero()[-1])

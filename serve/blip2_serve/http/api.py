@@ -82,7 +82,7 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         """OpenAI's chat completions; one image, in any user message."""
         check_model(request)
         params = request.sampling_params()
-        prompt = prompt_of(request.messages, config.ingress.chat)
+        prompt = prompt_of(request.messages, config.ingress.chat, short=request.preset == "vqa")
         data = await one_image(image_urls(request.messages))
         return await answer(sse.ChatShape, request, data, prompt, params)
 
@@ -315,20 +315,25 @@ def _caption_list(
         if isinstance(result, Blip2ServeError):
             data.append({"index": index, "error": result.details()})
             continue
+        best = result.choices[0]
         item = {
             "index": index,
-            "caption": result.text.strip(),
-            "finish_reason": result.finish_reason,
+            "caption": best.text.strip(),
+            "finish_reason": best.finish_reason,
         }
         if fields.return_token_ids:
-            item["token_ids"] = result.token_ids
+            item["token_ids"] = best.token_ids
+        if len(result.choices) > 1:
+            item["captions"] = [choice.text.strip() for choice in result.choices]
         data.append(item)
     done = [r for r in results if isinstance(r, Completion)]
     return {
         "object": "caption.list",
         "model": model,
         "data": data,
-        "usage": sse.usage(sum(c.prompt_tokens for c in done), sum(len(c.token_ids) for c in done)),
+        "usage": sse.usage(
+            sum(c.prompt_tokens for c in done), sum(c.completion_tokens for c in done)
+        ),
     }
 
 

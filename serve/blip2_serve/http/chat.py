@@ -7,8 +7,10 @@ from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.schema import AssistantMessage, ImagePart, Message, TextPart, UserMessage
 
 
-def prompt_of(messages: list[Message], template: ChatConfig) -> str:
+def prompt_of(messages: list[Message], template: ChatConfig, *, short: bool = False) -> str:
     """The prompt of a chat; empty where nothing is said but an image, which asks for a caption.
+
+    `short` asks for a short answer to the last question, as LAVIS does for VQA.
 
     Raises:
         InvalidRequest: the turns are in an order that makes no question.
@@ -41,7 +43,8 @@ def prompt_of(messages: list[Message], template: ChatConfig) -> str:
         elif text:
             parts.append(template.preamble.format(text=text))
     if asked:
-        parts.append(template.asked.format(question=" ".join(asked)))
+        asking = template.asked_short if short else template.asked
+        parts.append(asking.format(question=" ".join(asked)))
     return "".join(parts).rstrip(" ")
 
 

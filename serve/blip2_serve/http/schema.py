@@ -6,7 +6,6 @@ accepted with the values that have none. This module knows nothing of models and
 
 from __future__ import annotations
 
-import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -25,6 +24,15 @@ from blip2_serve.types import SamplingParams
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_IMAGES = 64
+MAX_CHOICES = 16
+MAX_BEAMS = 8
+MAX_TOP_LOGPROBS = 20
+
+# How LAVIS captions COCO and answers VQA with BLIP-2 OPT. (It counts lengths in new tokens.)
+PRESETS = {
+    "caption": SamplingParams(num_beams=5, max_tokens=30, min_tokens=8),
+    "vqa": SamplingParams(num_beams=5, max_tokens=10, length_penalty=0.0),
+}
 
 _INT64 = 1 << 63
 
@@ -54,20 +62,13 @@ class GenerationFields(_Strict):
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    # Accepted with the one value that changes nothing.
-    n: Literal[1] | None = None
-    num_beams: Literal[1] | None = None
-    length_penalty: Literal[1] | None = None
-    early_stopping: Literal[False] | None = None
-
-    @field_validator("n", "num_beams", "length_penalty", "early_stopping", mode="before")
-    @classmethod
-    def _from_form(cls, value: object) -> object:
-        """Multipart has strings only, and Literal converts none."""
-        try:
-            return json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            return value
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    num_beams: int | None = Field(None, ge=1, le=MAX_BEAMS)
+    length_penalty: float | None = Field(None, ge=-10, le=10)
+    early_stopping: bool | Literal["never"] | None = None
+    preset: Literal["caption", "vqa"] | None = Field(
+        None, description="LAVIS's settings; fields that are given win over them"
+    )
 
     @field_validator("stop")
     @classmethod
@@ -84,35 +85,65 @@ class GenerationFields(_Strict):
     def limit_name(self) -> str:
         return "max_tokens"
 
+    @property
+    def logprobs_wanted(self) -> int | None:
+        """How many of the likeliest tokens at each place; None for no log-probabilities."""
+        return None
+
     def sampling_params(self) -> SamplingParams:
         """The parameters with defaults filled in; a missing seed is drawn here, once.
 
         Raises:
             InvalidRequest: parameters contradict each other.
         """
-        temperature = self.temperature or 0.0
-        top_k = max(self.top_k or 0, 0)
-        top_p = 1.0 if self.top_p is None else self.top_p
-        if temperature == 0 and (top_k > 1 or top_p < 1):
-            name = "top_k" if top_k > 1 else "top_p"
+        preset = PRESETS[self.preset] if self.preset else SamplingParams()
+        max_tokens = self.token_limit or preset.max_tokens
+        min_tokens = self.min_tokens
+        if min_tokens is None:
+            min_tokens = min(preset.min_tokens, max_tokens or 0)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            temperature=self.temperature or 0.0,
+            top_p=_given(self.top_p, 1.0),
+            top_k=max(self.top_k or 0, 0),
+            seed=secrets.randbelow(_INT64) if self.seed is None else self.seed,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            repetition_penalty=_given(self.repetition_penalty, 1.0),
+            ignore_eos=bool(self.ignore_eos),
+            n=self.n or 1,
+            num_beams=self.num_beams or preset.num_beams,
+            length_penalty=_given(self.length_penalty, preset.length_penalty),
+            early_stopping=self.early_stopping or False,
+            top_logprobs=self.logprobs_wanted,
+        )
+        self._check(params)
+        return params
+
+    def _check(self, params: SamplingParams) -> None:
+        sampled, beams = params.temperature > 0, params.num_beams > 1
+        if not sampled and (params.top_k > 1 or params.top_p < 1):
+            name = "top_k" if params.top_k > 1 else "top_p"
             raise InvalidRequest(
                 f"{name} needs temperature > 0: answers are greedy otherwise", name
             )
-        min_tokens = self.min_tokens or 0
-        if self.token_limit is not None and min_tokens > self.token_limit:
+        if sampled and beams:
+            raise InvalidRequest(
+                "beam search does not sample: temperature must be 0", "temperature"
+            )
+        if beams and params.n > params.num_beams:
+            raise InvalidRequest(f"n is above num_beams ({params.num_beams})", "n")
+        if not beams and not sampled and params.n > 1:
+            raise InvalidRequest("n > 1 needs temperature > 0, or num_beams of at least n", "n")
+        if not beams and (self.early_stopping or self.length_penalty not in (None, 1)):
+            name = "early_stopping" if self.early_stopping else "length_penalty"
+            raise InvalidRequest(f"{name} needs num_beams > 1", name)
+        if params.max_tokens is not None and params.min_tokens > params.max_tokens:
             raise InvalidRequest(f"min_tokens is above {self.limit_name}", "min_tokens")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(
-            max_tokens=self.token_limit,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=secrets.randbelow(_INT64) if self.seed is None else self.seed,
-            stop=stop,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            ignore_eos=bool(self.ignore_eos),
-        )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 class StreamOptions(_Strict):
@@ -191,6 +222,8 @@ class TextFormat(_Strict):
 class ChatRequest(GenerationFields, StreamFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     # OpenAI's, without effect here.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -202,8 +235,6 @@ class ChatRequest(GenerationFields, StreamFields):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
     response_format: TextFormat | None = None
     modalities: list[Literal["text"]] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
@@ -218,6 +249,16 @@ class ChatRequest(GenerationFields, StreamFields):
                 "max_completion_tokens",
             )
         return self
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     @property
     def token_limit(self) -> int | None:
@@ -235,6 +276,11 @@ class GenerateRequest(GenerationFields, StreamFields):
     image: str
     prompt: str | None = None
     user: str | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def logprobs_wanted(self) -> int | None:
+        return self.logprobs
 
 
 class CaptionFields(GenerationFields):

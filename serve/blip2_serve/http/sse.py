@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from blip2_serve.errors import Blip2ServeError
-from blip2_serve.types import Completion, TokenEvent
+from blip2_serve.types import Completion, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -41,6 +41,14 @@ class ChatShape:
     def delta(text: str) -> Json:
         return {"delta": {"content": text} if text else {}}
 
+    @staticmethod
+    def logprobs(logprobs: Sequence[TokenLogprob], _: int) -> Json:
+        content = [
+            {**_token(entry), "top_logprobs": [_token(other) for other in entry.top]}
+            for entry in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
 
 class TextShape:
     """`text_completion`, whole and in chunks. Text comes exactly as generated."""
@@ -59,21 +67,36 @@ class TextShape:
 
     delta = whole
 
+    @staticmethod
+    def logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> Json:
+        """`offset`: characters of the tokens before."""
+        texts = [_text(entry) for entry in logprobs]
+        return {
+            "tokens": texts,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [{_text(o): o.logprob for o in entry.top} for entry in logprobs],
+            "text_offset": [offset + sum(map(len, texts[:i])) for i in range(len(texts))],
+        }
+
 
 Shape = type[ChatShape] | type[TextShape]
 
 
 def body(shape: Shape, head: Json, completion: Completion, return_token_ids: bool) -> Json:
     """The answer to a request without `stream`. `head` has id, created and model."""
-    text = completion.text.strip() if shape.strip else completion.text
-    choice = _choice(shape.whole(text), completion.finish_reason)
-    if return_token_ids:
-        choice["token_ids"] = completion.token_ids
+    choices = []
+    for index, answer in enumerate(completion.choices):
+        text = answer.text.strip() if shape.strip else answer.text
+        logprobs = shape.logprobs(answer.logprobs, 0) if answer.logprobs else None
+        choice = _choice(index, shape.whole(text), logprobs, answer.finish_reason)
+        if return_token_ids:
+            choice["token_ids"] = answer.token_ids
+        choices.append(choice)
     return {
         **head,
         "object": shape.object,
-        "choices": [choice],
-        "usage": usage(completion.prompt_tokens, len(completion.token_ids)),
+        "choices": choices,
+        "usage": usage(completion.prompt_tokens, completion.completion_tokens),
     }
 
 
@@ -98,15 +121,23 @@ async def chunks(
         total = {"usage": None} if include_usage else {}
         return _event({**head, "choices": choices, **total, **more})
 
-    if first := shape.first_chunk():
-        yield chunk([_choice(first, None)])
     prompt = completion = 0
+    offsets: dict[int, int] = {}  # by answer: characters of its tokens so far
     try:
         async for event in stripped(events) if shape.strip else events:
             prompt = event.prompt_tokens
             completion += len(event.token_ids)
-            if event.text or event.finish_reason or return_token_ids:
-                choice = _choice(shape.delta(event.text), event.finish_reason)
+            if event.index not in offsets:
+                offsets[event.index] = 0
+                if first := shape.first_chunk():
+                    yield chunk([_choice(event.index, first, None, None)])
+            if event.text or event.finish_reason or event.logprobs or return_token_ids:
+                logprobs = None
+                if event.logprobs:
+                    logprobs = shape.logprobs(event.logprobs, offsets[event.index])
+                    offsets[event.index] += sum(len(_text(e)) for e in event.logprobs)
+                delta = shape.delta(event.text)
+                choice = _choice(event.index, delta, logprobs, event.finish_reason)
                 if return_token_ids:
                     choice["token_ids"] = event.token_ids
                 yield chunk([choice])
@@ -119,21 +150,26 @@ async def chunks(
 
 
 async def stripped(events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    """The same events without white space at the start and the end of the whole text."""
-    started = False
-    held = ""
+    """The same events without white space at the start and the end of each whole text."""
+    held: dict[int, str | None] = {}  # by answer: white space at its end; None at its start
     async for event in events:
-        text = held + event.text
-        if not started:
-            text = text.lstrip()
-        started = started or bool(text)
+        before = held.get(event.index)
+        text = event.text.lstrip() if before is None else before + event.text
         sure = text.rstrip()
-        held = text[len(sure) :]
+        held[event.index] = text[len(sure) :] if text or before is not None else None
         yield replace(event, text=sure)
 
 
-def _choice(content: Json, finish_reason: str | None) -> Json:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+def _choice(index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _token(entry: TokenLogprob) -> Json:
+    return {"token": _text(entry), "logprob": entry.logprob, "bytes": list(entry.token)}
+
+
+def _text(entry: TokenLogprob) -> str:
+    return entry.token.decode(errors="replace")
 
 
 def _event(data: Json) -> bytes:

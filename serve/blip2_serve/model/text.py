@@ -9,6 +9,19 @@ from transformers import AutoTokenizer, Blip2Config
 from blip2_serve.errors import InvalidRequest, StartupError
 
 
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's way to write bytes as characters: printable Latin-1 as it is, the rest above it."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + i): byte for i, byte in enumerate(others)},
+    }
+
+
+BYTES = _byte_level_alphabet()
+
+
 class Tokenizer:
     """The checkpoint's tokenizer, and BLIP-2's layout: image tokens, BOS, prompt."""
 
@@ -18,6 +31,7 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
         except (OSError, ValueError) as error:
             raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        self._bytes: dict[int, bytes] = {}
         self._image_id = config.image_token_index
         self._bos_id = config.text_config.bos_token_id
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
@@ -37,6 +51,20 @@ class Tokenizer:
         if self._image_id in text:
             raise InvalidRequest("the prompt contains the model's image token", "prompt")
         return [*self._image_tokens, self._bos_id, *text]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for; a special token or one beyond the vocabulary by its name."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # the embedding has more rows than the tokenizer has tokens
+            return f"<{token_id}>".encode()
+        if token_id in self._tokenizer.all_special_ids or not set(piece) <= BYTES.keys():
+            return str(piece).encode()
+        return bytes(BYTES[character] for character in piece)
 
     def decode(self, ids: list[int]) -> str:
         """Token ids to text, without special tokens."""

@@ -1,0 +1,119 @@
+"""Beam search over candidates that somebody else scores. Pure Python: no torch, no text.
+
+Arithmetic and order are transformers' (`GenerationMixin._beam_search`): of the best candidates,
+those that end become hypotheses if they are among the first `num_beams`, the best that do not
+end live on, and a hypothesis' score is its log-probability over length ** length_penalty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+
+from blip2_serve.engine.sequence import Request, Sequence
+from blip2_serve.types import FinishReason, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A beam and one more token; `score` is the sum of log-probabilities with that token's."""
+
+    beam: Sequence
+    token: int
+    score: float
+    logprob: TokenLogprob | None = None  # where the request asks for it
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A finished answer: a beam and the token that ended it."""
+
+    score: float
+    beam: Sequence
+    tokens: list[int]
+    logprobs: list[TokenLogprob]
+    reason: FinishReason
+
+
+class BeamSearch:
+    """The search of one request; `eos` is empty where end tokens are ignored."""
+
+    def __init__(self, request: Request, eos: frozenset[int]) -> None:
+        self._request = request
+        self._eos = eos
+        self._agreed = 0
+        self.hypotheses: list[Hypothesis] = []  # the best first, num_beams at most
+
+    @property
+    def candidates(self) -> int:
+        """How many `step` needs: enough for num_beams to live on if all others end."""
+        return int(max(2, 1 + len(self._eos)) * self._request.params.num_beams)
+
+    def step(self, candidates: list[Candidate]) -> list[Sequence]:
+        """The beams that live on, the best first; none when the search is over.
+
+        `candidates` come best first. The request's KV rows go to the beams that are returned.
+        """
+        params = self._request.params
+        length = len(candidates[0].beam.output) + 1
+        at_limit = length == params.max_tokens
+        ends = [at_limit or c.token in self._eos for c in candidates]
+        for candidate, end in list(zip(candidates, ends, strict=True))[: params.num_beams]:
+            if end:
+                self._add(candidate, length)
+        live = [c for c, end in zip(candidates, ends, strict=True) if not end][: params.num_beams]
+        if not live or self._is_over(live[0].score, length):
+            return []
+        beams = []
+        for index, candidate in enumerate(live):
+            beam = candidate.beam.fork(index)
+            beam.append(candidate.token)
+            beam.score = candidate.score
+            if candidate.logprob:
+                beam.logprobs.append(candidate.logprob)
+            beams.append(beam)
+        return beams
+
+    def newly_agreed(self, beams: list[Sequence]) -> tuple[list[int], list[TokenLogprob]]:
+        """Tokens that every possible answer has by now, less those returned before.
+
+        With n = 1, that is every living beam and the best hypothesis: a worse one stays worse.
+        """
+        lines = [(beam.output, beam.logprobs) for beam in beams]
+        if self.hypotheses:
+            lines.append((self.hypotheses[0].tokens, self.hypotheses[0].logprobs))
+        start = self._agreed
+        columns = zip(*(tokens[start:] for tokens, _ in lines), strict=False)
+        self._agreed += sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
+        tokens, logprobs = lines[0]
+        return tokens[start : self._agreed], logprobs[start : self._agreed]
+
+    def _add(self, candidate: Candidate, length: int) -> None:
+        params = self._request.params
+        beam, logprob = candidate.beam, candidate.logprob
+        hypothesis = Hypothesis(
+            candidate.score / length**params.length_penalty,
+            beam,
+            [*beam.output, candidate.token],
+            [*beam.logprobs, logprob] if logprob else [],
+            "stop" if candidate.token in self._eos else "length",
+        )
+        full = len(self.hypotheses) == params.num_beams
+        if full and params.early_stopping is True:
+            return
+        self.hypotheses.append(hypothesis)
+        self.hypotheses.sort(key=lambda h: -h.score)
+        del self.hypotheses[params.num_beams :]
+
+    def _is_over(self, best_score: float, length: int) -> bool:
+        """Whether no living beam can become one of the best, as transformers estimates it."""
+        params = self._request.params
+        if len(self.hypotheses) < params.num_beams:
+            return False
+        if params.early_stopping is True:
+            return True
+        assert params.max_tokens is not None
+        farthest = params.early_stopping == "never" and params.length_penalty > 0
+        best_length = params.max_tokens if farthest else length
+        best_possible: float = best_score / best_length**params.length_penalty
+        return best_possible <= self.hypotheses[-1].score

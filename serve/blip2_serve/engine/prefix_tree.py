@@ -1,0 +1,127 @@
+"""Beginnings of earlier requests whose KV is kept for later ones.
+
+A radix tree for each image: a node is a run of tokens with their KV rows, and its children go on
+from there. Image and tokens together are the key, never tokens alone: all images have the
+same image tokens. Whatever is least recently used goes first when rows are needed.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from blip2_serve.engine.kv import KvRows
+
+
+@dataclass(eq=False)
+class _Node:
+    parent: _Node | None
+    tokens: list[int]
+    rows: array[int]
+    children: dict[int, _Node] = field(default_factory=dict)  # by their first token
+
+    def common(self, tokens: Sequence[int], start: int) -> int:
+        """How many of this node's tokens stand in `tokens` from `start` on."""
+        length = min(len(self.tokens), len(tokens) - start)
+        if self.tokens[:length] == tokens[start : start + length]:
+            return length
+        return next(i for i in range(length) if self.tokens[i] != tokens[start + i])
+
+
+class PrefixTree:
+    """Holds rows of `kv` on its own account, next to the requests that may hold them too."""
+
+    def __init__(self, kv: KvRows) -> None:
+        self.rows = 0  # that are kept
+        self._kv = kv
+        self._roots: dict[str, _Node] = {}
+        # Oldest first. Walks touch a node before its parent, so a parent is always younger than
+        # its children and the oldest node is always a leaf.
+        self._by_age: OrderedDict[_Node, str] = OrderedDict()
+
+    def match(self, digest: str, tokens: list[int]) -> array[int]:
+        """The rows of the longest known beginning; the caller becomes a holder of them."""
+        rows = array("q")
+        root = self._roots.get(digest)
+        if root is None:
+            return rows
+        node = root
+        while child := node.children.get(tokens[len(rows)]) if len(rows) < len(tokens) else None:
+            common = child.common(tokens, len(rows))
+            rows.extend(child.rows[:common])
+            node = child
+            if common < len(child.tokens):
+                break
+        self._touch(node, digest)
+        self._kv.share(rows)
+        return rows
+
+    def insert(self, digest: str, tokens: list[int], rows: array[int]) -> None:
+        """Keeps the rows of these tokens, as far as none are kept for them already."""
+        node = self._roots.setdefault(digest, _Node(None, [], array("q")))
+        at = 0
+        while at < len(tokens):
+            child = node.children.get(tokens[at])
+            if child is None:
+                child = _Node(node, tokens[at:], rows[at : len(tokens)])
+                self._kv.share(child.rows)
+                self.rows += len(child.rows)
+                node.children[tokens[at]] = child
+            else:
+                common = child.common(tokens, at)
+                if common < len(child.tokens):
+                    child = self._split(child, common)
+            at += len(child.tokens)
+            node = child
+        self._touch(node, digest)
+
+    def make_room(self, count: int) -> None:
+        """Gives back the oldest beginnings until `count` rows are free, or nothing is kept."""
+        while self._kv.free < count and self._by_age:
+            node, digest = self._by_age.popitem(last=False)
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.tokens[0]]
+            if parent.parent is None and not parent.children:
+                del self._roots[digest]
+            self._kv.give_back(node.rows)
+            self.rows -= len(node.rows)
+
+    def holdings(self) -> Iterator[array[int]]:
+        """The rows of each node."""
+        return (node.rows for node in self._by_age)
+
+    def check_integrity(self) -> None:
+        """Asserts that the tree is one, with parents younger than their children."""
+        ages = {node: age for age, node in enumerate(self._by_age)}
+        stack = list(self._roots.values())
+        seen = 0
+        while stack:
+            node = stack.pop()
+            assert len(node.tokens) == len(node.rows)
+            assert node.parent is None or node in ages
+            for first, child in node.children.items():
+                assert child.tokens[0] == first
+                assert child.parent is node
+                assert node.parent is None or ages[node] > ages[child]
+                stack.append(child)
+                seen += 1
+        assert seen == len(ages)
+        assert self.rows == sum(len(rows) for rows in self.holdings())
+        assert all(root.children for root in self._roots.values())
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Cuts a node in two after `at` of its tokens; the upper half, which takes its place."""
+        assert node.parent is not None
+        upper = _Node(node.parent, node.tokens[:at], node.rows[:at], {node.tokens[at]: node})
+        node.parent.children[node.tokens[0]] = upper
+        node.parent, node.tokens, node.rows = upper, node.tokens[at:], node.rows[at:]
+        return upper
+
+    def _touch(self, node: _Node, digest: str) -> None:
+        while node.parent is not None:
+            self._by_age[node] = digest
+            self._by_age.move_to_end(node)
+            node = node.parent
