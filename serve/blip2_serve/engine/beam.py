@@ -64,14 +64,12 @@ class BeamSearch:
         live = [c for c, end in zip(candidates, ends, strict=True) if not end][: params.num_beams]
         if not live or self._is_over(live[0].score, length):
             return []
-        beams = []
-        for index, candidate in enumerate(live):
-            beam = candidate.beam.fork(index)
+        beams = _continued(live)
+        for beam, candidate in zip(beams, live, strict=True):
             beam.append(candidate.token)
             beam.score = candidate.score
             if candidate.logprob:
                 beam.logprobs.append(candidate.logprob)
-            beams.append(beam)
         return beams
 
     def newly_agreed(self, beams: list[Sequence]) -> tuple[list[int], list[TokenLogprob]]:
@@ -93,7 +91,7 @@ class BeamSearch:
         beam, logprob = candidate.beam, candidate.logprob
         hypothesis = Hypothesis(
             candidate.score / length**params.length_penalty,
-            beam,
+            beam.fork(beam.index),  # the beam itself may go on
             [*beam.output, candidate.token],
             [*beam.logprobs, logprob] if logprob else [],
             "stop" if candidate.token in self._eos else "length",
@@ -117,3 +115,16 @@ class BeamSearch:
         best_length = params.max_tokens if farthest else length
         best_possible: float = best_score / best_length**params.length_penalty
         return best_possible <= self.hypotheses[-1].score
+
+
+def _continued(live: list[Candidate]) -> list[Sequence]:
+    """For each candidate its beam itself, which goes on in place, or a fork of it."""
+    gone_on: set[Sequence] = set()
+    beams = []
+    for index, candidate in enumerate(live):
+        beam = candidate.beam.fork(index) if candidate.beam in gone_on else candidate.beam
+        gone_on.add(candidate.beam)
+        beams.append(beam)
+    for index, beam in enumerate(beams):
+        beam.index = index
+    return beams
