@@ -146,6 +146,13 @@ def test_with_fewer_answers_than_beams_the_search_goes_on() -> None:
     assert len(search.answers()) == 2
 
 
+def test_of_answers_that_end_in_the_same_step_none_comes_too_late_for_early_stopping() -> None:
+    search = Search(2, early_stopping=True)
+    search.step((0, EOS, -1.0), (0, 5, -1.1), (0, 6, -1.2))
+    assert search.step((0, EOS, -1.3), (1, EOS, -1.4), (0, 7, -2.0), (0, 8, -3.0)) == []
+    assert search.answers() == [[5, EOS], [6, EOS]]
+
+
 def test_at_the_limit_the_best_beams_are_answers_whole_or_not() -> None:
     search = Search(2, max_tokens=2)
     search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0))
