@@ -147,7 +147,7 @@ def test_stop_strings_before_min_tokens_are_text(min_tokens: int, text: str, at_
 def test_a_character_is_handed_out_whole() -> None:
     a = answer()
     first, second, third = tokens("日")
-    assert add(a, tokens("a") + [first]) == ([*b"a", first], "a", None)
+    assert add(a, [*tokens("a"), first]) == ([*b"a", first], "a", None)
     assert add(a, [second]) == ([second], "", None)
     assert add(a, [third, *b"b"]) == ([third, *b"b"], "日b", None)
 
