@@ -89,7 +89,7 @@ def test_several_samples_and_their_log_probabilities_whole_and_streamed(
         "model": "demo",
         "messages": [image_message(scenes.sample(2_006).image)],
         "n": 3,
-        "temperature": 1.5,
+        "temperature": 1,
         "seed": 7,
         "max_tokens": 12,
         "logprobs": True,
