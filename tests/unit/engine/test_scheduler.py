@@ -506,3 +506,16 @@ def test_what_is_kept_never_makes_a_request_wait() -> None:
     simulation.add([9] * 45, 6)
     simulation.step()
     assert len(simulation.scheduler.running) == 2
+
+
+def test_a_request_that_waits_for_room_does_not_lose_the_beginning_that_is_known() -> None:
+    simulation = Simulation(scheduler(rows=40, max_step_tokens=50), 4, 50)
+    simulation.add([1] * 10, 1)
+    simulation.step()
+    simulation.add([2] * 10, 16)  # reach 25: 5 rows are free beside those that are kept
+    simulation.step()
+    waiting = simulation.add([*[1] * 10, 3], 10)  # 10 rows are known, 10 more are needed
+    while waiting in simulation.scheduler.waiting:
+        simulation.step()
+    assert simulation.scheduler.reused_tokens == 10
+    simulation.finish()
