@@ -115,6 +115,7 @@ def test_of_more_answers_than_beams_the_best_are_kept() -> None:
         pytest.param(False, 1.0, False, id="by default not while a beam is better by now"),
         pytest.param("never", 0.0, False, id="never ends it while a beam is likelier"),
         pytest.param("never", 1.0, False, id="never ends it while a beam could become better"),
+        pytest.param("never", -1.0, False, id="where length costs that is by its length now"),
     ],
 )
 def test_when_there_are_enough_answers_early_stopping_decides(
