@@ -19,6 +19,7 @@ from transformers import (
 from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import SamplingParams
+from support.requests import make_request
 
 VOCABULARY = 50
 EOS = [2, 31]
@@ -85,10 +86,12 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 def draw(logits: Tensor, params: SamplingParams, count: int) -> list[int]:
     """The token for each of the patched numbers; its index is the seed."""
     sequences = [
-        Sequence("a", PROMPT, None, SamplingParams(**{**vars(params), "seed": seed}), [*OUTPUT])
+        Sequence(make_request("a", PROMPT, **{**vars(params), "seed": seed}), output=[*OUTPUT])
         for seed in range(count)
     ]
-    return Sampler(tuple(EOS)).sample(logits.repeat(count, 1), sequences)
+    rows = list(range(count))
+    choices = Sampler(tuple(EOS)).choose(logits.repeat(count, 1), rows, sequences)
+    return [choice.token for choice in choices]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -111,7 +114,7 @@ def test_every_token_is_drawn_from_its_own_share_of_the_numbers(
         margin = (end - start) / 100
         numbers += [start + margin, (start + end) / 2, end - margin]
         wanted += [token] * 3
-    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda seed, _: numbers[seed])
+    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda seed, *_: numbers[seed])
     assert draw(logits, params, len(numbers)) == wanted
 
 
@@ -123,7 +126,7 @@ def test_over_a_grid_of_numbers_tokens_come_as_often_as_in_transformers(
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7)) * 2
     params = SamplingParams(**{"temperature": 1.0, **case})
     expected = probabilities(logits, params)
-    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda n, _: (n + 0.5) / count)
+    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda n, *_: (n + 0.5) / count)
     tokens = torch.tensor(draw(logits, params, count))
     seen = torch.bincount(tokens, minlength=VOCABULARY) / count
     torch.testing.assert_close(seen.double(), expected, atol=1.01 / count, rtol=0)

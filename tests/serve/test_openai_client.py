@@ -82,6 +82,55 @@ def test_sampling_with_a_seed_repeats_itself_and_differs_between_seeds(
     assert len({sample(seed) for seed in range(5)}) > 1
 
 
+def test_several_samples_and_their_log_probabilities_whole_and_streamed(
+    client: openai.OpenAI,
+) -> None:
+    asked: dict[str, Any] = {
+        "model": "demo",
+        "messages": [image_message(scenes.sample(2_006).image)],
+        "n": 3,
+        "temperature": 1,
+        "seed": 7,
+        "max_tokens": 12,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+    whole = client.chat.completions.create(**asked)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    streamed = {choice.index: ("", b"") for choice in whole.choices}
+    for chunk in client.chat.completions.create(**asked, stream=True):
+        (choice,) = chunk.choices
+        text, spelled = streamed[choice.index]
+        text += choice.delta.content or ""
+        if choice.logprobs is not None:
+            spelled += b"".join(bytes(t.bytes or []) for t in choice.logprobs.content or [])
+        streamed[choice.index] = (text, spelled)
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+        assert all(token.logprob <= 0 for token in choice.logprobs.content)
+        text, spelled = streamed[choice.index]
+        assert text == choice.message.content
+        assert text in spelled.decode(errors="replace")
+
+
+def test_beams_go_by_extra_fields_and_the_best_is_what_one_answer_would_be(
+    client: openai.OpenAI,
+) -> None:
+    messages: Any = [image_message(scenes.sample(2_007).image)]
+
+    def answers(n: int) -> list[str | None]:
+        extra = {"num_beams": 4, "length_penalty": 0.5}
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, n=n, extra_body=extra
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    assert answers(1) == answers(4)[:1]
+    assert len(answers(4)) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

@@ -58,7 +58,43 @@ async def test_a_client_that_goes_away_while_streaming_leaves_nothing_in_the_eng
         assert (await demo.stats("Generator"))["running"] == 1
     after = await demo.until_idle()
     assert after["steps"] - steps < LONG["max_tokens"]
-    assert after["kv_rows_used"] == 0
+    assert after["kv_rows_used"] == after["kv_rows_kept"]
+
+
+async def test_a_client_that_goes_away_from_a_beam_search_leaves_nothing_in_the_engine(
+    demo: App,
+) -> None:
+    steps = (await demo.stats("Generator"))["steps"]
+    body = {"image": data_url(scenes.sample(3_302).image), "num_beams": 4, **LONG}
+    async with demo.client() as client:
+        request = asyncio.create_task(client.post("/v1/generate", json=body))
+        while (await demo.stats("Generator"))["running"] < 4:
+            await asyncio.sleep(0.01)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+    after = await demo.until_idle()
+    assert after["steps"] - steps < LONG["max_tokens"]
+    assert after["kv_rows_used"] == after["kv_rows_kept"]
+
+
+async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_new(
+    demo: App,
+) -> None:
+    messages = [image_message(scenes.sample(3_303).image, "what is in this picture?")]
+    async with demo.client() as client:
+        first = await client.post("/v1/chat/completions", json={"messages": messages})
+        before = (await demo.until_idle())["reused_tokens"]
+        answer = first.json()["choices"][0]["message"]["content"]
+        messages += [
+            {"role": "assistant", "content": answer},
+            {"role": "user", "content": "what color is the background?"},
+        ]
+        second = await client.post("/v1/chat/completions", json={"messages": messages})
+    assert second.status_code == 200, second.text
+    reused = (await demo.until_idle())["reused_tokens"] - before
+    # All of the first prompt at least: image and question.
+    assert reused >= first.json()["usage"]["prompt_tokens"]
+    assert reused < second.json()["usage"]["prompt_tokens"]
 
 
 async def test_a_client_that_goes_away_while_waiting_leaves_nothing_in_the_engine(

@@ -80,7 +80,17 @@ def test_engine_and_model_know_neither_ray_nor_http(module: str) -> None:
     assert not reached_by(module, SOURCES) & {"ray", *WEB}
 
 
-TORCH_FREE_ENGINE = ("scheduler", "sequence", "kv", "detokenizer", "engine")
+TORCH_FREE_ENGINE = (
+    "answer",
+    "beam",
+    "detokenizer",
+    "engine",
+    "kv",
+    "loop",
+    "prefix_tree",
+    "scheduler",
+    "sequence",
+)
 
 
 @pytest.mark.parametrize("module", [f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE])

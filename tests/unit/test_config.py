@@ -64,7 +64,7 @@ def test_strings_are_read_as_what_they_stand_for() -> None:
     config = AppConfig.model_validate(
         {
             "max_model_len": "128",
-            "generator": {"max_running": "4", "kv_memory_fraction": "0.5"},
+            "generator": {"max_running": "4", "kv_memory_fraction": "0.5", "kv_reuse": "false"},
             "ingress": {"images": {"allow_urls": "true"}},
         }
     )
@@ -72,6 +72,7 @@ def test_strings_are_read_as_what_they_stand_for() -> None:
     assert config.max_model_len == 128
     assert config.generator.max_running == 4
     assert config.generator.kv_memory_fraction == 0.5
+    assert config.generator.kv_reuse is False
     assert config.ingress.images.allow_urls is True
 
 

@@ -96,9 +96,6 @@ class BeamSearch:
             [*beam.logprobs, logprob] if logprob else [],
             "stop" if candidate.token in self._eos else "length",
         )
-        full = len(self.hypotheses) == params.num_beams
-        if full and params.early_stopping is True:
-            return
         self.hypotheses.append(hypothesis)
         self.hypotheses.sort(key=lambda h: -h.score)
         del self.hypotheses[params.num_beams :]

@@ -46,6 +46,10 @@ class KvRows:
         for row in rows:
             self._holders[row] += 1
 
+    def is_shared(self, row: int) -> bool:
+        """Whether a row has more than one holder."""
+        return self._holders[row] > 1
+
     def give_back(self, rows: Iterable[int]) -> None:
         """Takes a holder from each of the rows."""
         for row in rows:

@@ -78,16 +78,19 @@ class PrefixTree:
         self._touch(node, digest)
 
     def make_room(self, count: int) -> None:
-        """Gives back the oldest beginnings until `count` rows are free, or nothing is kept."""
-        while self._kv.free < count and self._by_age:
-            node, digest = self._by_age.popitem(last=False)
-            parent = node.parent
-            assert parent is not None
-            del parent.children[node.tokens[0]]
-            if parent.parent is None and not parent.children:
-                del self._roots[digest]
-            self._kv.give_back(node.rows)
-            self.rows -= len(node.rows)
+        """Gives back the oldest beginnings until `count` rows are free.
+
+        What somebody else holds too is kept: no row would be free for it.
+        """
+        if self._kv.free >= count:
+            return
+        for node, digest in list(self._by_age.items()):  # parents come after their children
+            # Who holds a row holds those before it: the last is the first that nobody else has.
+            if node.children or self._kv.is_shared(node.rows[-1]):
+                continue
+            self._forget(node, digest)
+            if self._kv.free >= count:
+                return
 
     def holdings(self) -> Iterator[array[int]]:
         """The rows of each node."""
@@ -111,6 +114,16 @@ class PrefixTree:
         assert seen == len(ages)
         assert self.rows == sum(len(rows) for rows in self.holdings())
         assert all(root.children for root in self._roots.values())
+
+    def _forget(self, leaf: _Node, digest: str) -> None:
+        parent = leaf.parent
+        assert parent is not None
+        del parent.children[leaf.tokens[0]]
+        if parent.parent is None and not parent.children:
+            del self._roots[digest]
+        del self._by_age[leaf]
+        self._kv.give_back(leaf.rows)
+        self.rows -= len(leaf.rows)
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cuts a node in two after `at` of its tokens; the upper half, which takes its place."""

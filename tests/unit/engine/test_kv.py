@@ -33,32 +33,54 @@ def test_rows_given_back_are_the_next_to_be_taken() -> None:
     assert set(kv.take(7) or []) == set(rows)
 
 
+def test_a_shared_row_is_free_once_its_last_holder_gives_it_back() -> None:
+    kv = KvRows(3)
+    rows = kv.take(3)
+    assert rows is not None
+    kv.share(rows[:2])
+    kv.share(rows[:1])
+    free = []
+    for given_back in (rows, rows[:2], rows[:1]):
+        kv.give_back(given_back)
+        free.append(kv.free)
+    assert free == [1, 2, 3]
+
+
 @given(st.lists(st.integers(0, 6), max_size=40), st.randoms(use_true_random=False))
 def test_rows_are_conserved(counts: list[int], random: Random) -> None:
+    """Holders take rows of their own, share those of others, and leave in any order."""
     kv = KvRows(12)
     held: list[array[int]] = []
     for count in counts:
-        if rows := kv.take(count):
+        if held and random.random() < 0.3:
+            shared = array("q", random.choice(held)[:count])
+            kv.share(shared)
+            held.append(shared)
+        elif rows := kv.take(count):
             held.append(rows)
         elif held:
             kv.give_back(held.pop(random.randrange(len(held))))
         kv.check_integrity(held)
-        assert kv.used == sum(map(len, held))
+        assert kv.used == len({row for rows in held for row in rows})
 
 
 @pytest.mark.parametrize(
     "held",
     [
-        pytest.param([], id="a sequence has lost its rows"),
-        pytest.param([[4, 3], [3]], id="two sequences hold the same row"),
-        pytest.param([[4, 3, 2]], id="a sequence holds a row that is free too"),
-        pytest.param([[4, 3, PADDING_ROW]], id="a sequence holds the padding row"),
+        pytest.param([], id="all holders have lost their rows"),
+        pytest.param([[2, 1]], id="one of two holders has lost its row"),
+        pytest.param([[2], [1, 1]], id="a row that was taken once has two holders"),
+        pytest.param([[2, 1], [2, 1]], id="a row that was not shared has two holders"),
+        pytest.param([[2, 1, 3], [2]], id="a holder has a row that is free too"),
+        pytest.param([[2, 1, PADDING_ROW], [2]], id="a holder has the padding row"),
     ],
 )
 def test_wrong_books_are_noticed(held: list[list[int]]) -> None:
     kv = KvRows(4)
     rows = kv.take(2)
     assert rows is not None
-    kv.check_integrity([rows])
+    assert sorted(rows) == [1, 2]
+    kv.share([2])
+    kv.check_integrity([rows, [2]])
     with pytest.raises(AssertionError, match="KV rows"):
         kv.check_integrity([array("q", group) for group in held])

@@ -12,10 +12,12 @@ import pytest
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.sampler import Choice
 from blip2_serve.engine.scheduler import Scheduler
-from blip2_serve.engine.sequence import Chunk, Sequence
-from blip2_serve.errors import ContextLengthExceeded, Overloaded, Unavailable
-from blip2_serve.types import SamplingParams, TokenEvent
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from blip2_serve.types import TokenEvent, TokenLogprob
+from support.requests import make_request
 
 DEADLINE = 20.0  # of a test that would otherwise hang
 
@@ -42,53 +44,75 @@ class StepByStep:
 
 
 class Alphabet:
-    """'Samples' a, b, c, ... for every sequence."""
+    """Chooses a, b, c, ... for every first sample, b, c, d, ... for every second, and so on."""
 
-    def sample(self, logits: Any, sequences: list[Sequence]) -> list[int]:
+    def choose(self, logits: Any, rows: list[int], sequences: list[Sequence]) -> list[Choice]:
         assert logits is None
-        return [ord("a") + len(s.output) % 26 for s in sequences]
+        assert len(rows) == len(sequences)
+        tokens = [ord("a") + (len(s.output) + s.index) % 26 for s in sequences]
+        return [Choice(token, TokenLogprob(token, -1.0)) for token in tokens]
+
+    def expand(self, *_: Any) -> list[Any]:
+        raise AssertionError("there are no beams here")
 
 
 class Bench:
     """An engine loop over a runner that a test lets go step by step."""
 
-    def __init__(self, max_running: int = 4, max_waiting: int = 100, free: bool = False) -> None:
+    def __init__(
+        self,
+        max_running: int = 4,
+        max_waiting: int = 100,
+        free: bool = False,
+        eos: tuple[int, ...] = (),
+    ) -> None:
         self.runner = StepByStep()
         if free:
             self.runner.allow(1_000_000)
         scheduler = Scheduler(
-            KvRows(1000), max_running=max_running, max_waiting=max_waiting, max_step_tokens=32
+            KvRows(1000),
+            max_running=max_running,
+            max_waiting=max_waiting,
+            max_step_tokens=32,
+            reuse=False,
         )
         self.engine = Engine(
             self.runner,
             scheduler,
             Alphabet(),
             decode=lambda ids: bytes(ids).decode(),
-            eos_token_ids=(),
+            eos_token_ids=eos,
         )
         self.loop = EngineLoop(self.engine)
 
-    async def collect(self, name: str, max_tokens: int = 5) -> list[TokenEvent]:
+    async def collect(self, name: str, max_tokens: int = 5, n: int = 1) -> list[TokenEvent]:
         async with asyncio.timeout(DEADLINE):
-            return [event async for event in self.loop.stream(request(name, max_tokens))]
+            return [event async for event in self.loop.stream(request(name, max_tokens, n))]
 
-    async def begin(self, name: str, max_tokens: int = 5) -> asyncio.Task[list[TokenEvent]]:
+    async def begin(
+        self, name: str, max_tokens: int = 5, n: int = 1
+    ) -> asyncio.Task[list[TokenEvent]]:
         """A reader whose request is in the inbox; the engine takes it before its next step."""
-        task = asyncio.create_task(self.collect(name, max_tokens))
+        task = asyncio.create_task(self.collect(name, max_tokens, n))
         await asyncio.sleep(0)
         return task
 
     async def held(self, count: int) -> None:
-        """Until the engine holds `count` sequences."""
+        """Until the engine holds `count` sequences and waiting requests."""
         await until(lambda: self.loop.stats().running + self.loop.stats().waiting == count)
 
 
-def request(name: str, max_tokens: int = 5) -> Sequence:
-    return Sequence(name, [1, 2, 3], None, SamplingParams(max_tokens=max_tokens))
+def request(name: str, max_tokens: int = 5, n: int = 1) -> Request:
+    return make_request(name, [1, 2, 3], max_tokens=max_tokens, n=n)
 
 
-def text(events: list[TokenEvent]) -> str:
-    return "".join(event.text for event in events)
+def text(events: list[TokenEvent], index: int = 0) -> str:
+    return "".join(event.text for event in events if event.index == index)
+
+
+def expected(letters: str, reason: Any = None, index: int = 0, last: bool = False) -> TokenEvent:
+    logprobs = tuple(TokenLogprob(ord(letter), -1.0) for letter in letters)
+    return TokenEvent(tuple(letters.encode()), letters, reason, 3, index, logprobs, last)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -125,7 +149,7 @@ async def test_an_answer_is_streamed_token_by_token(make: Callable[..., Bench]) 
         for letter, reason in [("a", None), ("b", None), ("c", "length")]:
             bench.runner.allow(1)
             event = await anext(stream)
-            assert event == TokenEvent((ord(letter),), letter, reason, 3)
+            assert event == expected(letter, reason, last=letter == "c")
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
 
@@ -154,10 +178,47 @@ async def test_tokens_that_a_busy_event_loop_let_pile_up_come_as_one_event(
     bench.runner.allow(5)
     block_until(lambda: bench.loop.stats().steps == 5)
     bench.loop.close()
-    assert await task == [TokenEvent(tuple(b"abcde"), "abcde", "length", 3)]
+    assert await task == [expected("abcde", "length", last=True)]
 
 
-async def test_a_reader_that_leaves_takes_its_sequence_out_before_the_next_step(
+async def test_tokens_of_several_answers_that_pile_up_come_as_one_event_for_each(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    task = await bench.begin("a", 4, n=3)
+    await bench.held(1)
+    bench.runner.allow(4)
+    block_until(lambda: bench.loop.stats().steps == 4)
+    bench.loop.close()
+    assert await task == [
+        expected("abcd", "length", 0),
+        expected("bcde", "length", 1),
+        expected("cdef", "length", 2, last=True),
+    ]
+
+
+async def test_the_end_of_one_answer_is_not_the_end_of_the_request(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(eos=(ord("c"),))  # the first sample's third token, the second's second
+    async with aclosing(bench.loop.stream(request("a", 9, n=2))) as stream:
+        bench.runner.allow(1)
+        assert [await anext(stream) for _ in range(2)] == [expected("a"), expected("b", index=1)]
+        bench.runner.allow(1)
+        events = [await anext(stream) for _ in range(2)]
+        assert [(e.index, e.finish_reason, e.last) for e in events] == [
+            (0, None, False),
+            (1, "stop", False),
+        ]
+        bench.runner.allow(1)
+        event = await anext(stream)
+        assert (event.index, event.finish_reason, event.last) == (0, "stop", True)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+    await bench.held(0)
+
+
+async def test_a_reader_that_leaves_takes_its_request_out_before_the_next_step(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -171,7 +232,7 @@ async def test_a_reader_that_leaves_takes_its_sequence_out_before_the_next_step(
     assert bench.loop.stats().steps <= 2
 
 
-async def test_a_cancelled_reader_takes_its_sequence_out(make: Callable[..., Bench]) -> None:
+async def test_a_cancelled_reader_takes_its_request_out(make: Callable[..., Bench]) -> None:
     bench = make()
     task = await bench.begin("a", 500)
     await bench.held(1)
@@ -183,7 +244,7 @@ async def test_a_cancelled_reader_takes_its_sequence_out(make: Callable[..., Ben
     assert bench.loop.stats().steps <= 1
 
 
-async def test_a_waiting_sequence_can_be_left_too(make: Callable[..., Bench]) -> None:
+async def test_a_waiting_request_can_be_left_too(make: Callable[..., Bench]) -> None:
     bench = make(max_running=1)
     running = await bench.begin("a", 3)
     waiting = await bench.begin("b", 3)
@@ -237,6 +298,26 @@ async def test_what_can_never_fit_is_told_to_the_caller(make: Callable[..., Benc
     with pytest.raises(ContextLengthExceeded):
         await bench.collect("a", 5_000)
     assert text(await bench.collect("b")) == "abcde"
+
+
+async def test_more_answers_than_ever_run_at_once_is_told_to_the_caller(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(free=True, max_running=4)
+    with pytest.raises(InvalidRequest) as error:
+        await bench.collect("a", n=5)
+    assert error.value.param == "n"
+    assert text(await bench.collect("b", n=4), index=3) == "defgh"
+
+
+async def test_the_time_of_finished_requests_is_summed_whatever_their_answers(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(free=True)
+    await bench.collect("a", n=3)
+    after_one = bench.loop.seconds
+    await bench.collect("b")
+    assert 0 < after_one < bench.loop.seconds
 
 
 async def test_a_failing_step_fails_everyone_and_all_who_come_later(

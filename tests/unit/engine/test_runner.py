@@ -12,9 +12,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.runner import Runner, row_bytes
 from blip2_serve.engine.scheduler import Scheduler
-from blip2_serve.engine.sequence import Chunk, Sequence
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.model.opt import OptDecoder
-from blip2_serve.types import SamplingParams
+from support.requests import make_request
 
 VOCABULARY = 60
 HIDDEN = 32
@@ -54,8 +54,9 @@ class Model:
     def logits(self, sequence: Sequence) -> Tensor:
         """After every token of the sequence, by transformers."""
         embeddings = self.reference.get_input_embeddings()
-        embedded = embeddings(torch.tensor(sequence.prompt + sequence.output))
-        embedded[: len(sequence.image)] = sequence.image
+        request = sequence.request
+        embedded = embeddings(torch.tensor(request.prompt + sequence.output))
+        embedded[: len(request.image)] = request.image
         result: Tensor = self.reference(inputs_embeds=embedded[None]).logits[0]
         return result
 
@@ -80,9 +81,10 @@ def sequence(
     random = Random(seed)
     prompt = [IMAGE_TOKEN] * image + [random.randrange(VOCABULARY) for _ in range(length - image)]
     picture = torch.randn(image, HIDDEN, generator=torch.Generator().manual_seed(seed))
-    result = Sequence(f"{seed}", prompt, picture, SamplingParams(max_tokens=max_tokens))
-    result.rows = array("q", rows or range(1, length + 1))
-    return result
+    request = make_request(
+        f"{seed}", prompt, image=picture, digest=f"picture {seed}", max_tokens=max_tokens
+    )
+    return Sequence(request, table=array("q", rows or range(1, length + 1)))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_a_prompt_may_be_computed_in_chunks_of_any_size(model: Model, size: int)
 def test_image_rows_take_the_place_of_image_tokens(model: Model) -> None:
     with_image = sequence(8, image=4)
     without = sequence(8, image=4)
-    without.image = torch.empty(0, HIDDEN)
+    without.request.image = torch.empty(0, HIDDEN)
     seen = model.runner().run([Chunk(with_image, 0, 8)])
     unseen = model.runner().run([Chunk(without, 0, 8)])
     torch.testing.assert_close(seen[0], model.logits(with_image)[-1], atol=1e-5, rtol=1e-5)
@@ -173,23 +175,81 @@ def test_rows_of_an_earlier_sequence_leave_no_trace(model: Model) -> None:
     model.check(runner, [Chunk(later, 7, 8)])
 
 
-def test_many_sequences_through_few_rows_have_the_logits_of_transformers(model: Model) -> None:
+def test_lines_that_share_rows_go_on_each_in_its_own_way(model: Model) -> None:
+    runner = model.runner()
+    parent = sequence(9, rows=list(range(40, 49)), image=3)
+    model.check(runner, [Chunk(parent, 0, 9)])
+    lines = [parent.fork(i) for i in range(3)]
+    for step in range(3):
+        for i, line in enumerate(lines):
+            line.output.append(10 * i + step)
+            line.table.append(1 + 10 * i + step)
+        model.check(runner, [Chunk(line, line.length - 1, line.length) for line in lines])
+    # Two lines part once more; their tables are longer in common then.
+    child = lines[1].fork(3)
+    for line, token, row in ((lines[1], 50, 80), (child, 51, 81)):
+        line.output.append(token)
+        line.table.append(row)
+    model.check(runner, [Chunk(line, line.length - 1, line.length) for line in (child, lines[1])])
+
+
+def test_a_prompt_may_begin_in_rows_that_another_one_was_computed_into(model: Model) -> None:
+    runner = model.runner()
+    earlier = sequence(12, rows=list(range(20, 32)), image=4)
+    model.check(runner, [Chunk(earlier, 0, 12)])
+    same = sequence(12, rows=[*range(20, 31), 5], image=4)
+    model.check(runner, [Chunk(same, 11, 12)])
+    # One that parts from it among the image's rows, and one after them.
+    for known in (2, 9):
+        other = sequence(12, rows=[*range(20, 20 + known), *range(50, 62 - known)], image=4)
+        other.request.prompt[known:] = [(token + 1) % VOCABULARY for token in other.request.prompt][
+            known:
+        ]
+        model.check(runner, [Chunk(other, known, 12)])
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["with reuse", "without reuse"])
+def test_many_requests_through_few_rows_have_the_logits_of_transformers(
+    model: Model, reuse: bool
+) -> None:
+    """Single lines, samples and beams, of prompts that begin alike."""
     random = Random(0)
     runner = model.runner()
-    scheduler = Scheduler(KvRows(60), max_running=4, max_waiting=100, max_step_tokens=10)
-    for seed in range(25):
-        length, image = random.randint(2, 24), random.randint(0, 2)
-        s = sequence(length, image=image, seed=seed, max_tokens=random.randint(1, 10))
-        s.rows = array("q")
-        scheduler.add(s)
+    scheduler = Scheduler(
+        KvRows(ROWS), max_running=6, max_waiting=100, max_step_tokens=12, reuse=reuse
+    )
+    picture = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    beginning = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
+    for name in range(40):
+        prompt = beginning[: random.randint(2, 14)]
+        prompt += [random.randrange(VOCABULARY) for _ in range(random.randint(1, 10))]
+        width = random.choice([{}, {"n": 3}, {"num_beams": 4}])
+        request = make_request(
+            f"{name}", prompt, image=picture, max_tokens=random.randint(1, 8), **width
+        )
+        scheduler.add(request)
     while scheduler.has_work:
         chunks = scheduler.schedule()
         model.check(runner, chunks)
         scheduler.advance(chunks)
-        for s in [c.sequence for c in chunks if c.completes]:
-            s.output.append(random.randrange(VOCABULARY))
-            if len(s.output) == s.params.max_tokens:
-                scheduler.release(s, "length")
+        for request in {c.sequence.request: None for c in chunks if c.completes}:
+            go_on(scheduler, request, random)
+        scheduler.check_integrity()
+    assert (scheduler.reused_tokens > 100) is reuse
+
+
+def go_on(scheduler: Scheduler, request: Request, random: Random) -> None:
+    """A random next token for every line of a request; beams go on from random beams."""
+    lines = request.sequences
+    if len(lines[0].output) + 1 == request.params.max_tokens:
+        for line in [*lines]:
+            scheduler.end(line)
+        return
+    if request.width > len(lines) or request.params.num_beams > 1:
+        parents = random.choices(lines, k=request.width)
+        request.sequences = [line.fork(i) for i, line in enumerate(parents)]
+    for line in request.sequences:
+        line.append(random.randrange(VOCABULARY))
 
 
 def test_a_row_is_the_keys_and_values_of_all_layers(model: Model) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,100 +10,172 @@ from hypothesis import strategies as st
 
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.scheduler import Scheduler
-from blip2_serve.engine.sequence import Chunk, Sequence
-from blip2_serve.errors import ContextLengthExceeded, Overloaded
-from blip2_serve.types import SamplingParams
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from support.requests import make_request
 
 
 def scheduler(
-    rows: int = 64, max_running: int = 4, max_waiting: int = 1000, max_step_tokens: int = 8
+    rows: int = 64,
+    max_running: int = 4,
+    max_waiting: int = 1000,
+    max_step_tokens: int = 8,
+    reuse: bool = True,
 ) -> Scheduler:
     return Scheduler(
         KvRows(rows),
         max_running=max_running,
         max_waiting=max_waiting,
         max_step_tokens=max_step_tokens,
+        reuse=reuse,
     )
 
 
-def sequence(name: str = "a", prompt: int = 1, max_tokens: int = 1) -> Sequence:
-    return Sequence(name, [7] * prompt, None, SamplingParams(max_tokens=max_tokens))
-
-
 def work(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
-    return [(c.sequence.id, c.start, c.end) for c in chunks]
+    return [(c.sequence.request.id, c.start, c.end) for c in chunks]
 
 
 @dataclass
 class Simulation:
-    """Drives a scheduler as the engine does, and checks what it promises after every step."""
+    """Drives a scheduler as the engine does, and checks what it promises after every step.
+
+    In `memory`, each KV row has the image and all tokens up to the one that was computed into it.
+    """
 
     scheduler: Scheduler
     max_running: int
     max_step_tokens: int
-    arrived: list[Sequence] = field(default_factory=list)
+    random: Random = field(default_factory=lambda: Random(0))
+    arrived: list[Request] = field(default_factory=list)
     ends_after: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, list[list[int]]] = field(default_factory=dict)
+    memory: dict[int, tuple[object, ...]] = field(default_factory=dict)
     last_admitted: int = -1
 
-    def add(self, prompt: int, max_tokens: int, ends_after: int) -> None:
-        s = sequence(str(len(self.arrived)), prompt, max_tokens)
-        self.scheduler.add(s)
-        self.arrived.append(s)
-        self.ends_after[s.id] = ends_after
+    def add(
+        self,
+        prompt: int | list[int],
+        max_tokens: int,
+        ends_after: int = 1000,
+        *,
+        digest: str = "picture",
+        **params: Any,
+    ) -> Request:
+        name = str(len(self.arrived))
+        request = make_request(name, prompt, digest=digest, max_tokens=max_tokens, **params)
+        self.scheduler.add(request)
+        self.arrived.append(request)
+        self.ends_after[name] = ends_after
+        self.answers[name] = []
+        return request
 
     def abort(self, choice: int) -> None:
         held = [*self.scheduler.running, *self.scheduler.waiting]
         if held:
-            self.scheduler.release(held[choice % len(held)], None)
+            request = held[choice % len(held)]
+            self.scheduler.release(request)
             self.scheduler.check_integrity()
+            self.answers.pop(request.id)
 
     def step(self) -> list[Chunk]:
-        running = {s.id for s in self.scheduler.running}
-        decoding = {s.id for s in self.scheduler.running if s.output}
-        computed = {s.id: s.computed for s in [*self.scheduler.running, *self.scheduler.waiting]}
+        running = {r.id for r in self.scheduler.running}
         chunks = self.scheduler.schedule()
 
         assert sum(c.end - c.start for c in chunks) <= self.max_step_tokens
-        assert len({c.sequence.id for c in chunks}) == len(chunks)
+        assert len({c.sequence for c in chunks}) == len(chunks)
         for chunk in chunks:
-            assert chunk.start == computed[chunk.sequence.id] < chunk.end <= chunk.sequence.length
-        single = {c.sequence.id for c in chunks if c.completes and c.end - c.start == 1}
-        assert decoding <= single
+            assert chunk.start == chunk.sequence.computed < chunk.end <= chunk.sequence.length
+        single = {c.sequence for c in chunks if c.completes and c.end - c.start == 1}
+        assert {s for r in self.scheduler.running for s in r.sequences if s.output} <= single
         self._check_admission(running)
 
+        self._compute(chunks)
         self.scheduler.advance(chunks)
-        for chunk in chunks:
-            if chunk.completes:
-                self._sample(chunk.sequence)
+        for request in dict.fromkeys(c.sequence.request for c in chunks if c.completes):
+            self._choose(request)
         self.scheduler.check_integrity()
         return chunks
 
     def finish(self) -> None:
         while self.scheduler.has_work:
             assert self.step(), "there is work, yet nothing was scheduled"
-        assert self.scheduler.kv.used == 0
+        kv, kept = self.scheduler.kv, self.scheduler.kept
+        assert kv.used == kept.rows
+        kept.make_room(kv.total)
+        assert (kv.used, kept.rows) == (0, 0)
+
+    def check_answers(self) -> None:
+        """Whoever was not aborted has as many tokens, and as many answers, as it asked for."""
+        for request in self.arrived:
+            if request.id in self.answers:
+                longest = max(map(len, self.answers[request.id]))
+                wanted = min(request.params.max_tokens or 0, self.ends_after[request.id])
+                assert longest == wanted
+                assert len(self.answers[request.id]) == request.params.n
 
     def _check_admission(self, before: set[str]) -> None:
-        for s in self.scheduler.running:
-            if s.id not in before:
-                assert int(s.id) > self.last_admitted
-                self.last_admitted = int(s.id)
+        for request in self.scheduler.running:
+            if request.id not in before:
+                assert int(request.id) > self.last_admitted
+                self.last_admitted = int(request.id)
         if self.scheduler.waiting:
             first = self.scheduler.waiting[0]
             assert int(first.id) > self.last_admitted
-            full = len(self.scheduler.running) == self.max_running
-            assert full or first.reach > self.scheduler.kv.free
+            width = sum(r.width for r in self.scheduler.running) + first.width
+            assert width > self.max_running or first.reach > self.scheduler.kv.free
 
-    def _sample(self, s: Sequence) -> None:
-        s.output.append(9)
-        if len(s.output) == s.params.max_tokens:
-            self.scheduler.release(s, "length")
-        elif len(s.output) >= self.ends_after[s.id]:
-            self.scheduler.release(s, "stop")
+    def _compute(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            line: tuple[object, ...] = (chunk.sequence.request.digest,)
+            for position in range(chunk.end):
+                line = (hash(line), chunk.sequence.token_at(position))
+                row = chunk.sequence.table[position]
+                if position >= chunk.start:
+                    self.memory[row] = line
+                assert self.memory[row] == line, "KV of other tokens"
+
+    def _choose(self, request: Request) -> None:
+        if request.params.num_beams > 1:
+            self._choose_beams(request)
+            return
+        if request.params.n > 1 and not request.sequences[0].output:
+            request.sequences = [request.sequences[0].fork(i) for i in range(request.params.n)]
+        for sequence in [*request.sequences]:
+            token = self.random.randrange(3)
+            # The samples of a request end at different times.
+            if self._ends(request, len(sequence.output) + 1 + sequence.index):
+                self._end(sequence, [*sequence.output, token])
+            else:
+                sequence.append(token)
+
+    def _choose_beams(self, request: Request) -> None:
+        beams = request.sequences
+        if self._ends(request, len(beams[0].output) + 1):
+            for beam in self.random.choices(beams, k=request.params.n - 1):
+                self.answers[request.id].append([*beam.output, 0])
+            request.sequences = [self.random.choice(beams)]
+            self._end(request.sequences[0], [*request.sequences[0].output, 0])
+            return
+        # Some beams go on twice, others end.
+        parents = self.random.choices(beams, k=request.params.num_beams)
+        request.sequences = [beam.fork(i) for i, beam in enumerate(parents)]
+        for beam in request.sequences:
+            beam.append(self.random.randrange(3))
+
+    def _ends(self, request: Request, length: int) -> bool:
+        return length >= min(request.params.max_tokens or 0, self.ends_after[request.id])
+
+    def _end(self, sequence: Sequence, tokens: list[int]) -> None:
+        self.answers[sequence.request.id].append(tokens)
+        self.scheduler.end(sequence)
 
 
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=15)
+widths = st.sampled_from([{}, {}, {"n": 3}, {"num_beams": 2}, {"num_beams": 4, "n": 2}])
 actions = st.one_of(
-    st.tuples(st.just("add"), st.integers(1, 15), st.integers(1, 10), st.integers(1, 12)),
+    st.tuples(
+        st.just("add"), prompts, st.integers(1, 6), st.integers(1, 8), widths, st.sampled_from("xy")
+    ),
     st.tuples(st.just("step")),
     st.tuples(st.just("abort"), st.integers(0, 100)),
 )
@@ -110,45 +183,56 @@ actions = st.one_of(
 
 @given(
     st.lists(actions, max_size=60),
-    st.integers(24, 80),
-    st.integers(1, 6),
+    st.integers(35, 80),
+    st.integers(4, 9),
     st.integers(1, 12),
+    st.booleans(),
 )
-def test_whatever_comes_and_goes_every_sequence_is_served_in_turn(
-    plan: list[tuple[str, int]], rows: int, max_running: int, prompt_tokens: int
+def test_whatever_comes_and_goes_every_request_is_served_in_turn(
+    plan: list[tuple[Any, ...]], rows: int, max_running: int, prompt_tokens: int, reuse: bool
 ) -> None:
     max_step_tokens = max_running + prompt_tokens
-    simulation = Simulation(
-        scheduler(rows, max_running, max_step_tokens=max_step_tokens), max_running, max_step_tokens
-    )
+    made = scheduler(rows, max_running, max_step_tokens=max_step_tokens, reuse=reuse)
+    simulation = Simulation(made, max_running, max_step_tokens)
     for name, *arguments in plan:
-        getattr(simulation, name)(*arguments)
+        if name == "add":
+            *arguments, params, digest = arguments
+            simulation.add(*arguments, digest=digest, **params)
+        else:
+            getattr(simulation, name)(*arguments)
     simulation.finish()
-
-    for s in simulation.arrived:
-        if s.finish_reason == "length":
-            assert len(s.output) == s.params.max_tokens
-        elif s.finish_reason == "stop":
-            assert len(s.output) == simulation.ends_after[s.id]
+    simulation.check_answers()
 
 
-def test_a_kv_with_room_for_few_serves_a_thousand_mixed_requests() -> None:
+def test_a_thousand_mixed_requests_go_through_a_kv_with_room_for_sixteen() -> None:
     random = Random(0)
-    simulation = Simulation(scheduler(rows=50, max_running=8, max_step_tokens=16), 8, 16)
+    typical = make_request(prompt=16, max_tokens=8, num_beams=3).reach
+    simulation = Simulation(scheduler(16 * typical, 24, max_step_tokens=40), 24, 40)
+    beginning = [random.randrange(3) for _ in range(10)]
+    params: list[dict[str, int]] = [{}, {}, {"n": 4}, {"num_beams": 5}, {"num_beams": 8, "n": 8}]
     for _ in range(1000):
-        simulation.add(random.randint(1, 30), random.randint(1, 20), random.randint(1, 30))
+        prompt = beginning[: random.randint(0, 10)] + [0] * random.randint(1, 20)
+        simulation.add(
+            prompt,
+            random.randint(1, 20),
+            random.randint(1, 30),
+            digest=random.choice("xyz"),
+            **random.choice(params),
+        )
     simulation.finish()
-    assert all(s.finish_reason for s in simulation.arrived)
+    simulation.check_answers()
+    assert len(simulation.answers) == 1000
+    assert simulation.scheduler.reused_tokens > 1000
 
 
 def test_the_others_get_a_token_in_every_step_of_a_long_prompt() -> None:
     simulation = Simulation(scheduler(rows=200, max_step_tokens=8), 4, 8)
-    simulation.add(2, 50, 50)
-    simulation.add(2, 50, 50)
+    simulation.add([1, 1], 50)
+    simulation.add([2, 2], 50)
     simulation.step()
-    simulation.add(40, 1, 1)
+    simulation.add(40, 1)
     chunks = []
-    while not simulation.arrived[2].output:
+    while not simulation.answers["2"]:
         chunks.append(work(simulation.step()))
     decoded = [[name for name, start, end in step if end - start == 1] for step in chunks]
     assert decoded == [["0", "1"]] * 7
@@ -166,27 +250,48 @@ def test_the_others_get_a_token_in_every_step_of_a_long_prompt() -> None:
 def test_prompts_share_a_step_oldest_first() -> None:
     s = scheduler(max_step_tokens=8)
     for name, prompt in [("a", 5), ("b", 5), ("c", 5)]:
-        s.add(sequence(name, prompt))
+        s.add(make_request(name, prompt))
     chunks = s.schedule()
     assert work(chunks) == [("a", 0, 5), ("b", 0, 3)]
     assert [c.completes for c in chunks] == [True, False]
 
 
-def test_a_sequence_waits_until_its_whole_reach_is_free() -> None:
+def test_a_request_waits_until_its_whole_reach_is_free() -> None:
     s = scheduler(rows=20)
-    first, second = sequence("a", 10, 3), sequence("b", 8, 2)  # reach 12 and 9
+    first = make_request("a", 10, max_tokens=3)  # reach 12
+    second = make_request("b", 8, max_tokens=2)  # reach 9
     s.add(first)
     s.add(second)
     assert work(s.schedule()) == [("a", 0, 8)]
     assert list(s.waiting) == [second]
-    s.release(first, None)
+    s.release(first)
     assert work(s.schedule()) == [("b", 0, 8)]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param({"n": 3}, id="three samples"),
+        pytest.param({"num_beams": 3}, id="three beams"),
+        pytest.param({"num_beams": 3, "n": 2}, id="three beams of which two are asked for"),
+    ],
+)
+def test_a_wide_request_reaches_its_prompt_once_and_every_line_of_its_answer(
+    params: dict[str, int],
+) -> None:
+    simulation = Simulation(scheduler(rows=10 + 3 * 4), 4, 8)
+    request = simulation.add(10, 5, **params)
+    assert request.reach == 10 + 3 * 4
+    simulation.step()
+    assert simulation.scheduler.kv.free == 0
+    simulation.finish()
+    simulation.check_answers()
 
 
 def test_a_short_request_does_not_overtake_a_long_one() -> None:
     s = scheduler(rows=20)
     for name, prompt in [("a", 15), ("long", 10), ("short", 1)]:
-        s.add(sequence(name, prompt))
+        s.add(make_request(name, prompt))
     s.schedule()
     assert [w.id for w in s.waiting] == ["long", "short"]
 
@@ -194,61 +299,223 @@ def test_a_short_request_does_not_overtake_a_long_one() -> None:
 def test_no_more_run_than_allowed() -> None:
     s = scheduler(max_running=2)
     for name in "abc":
-        s.add(sequence(name))
+        s.add(make_request(name, 1))
     assert work(s.schedule()) == [("a", 0, 1), ("b", 0, 1)]
     assert [w.id for w in s.waiting] == ["c"]
 
 
+@pytest.mark.parametrize("name", ["n", "num_beams"])
+def test_every_line_of_a_request_counts_as_running_its_prompt_not_yet_computed(name: str) -> None:
+    s = scheduler(max_running=4)
+    s.add(make_request("a", 20, **{name: 3}))
+    s.add(make_request("b", 1))
+    s.add(make_request("c", 1))
+    s.schedule()
+    assert [r.id for r in s.running] == ["a", "b"]
+    assert s.running_sequences == 4
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        pytest.param({"n": 5}, "n", id="samples"),
+        pytest.param({"num_beams": 5}, "num_beams", id="beams"),
+        pytest.param({"num_beams": 5, "n": 5}, "num_beams", id="beams that are all asked for"),
+    ],
+)
+def test_a_request_that_is_wider_than_all_that_may_run_is_refused_by_name(
+    params: dict[str, int], param: str
+) -> None:
+    s = scheduler(max_running=4)
+    with pytest.raises(InvalidRequest) as error:
+        s.add(make_request("a", 1, **params))
+    assert error.value.param == param
+    assert "4" in str(error.value)
+    assert not s.has_work
+
+
 def test_the_last_token_needs_no_row() -> None:
     simulation = Simulation(scheduler(rows=6), 4, 8)
-    simulation.add(4, 3, 3)
+    simulation.add(4, 3)
     simulation.finish()
-    assert len(simulation.arrived[0].output) == 3
+    simulation.check_answers()
 
 
-def test_rows_of_a_finished_sequence_are_reused_first() -> None:
-    s = scheduler(rows=1000)
-    first = sequence("a", 10)
+def test_rows_of_a_finished_request_are_used_again_first() -> None:
+    s = scheduler(rows=1000, reuse=False)
+    first = make_request("a", 10)
     s.add(first)
     s.schedule()
-    rows = set(first.rows)
-    s.release(first, "length")
-    second = sequence("b", 10)
+    rows = set(first.held)
+    s.end(first.sequences[0])
+    second = make_request("b", 10)
     s.add(second)
     s.schedule()
-    assert set(second.rows) == rows
+    assert set(second.held) == rows
 
 
 def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
     s = scheduler(max_running=1, max_waiting=2)
     for name in "abc":  # the first will not wait: a place is free
-        s.add(sequence(name))
+        s.add(make_request(name))
     with pytest.raises(Overloaded):
-        s.add(sequence("d"))
+        s.add(make_request("d"))
     s.schedule()
-    s.release(s.running[0], None)
-    s.add(sequence("d"))
+    s.release(s.running[0])
+    s.add(make_request("d"))
     assert [w.id for w in s.waiting] == ["b", "c", "d"]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "max_tokens"),
+    ("prompt", "max_tokens", "params"),
     [
-        pytest.param(64, 2, id="a prompt of all rows and a second token"),
-        pytest.param(65, 1, id="a prompt of more than all rows"),
-        pytest.param(1, 65, id="more tokens than rows"),
+        pytest.param(64, 2, {}, id="a prompt of all rows and a second token"),
+        pytest.param(65, 1, {}, id="a prompt of more than all rows"),
+        pytest.param(1, 65, {}, id="more tokens than rows"),
+        pytest.param(30, 19, {"n": 2}, id="two samples that fit alone"),
+        pytest.param(30, 19, {"num_beams": 2}, id="two beams that fit alone"),
     ],
 )
-def test_what_can_never_fit_is_refused(prompt: int, max_tokens: int) -> None:
+def test_what_can_never_fit_is_refused(
+    prompt: int, max_tokens: int, params: dict[str, int]
+) -> None:
     s = scheduler(rows=64)
     with pytest.raises(ContextLengthExceeded) as error:
-        s.add(sequence("a", prompt, max_tokens))
+        s.add(make_request("a", prompt, max_tokens=max_tokens, **params))
     assert error.value.param == "max_tokens"
     assert not s.has_work
 
 
-def test_what_just_fits_is_served() -> None:
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "params"),
+    [
+        pytest.param(60, 5, {}, id="one line"),
+        pytest.param(30, 18, {"n": 2}, id="two samples"),
+        pytest.param(30, 18, {"num_beams": 2}, id="two beams"),
+    ],
+)
+def test_what_just_fits_is_served(prompt: int, max_tokens: int, params: dict[str, int]) -> None:
     simulation = Simulation(scheduler(rows=64), 4, 8)
-    simulation.add(60, 5, 5)
+    assert simulation.add(prompt, max_tokens, **params).reach == 64
     simulation.finish()
-    assert simulation.arrived[0].finish_reason == "length"
+    simulation.check_answers()
+
+
+# -- what is known already -------------------------------------------------------------------------
+
+PROMPT = [5, 1, 5, 2, 5, 3, 5, 4, 5, 5]
+
+
+def served(*requests: dict[str, Any], reuse: bool = True) -> Simulation:
+    """A simulation in which these requests have come and ended, one after the other."""
+    simulation = Simulation(scheduler(200, max_step_tokens=50, reuse=reuse), 4, 50)
+    for request in requests:
+        simulation.add(**{"prompt": PROMPT, "max_tokens": 4, **request})
+        while simulation.scheduler.has_work:
+            simulation.step()
+    return simulation
+
+
+def computed(simulation: Simulation, prompt: list[int], **params: Any) -> int:
+    """How many tokens of a new request's prompt are computed."""
+    request = simulation.add(prompt, 2, **params)
+    (chunk,) = simulation.step()
+    assert chunk.sequence.request is request
+    assert chunk.end == len(prompt)
+    return chunk.end - chunk.start
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        pytest.param({}, id="of one answer"),
+        pytest.param({"n": 3}, id="of three samples"),
+        pytest.param({"num_beams": 3}, id="of three beams"),
+        pytest.param({"max_tokens": 1}, id="of an answer of one token"),
+        pytest.param({"prompt": [*PROMPT, 6, 7]}, id="that goes on differently"),
+    ],
+)
+@pytest.mark.parametrize("later", [{}, {"n": 3}, {"num_beams": 3}], ids=["one", "n", "beams"])
+def test_of_a_known_prompt_only_the_last_token_is_computed(
+    earlier: dict[str, Any], later: dict[str, Any]
+) -> None:
+    simulation = served(earlier)
+    assert computed(simulation, PROMPT, **later) == 1
+    assert simulation.scheduler.reused_tokens == len(PROMPT) - 1
+    simulation.finish()
+    simulation.check_answers()
+
+
+def test_the_prompt_of_a_request_that_still_runs_is_known() -> None:
+    simulation = Simulation(scheduler(200, max_step_tokens=50), 4, 50)
+    simulation.add(PROMPT, 20)
+    simulation.step()
+    later = simulation.add([*PROMPT, 6], 2)
+    chunks = simulation.step()
+    assert [(c.start, c.end) for c in chunks if c.sequence.request is later] == [(10, 11)]
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"n": 2}, {"num_beams": 2}], ids=["one answer", "samples", "beams"]
+)
+def test_an_answer_is_known_when_it_comes_back_in_the_next_prompt(params: dict[str, int]) -> None:
+    simulation = served(params)
+    answer = simulation.answers["0"][-1]  # of the beams, the one that is kept
+    # The answer's last token was never fed back.
+    assert computed(simulation, [*PROMPT, *answer, 8, 9]) == 3
+
+
+@pytest.mark.parametrize(
+    ("reuse", "prompt", "digest", "expected"),
+    [
+        pytest.param(True, PROMPT, "other", 10, id="another image"),
+        pytest.param(True, [*PROMPT[:4], 8, 8], "picture", 2, id="another end"),
+        pytest.param(True, [8, *PROMPT[1:]], "picture", 10, id="another beginning"),
+        pytest.param(True, PROMPT[:1], "picture", 1, id="a single token"),
+        pytest.param(False, PROMPT, "picture", 10, id="reuse is off"),
+    ],
+)
+def test_what_is_not_known_is_computed(
+    reuse: bool, prompt: list[int], digest: str, expected: int
+) -> None:
+    simulation = served({}, reuse=reuse)
+    assert computed(simulation, prompt, digest=digest) == expected
+
+
+def test_without_reuse_nothing_is_kept() -> None:
+    simulation = served({}, {"n": 3}, {"num_beams": 3}, reuse=False)
+    assert simulation.scheduler.kept.rows == 0
+    assert simulation.scheduler.kv.used == 0
+
+
+def test_what_is_kept_makes_room_for_those_who_come() -> None:
+    simulation = Simulation(scheduler(rows=20, max_step_tokens=50), 4, 50)
+    for first_token in range(5):
+        simulation.add([first_token] * 12, 5)  # reach 16
+        while simulation.scheduler.has_work:
+            simulation.step()
+    assert simulation.scheduler.kept.rows > 0
+    assert computed(simulation, [4] * 12) == 1  # the youngest is known still
+    simulation.finish()
+
+
+def test_what_is_kept_never_makes_a_request_wait() -> None:
+    simulation = served(*({"prompt": [i] * 40, "max_tokens": 10} for i in range(8)))
+    assert simulation.scheduler.kv.free < 50
+    simulation.add([8] * 45, 6)
+    simulation.add([9] * 45, 6)
+    simulation.step()
+    assert len(simulation.scheduler.running) == 2
+
+
+def test_a_request_that_waits_for_room_does_not_lose_the_beginning_that_is_known() -> None:
+    simulation = Simulation(scheduler(rows=40, max_step_tokens=50), 4, 50)
+    simulation.add([1] * 10, 1)
+    simulation.step()
+    simulation.add([2] * 10, 16)  # reach 25: 5 rows are free beside those that are kept
+    simulation.step()
+    waiting = simulation.add([*[1] * 10, 3], 10)  # 10 rows are known, 10 more are needed
+    while waiting in simulation.scheduler.waiting:
+        simulation.step()
+    assert simulation.scheduler.reused_tokens == 10
+    simulation.finish()

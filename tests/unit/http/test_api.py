@@ -22,7 +22,14 @@ from blip2_serve.errors import (
     Unavailable,
 )
 from blip2_serve.http.api import create_app
-from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
+from blip2_serve.types import (
+    Choice,
+    Completion,
+    ImagePrefix,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 
 PROMPT_TOKENS = 9
 PIECES = ("\n", " a", " small ", "", " red", " circle", " \n")
@@ -33,7 +40,10 @@ ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption")
 
 @dataclass
 class FakeBackend:
-    """Says the same of every image; `failures` are raised for the images they belong to."""
+    """Says the same of every image; `failures` are raised for the images they belong to.
+
+    Of n answers, the first is the usual one and the others have their number at the end.
+    """
 
     is_ready: bool = True
     failures: dict[bytes, Exception] = field(default_factory=dict)
@@ -55,20 +65,29 @@ class FakeBackend:
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> Completion:
         self._record(prompt, params)
-        text = f" {bytes.fromhex(prefix.digest).decode()}:{TEXT}"
-        return Completion(TOKEN_IDS, text, "stop", PROMPT_TOKENS)
+        answers = [pieces_of(prefix, index) for index in range(params.n)]
+        choices = [
+            Choice(TOKEN_IDS, "".join(pieces), "stop", logprobs_of(pieces, params))
+            for pieces in answers
+        ]
+        return Completion(tuple(choices), PROMPT_TOKENS)
 
     async def stream(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
         try:
             self._record(prompt, params)
-            pieces = (f" {bytes.fromhex(prefix.digest).decode()}:{PIECES[0]}", *PIECES[1:])
-            for i, (token, text) in enumerate(zip(TOKEN_IDS, pieces, strict=True)):
+            answers = [pieces_of(prefix, index) for index in range(params.n)]
+            for i, token in enumerate(TOKEN_IDS):
                 if i == self.stream_fails_after:
                     raise Unavailable("a replica was lost")
-                last = i == len(pieces) - 1
-                yield TokenEvent((token,), text, "stop" if last else None, PROMPT_TOKENS)
+                reason: Any = "stop" if i == len(TOKEN_IDS) - 1 else None
+                for index, pieces in enumerate(answers):
+                    logprobs = logprobs_of(pieces, params)[i : i + 1]
+                    last = reason is not None and index == params.n - 1
+                    yield TokenEvent(
+                        (token,), pieces[i], reason, PROMPT_TOKENS, index, logprobs, last
+                    )
                 while self.endless:
                     await asyncio.sleep(0)
                     yield TokenEvent((token,), " more", None, PROMPT_TOKENS)
@@ -80,6 +99,20 @@ class FakeBackend:
         self.params.append(params)
         if self.generation_failure is not None:
             raise self.generation_failure
+
+
+def pieces_of(prefix: ImagePrefix, index: int) -> list[str]:
+    number = f" {index}" if index else ""
+    first = f" {bytes.fromhex(prefix.digest).decode()}:{PIECES[0]}"
+    return [first, *PIECES[1:-1], f"{PIECES[-1]}{number}"]
+
+
+def logprobs_of(pieces: list[str], params: SamplingParams) -> tuple[TokenLogprob, ...]:
+    if params.top_logprobs is None:
+        return ()
+    top = tuple(TokenLogprob(i, -2.0, b"?") for i in range(params.top_logprobs))
+    tokens = zip(TOKEN_IDS, pieces, strict=True)
+    return tuple(TokenLogprob(token, -0.5, piece.encode(), top) for token, piece in tokens)
 
 
 @asynccontextmanager
@@ -214,6 +247,82 @@ async def test_token_ids_come_when_asked_for(client: httpx.AsyncClient, route: s
     answer = (await post(client, route, body_for(route, return_token_ids=True))).json()
 
     assert answer["choices"][0]["token_ids"] == list(TOKEN_IDS)
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({"n": 3, "temperature": 1}, id="samples"),
+        pytest.param({"n": 3, "num_beams": 4}, id="the best of some beams"),
+    ],
+)
+async def test_n_answers_are_n_choices(
+    client: httpx.AsyncClient, route: str, asked: dict[str, Any]
+) -> None:
+    answer = (await post(client, route, body_for(route, **asked, return_token_ids=True))).json()
+
+    choices = answer["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    texts = [c["text"] if "text" in c else c["message"]["content"] for c in choices]
+    assert [text.strip()[-1] for text in texts] == ["e", "1", "2"]
+    assert all(choice["token_ids"] == list(TOKEN_IDS) for choice in choices)
+    assert all(choice["finish_reason"] == "stop" for choice in choices)
+    assert answer["usage"]["prompt_tokens"] == PROMPT_TOKENS
+    assert answer["usage"]["completion_tokens"] == 3 * len(TOKEN_IDS)
+
+
+async def test_a_chat_gets_log_probabilities_when_it_asks_for_them(
+    client: httpx.AsyncClient,
+) -> None:
+    body = chat(logprobs=True, top_logprobs=2)
+    answer = (await post(client, "/v1/chat/completions", body)).json()
+
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert "".join(token["token"] for token in content) == f" picture:{TEXT}"
+    assert {token["logprob"] for token in content} == {-0.5}
+    assert [len(token["top_logprobs"]) for token in content] == [2] * len(TOKEN_IDS)
+
+
+async def test_a_generation_gets_log_probabilities_when_it_asks_for_them(
+    client: httpx.AsyncClient,
+) -> None:
+    body = body_for("/v1/generate", logprobs=1)
+    answer = (await post(client, "/v1/generate", body)).json()
+
+    logprobs = answer["choices"][0]["logprobs"]
+    text = answer["choices"][0]["text"]
+    assert "".join(logprobs["tokens"]) == text
+    assert logprobs["token_logprobs"] == [-0.5] * len(TOKEN_IDS)
+    assert logprobs["top_logprobs"] == [{"?": -2.0}] * len(TOKEN_IDS)
+    starts = logprobs["text_offset"]
+    assert [text[at:].startswith(t) for at, t in zip(starts, logprobs["tokens"], strict=True)]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_a_preset_reaches_the_backend_as_parameters(
+    client: httpx.AsyncClient, backend: FakeBackend, route: str
+) -> None:
+    response = await post(client, route, body_for(route, preset="vqa", max_tokens=4, seed=0))
+
+    assert response.status_code == 200, response.text
+    assert backend.params == [SamplingParams(num_beams=5, max_tokens=4, length_penalty=0.0)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "prompt"),
+    [
+        pytest.param("vqa", "Question: what is it? Short answer:", id="vqa"),
+        pytest.param("caption", "Question: what is it? Answer:", id="caption"),
+        pytest.param(None, "Question: what is it? Answer:", id="none"),
+    ],
+)
+async def test_only_a_chat_with_preset_vqa_asks_for_a_short_answer(
+    client: httpx.AsyncClient, backend: FakeBackend, preset: str | None, prompt: str
+) -> None:
+    await post(client, "/v1/chat/completions", chat(preset=preset))
+
+    assert backend.prompts == [prompt]
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -374,6 +483,44 @@ async def test_a_streamed_generation_says_exactly_what_was_generated(
 
 
 @pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({"n": 3, "temperature": 1}, id="samples"),
+        pytest.param({"n": 2, "num_beams": 4}, id="the best of some beams"),
+        pytest.param({"num_beams": 4}, id="the best answer"),
+    ],
+)
+async def test_streamed_choices_say_what_the_whole_ones_say(
+    client: httpx.AsyncClient, route: str, asked: dict[str, Any]
+) -> None:
+    whole = (await post(client, route, body_for(route, **asked))).json()["choices"]
+    events = events_of(await post(client, route, body_for(route, **asked, stream=True)))
+
+    streamed = [""] * len(whole)
+    for event in events[:-1]:
+        (choice,) = event["choices"]
+        text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        streamed[choice["index"]] += text
+    assert streamed == [c["text"] if "text" in c else c["message"]["content"] for c in whole]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_streamed_log_probabilities_are_those_of_the_whole_answer(
+    client: httpx.AsyncClient, route: str
+) -> None:
+    asked: dict[str, Any] = {"logprobs": 2}
+    if "chat" in route:
+        asked = {"logprobs": True, "top_logprobs": 2}
+    whole = (await post(client, route, body_for(route, **asked))).json()["choices"][0]["logprobs"]
+    events = events_of(await post(client, route, body_for(route, **asked, stream=True)))
+
+    parts = [event["choices"][0]["logprobs"] or {} for event in events[:-1]]
+    for name in whole.keys() - {"refusal"}:
+        assert [entry for part in parts for entry in part.get(name, [])] == whole[name]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
 async def test_every_token_id_is_streamed_once(client: httpx.AsyncClient, route: str) -> None:
     body = body_for(route, stream=True, return_token_ids=True)
     events = events_of(await post(client, route, body))
@@ -491,6 +638,21 @@ async def test_captions_come_with_token_ids_when_asked_for(client: httpx.AsyncCl
     assert answer["data"][0]["token_ids"] == list(TOKEN_IDS)
 
 
+async def test_n_captions_of_an_image_come_the_best_first(client: httpx.AsyncClient) -> None:
+    body = {"images": [data_url(b"one"), data_url(b"two")], "n": 2, "num_beams": 3}
+    answer = (await post(client, "/v1/caption", body)).json()
+
+    for item, name in zip(answer["data"], ("one", "two"), strict=True):
+        best = f"{name}:{TEXT}".strip()
+        assert item["caption"] == best
+        assert item["captions"][0] == best
+        assert item["captions"][1].startswith(best)
+        assert item["captions"][1].endswith("1")
+        assert len(item["captions"]) == 2
+    assert answer["usage"]["prompt_tokens"] == 2 * PROMPT_TOKENS
+    assert answer["usage"]["completion_tokens"] == 2 * 2 * len(TOKEN_IDS)
+
+
 async def test_several_images_get_one_result_or_one_error_each_in_their_order(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
@@ -551,9 +713,14 @@ async def test_uploads_are_captioned_with_form_fields_as_parameters(
         pytest.param({"length_penalty": "1"}, id="a length penalty of one"),
         pytest.param({"length_penalty": "1.0"}, id="a length penalty of one point zero"),
         pytest.param({"early_stopping": "false"}, id="no early stopping"),
+        pytest.param({"num_beams": "3", "early_stopping": "true"}, id="early stopping"),
+        pytest.param({"num_beams": "3", "early_stopping": "never"}, id="stopping never early"),
+        pytest.param({"num_beams": "3", "length_penalty": "-0.5"}, id="a length penalty"),
+        pytest.param({"num_beams": "3", "n": "2"}, id="two of three beams"),
+        pytest.param({"preset": "caption"}, id="a preset"),
     ],
 )
-async def test_an_upload_may_say_what_json_may_say_without_effect(
+async def test_an_upload_may_say_what_json_may_say(
     client: httpx.AsyncClient, field: dict[str, str]
 ) -> None:
     files = [("image", ("1.png", b"one"))]
@@ -569,7 +736,13 @@ async def test_an_upload_may_say_what_json_may_say_without_effect(
         pytest.param([("image", ("1.png", b""))], {}, "image", id="an empty file"),
         pytest.param([("photo", ("1.png", b"one"))], {}, "photo", id="a file by another name"),
         pytest.param([("image", ("1.png", b"one"))], {"beams": "1"}, "beams", id="unknown field"),
-        pytest.param([("image", ("1.png", b"one"))], {"n": "2"}, "n", id="two choices"),
+        pytest.param([("image", ("1.png", b"one"))], {"n": "2"}, "n", id="two greedy answers"),
+        pytest.param(
+            [("image", ("1.png", b"one"))],
+            {"num_beams": "2", "early_stopping": "maybe"},
+            "early_stopping",
+            id="no such early stopping",
+        ),
         pytest.param(
             [("image", ("1.png", b"one"))], {"max_tokens": "many"}, "max_tokens", id="no number"
         ),
@@ -640,8 +813,17 @@ async def test_a_body_that_is_no_json_object_is_the_clients_error(
         pytest.param({"temperature": 1, "top_p": 0}, "top_p", id="top_p of zero"),
         pytest.param({"top_p": 0.5}, "top_p", id="top_p without temperature"),
         pytest.param({"top_k": 5}, "top_k", id="top_k without temperature"),
-        pytest.param({"n": 2}, "n", id="two choices"),
-        pytest.param({"num_beams": 5}, "num_beams", id="five beams"),
+        pytest.param({"n": 2}, "n", id="two greedy answers"),
+        pytest.param({"n": 3, "num_beams": 2}, "n", id="more answers than beams"),
+        pytest.param({"n": 17, "temperature": 1}, "n", id="too many answers"),
+        pytest.param({"num_beams": 9}, "num_beams", id="too many beams"),
+        pytest.param({"num_beams": 2, "temperature": 1}, "temperature", id="sampled beams"),
+        pytest.param({"length_penalty": 2}, "length_penalty", id="a length penalty of one beam"),
+        pytest.param({"early_stopping": True}, "early_stopping", id="early stopping of one beam"),
+        pytest.param(
+            {"num_beams": 2, "early_stopping": "maybe"}, "early_stopping", id="maybe stopping early"
+        ),
+        pytest.param({"preset": "haiku"}, "preset", id="an unknown preset"),
         pytest.param({"repetition_penalty": 0}, "repetition_penalty", id="no repetition at all"),
         pytest.param({"stop": ""}, "stop", id="an empty stop string"),
         pytest.param({"stop": ["\n"] * 17}, "stop", id="too many stop strings"),
@@ -807,7 +989,13 @@ ASSISTANT = {"role": "assistant", "content": "a circle"}
             "max_completion_tokens",
             id="two different limits",
         ),
-        pytest.param(chat(logprobs=True), "logprobs", id="log probabilities"),
+        pytest.param(chat(logprobs=7), "logprobs", id="a number of log-probabilities"),
+        pytest.param(
+            chat(top_logprobs=3), "top_logprobs", id="the likeliest tokens without the token"
+        ),
+        pytest.param(
+            chat(logprobs=True, top_logprobs=21), "top_logprobs", id="too many likeliest tokens"
+        ),
         pytest.param(chat(tools=[{"type": "function"}]), "tools", id="a tool"),
         pytest.param(chat(presence_penalty=0.5), "presence_penalty", id="a presence penalty"),
         pytest.param(
@@ -854,6 +1042,9 @@ async def test_an_unknown_field_deep_in_a_chat_is_named_with_its_place(
         pytest.param({"images": ["x"] * 65}, "images", id="too many images"),
         pytest.param({"image": "x", "images": ["x"]}, "image", id="image and images"),
         pytest.param({"image": "x", "stream": True}, "stream", id="a stream, which captions lack"),
+        pytest.param(
+            {"image": "x", "logprobs": 1}, "logprobs", id="log-probabilities, which they lack too"
+        ),
     ],
 )
 async def test_a_wrong_caption_request_is_an_error_that_names_the_field(

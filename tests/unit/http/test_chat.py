@@ -118,6 +118,26 @@ def test_the_templates_are_configurable() -> None:
 
 
 @pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        pytest.param([says("user", "Q1")], "Question: Q1 Short answer:", id="one question"),
+        pytest.param(
+            [says("user", "Q1"), says("assistant", "A1"), says("user", "Q2")],
+            "Question: Q1 Answer: A1. Question: Q2 Short answer:",
+            id="earlier questions keep their answers",
+        ),
+        pytest.param([IMAGE_ONLY], "", id="a caption stays a caption"),
+    ],
+)
+def test_a_short_answer_is_asked_for_by_the_last_question(
+    messages: list[dict[str, Any]], expected: str
+) -> None:
+    request = ChatRequest.model_validate({"messages": messages})
+
+    assert prompt_of(request.messages, ChatConfig(), short=True) == expected
+
+
+@pytest.mark.parametrize(
     "messages",
     [
         pytest.param([says("user", "Q"), says("assistant", "A")], id="the assistant has spoken"),

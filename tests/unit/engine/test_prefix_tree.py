@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blip2_serve.engine.kv import KvRows
+from blip2_serve.engine.prefix_tree import PrefixTree
+
+Beginning = tuple[str, tuple[int, ...]]  # an image's digest and tokens up to the last one
+
+
+def beginnings(digest: str, tokens: list[int]) -> list[Beginning]:
+    return [(digest, tuple(tokens[: i + 1])) for i in range(len(tokens))]
+
+
+class Bench:
+    """A tree and its KV; `memory` is what was computed into each row."""
+
+    def __init__(self, rows: int = 100) -> None:
+        self.kv = KvRows(rows)
+        self.tree = PrefixTree(self.kv)
+        self.memory: dict[int, Beginning] = {}
+
+    def compute(self, digest: str, tokens: list[int], known: array[int]) -> array[int]:
+        """Rows for all tokens, of which the first have known ones."""
+        own = self.kv.take(len(tokens) - len(known))
+        assert own is not None
+        rows = known + own
+        self.memory |= zip(own, beginnings(digest, tokens)[len(known) :], strict=True)
+        return rows
+
+    def keep(self, tokens: list[int], digest: str = "x") -> array[int]:
+        """Computes and inserts tokens; nobody but the tree holds their rows then."""
+        rows = self.compute(digest, tokens, array("q"))
+        self.tree.insert(digest, tokens, rows)
+        self.kv.give_back(rows)
+        return rows
+
+    def known(self, tokens: list[int], digest: str = "x") -> list[int]:
+        """The part of the tokens that is kept."""
+        rows = self.tree.match(digest, tokens)
+        self.kv.give_back(rows)
+        assert [self.memory[row] for row in rows] == beginnings(digest, tokens)[: len(rows)]
+        return tokens[: len(rows)]
+
+    def kept(self) -> dict[Beginning, int]:
+        return {self.memory[row]: row for rows in self.tree.holdings() for row in rows}
+
+
+@dataclass
+class Model:
+    """What must be kept, as a plain table; requests come, run for a while, and end."""
+
+    bench: Bench = field(default_factory=lambda: Bench(30))
+    kept: dict[Beginning, int] = field(default_factory=dict)
+    running: list[array[int]] = field(default_factory=list)
+
+    def begin(self, digest: str, tokens: list[int]) -> None:
+        bench = self.bench
+        rows = bench.tree.match(digest, tokens)
+        known = list(takewhile(self.kept.__contains__, beginnings(digest, tokens)))
+        assert [*rows] == [self.kept[beginning] for beginning in known]
+        assert [bench.memory[row] for row in rows] == known
+
+        needed = len(tokens) - len(rows)
+        bench.tree.make_room(needed)
+        self._note_what_is_left(needed, rows)
+        if bench.kv.free < needed:
+            bench.kv.give_back(rows)
+            return
+        rows = bench.compute(digest, tokens, rows)
+        self.running.append(rows)
+        bench.tree.insert(digest, tokens, rows)
+        for beginning, row in zip(beginnings(digest, tokens), rows, strict=True):
+            self.kept.setdefault(beginning, row)
+
+    def end(self, choice: int) -> None:
+        if self.running:
+            self.bench.kv.give_back(self.running.pop(choice % len(self.running)))
+
+    def room(self, count: int) -> None:
+        self.bench.tree.make_room(count)
+        self._note_what_is_left(count, array("q"))
+
+    def check(self) -> None:
+        tree = self.bench.tree
+        tree.check_integrity()
+        self.bench.kv.check_integrity([*self.running, *tree.holdings()])
+        assert self.bench.kept() == self.kept
+        assert tree.rows == len(self.kept)
+
+    def _note_what_is_left(self, needed: int, matched: array[int]) -> None:
+        left = self.bench.kept()
+        assert left.items() <= self.kept.items()
+        # What is left though there is no room is held by others as well.
+        held = {row for rows in [*self.running, matched] for row in rows}
+        assert self.bench.kv.free >= needed or {*left.values()} <= held
+        self.kept = left
+
+
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=10)
+actions = st.one_of(
+    st.tuples(st.just("begin"), st.sampled_from("xy"), tokens),
+    st.tuples(st.just("end"), st.integers(0, 9)),
+    st.tuples(st.just("room"), st.integers(0, 30)),
+)
+
+
+@given(st.lists(actions, max_size=40))
+def test_the_longest_known_beginning_is_found_whatever_was_kept_and_forgotten(
+    plan: list[tuple[str, ...]],
+) -> None:
+    model = Model()
+    for name, *arguments in plan:
+        getattr(model, name)(*arguments)
+        model.check()
+
+
+use = st.tuples(st.just("use"), st.integers(0, 9))
+keep = st.tuples(st.just("keep"), st.integers(0, 9))
+room = st.tuples(st.just("room"), st.integers(0, 20))
+
+
+@given(st.lists(st.one_of(use, keep, room), max_size=40))
+def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
+    plan: list[tuple[str, int]],
+) -> None:
+    bench = Bench(20)
+    order: OrderedDict[int, int] = OrderedDict()  # length by first token, oldest first
+
+    def make_room(count: int) -> None:
+        bench.tree.make_room(count)
+        while 20 - sum(order.values()) < count:
+            order.popitem(last=False)
+
+    for name, value in plan:
+        line = [value] * (1 + value % 4)
+        if name == "room":
+            make_room(value)
+        elif name == "use":
+            assert bench.known(line) == (line if value in order else [])
+            if value in order:
+                order.move_to_end(value)
+        else:
+            make_room(len(line))
+            bench.keep(line)
+            order[value] = len(line)
+            order.move_to_end(value)
+        bench.tree.check_integrity()
+        assert {key[1][0] for key in bench.kept()} == order.keys()
+
+
+def test_tokens_of_another_image_are_not_known() -> None:
+    bench = Bench()
+    bench.keep([1, 2, 3], "x")
+    assert bench.known([1, 2, 3], "y") == []
+    assert bench.known([1, 2, 3], "x") == [1, 2, 3]
+
+
+def test_a_beginning_may_be_known_in_part() -> None:
+    bench = Bench()
+    bench.keep([1, 2, 3, 4])
+    assert bench.known([1, 2, 9]) == [1, 2]
+    assert bench.known([1, 2]) == [1, 2]
+    assert bench.known([9, 2, 3]) == []
+    assert bench.known([]) == []
+
+
+def test_lines_that_part_are_all_known_and_their_common_beginning_is_kept_once() -> None:
+    bench = Bench()
+    for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [1]):
+        bench.keep(line)
+        bench.tree.check_integrity()
+    assert bench.tree.rows == len([1, 2, 3, 4, 5, 6])
+    assert bench.kv.used == bench.tree.rows
+    for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]):
+        assert bench.known([*line, 8]) == line
+
+
+def test_rows_that_come_for_known_tokens_are_not_kept() -> None:
+    bench = Bench()
+    first = bench.keep([1, 2, 3])
+    bench.keep([1, 2, 3, 4])
+    rows = bench.tree.match("x", [1, 2, 3, 4])
+    assert rows[:3] == first
+    assert bench.tree.rows == 4
+
+
+def test_the_end_of_a_line_is_forgotten_before_its_beginning() -> None:
+    bench = Bench(10)
+    bench.keep([1, 2, 3])
+    bench.keep([1, 2, 4])
+    bench.keep([1, 2, 5])
+    assert bench.known([1, 2, 3]) == [1, 2, 3]  # the other two are older now
+    lines = ([1, 2, 3], [1, 2, 4], [1, 2, 5])
+    left = []
+    for count in (6, 7, 8, 10):
+        bench.tree.make_room(count)
+        bench.tree.check_integrity()
+        left.append({line[-1] for line in lines if ("x", (*line,)) in bench.kept()})
+    assert left == [{3, 5}, {3}, set(), set()]
+    assert bench.tree.rows == 0
+
+
+def test_no_room_is_made_where_there_is_enough() -> None:
+    bench = Bench(10)
+    bench.keep([1, 2, 3])
+    bench.tree.make_room(7)
+    assert bench.known([1, 2, 3]) == [1, 2, 3]
+
+
+def test_what_a_running_request_holds_is_not_forgotten_as_no_row_would_be_free_for_it() -> None:
+    bench = Bench(20)
+    bench.keep([1, 2, 3])
+    bench.keep([1, 2, 3, 4, 5])
+    bench.keep([6, 7, 8])
+    held = bench.tree.match("x", [1, 2, 3, 4])
+    bench.known([6, 7, 8])  # the youngest now, and still the first to go
+    bench.tree.make_room(20)
+    bench.tree.check_integrity()
+    assert bench.kept().keys() == {*beginnings("x", [1, 2, 3])}
+    bench.kv.give_back(held)
+    bench.tree.make_room(20)
+    assert (bench.tree.rows, bench.kv.free) == (0, 20)
+
+
+def test_rows_of_a_running_request_are_not_given_to_others() -> None:
+    bench = Bench(10)
+    bench.keep([1, 2, 3])
+    held = bench.tree.match("x", [1, 2, 3])
+    bench.tree.make_room(10)
+    others = bench.kv.take(7)
+    assert others is not None
+    assert bench.kv.take(1) is None
+    assert not {*others} & {*held}
