@@ -86,7 +86,7 @@ def profile(config: AppConfig) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="blip2-"))  # readable by its owner only
     before = os.environ.copy()
     try:
-        with _own_ports() as first_port:
+        with own_ports() as first_port:
             own = environment(config, folder, first_port)
             wrapper = _write_wrapper(folder / "haproxy", haproxy())
             os.environ.update({**own, **before, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)})
@@ -146,7 +146,7 @@ def _write_wrapper(path: Path, binary: str) -> Path:
 
 
 @contextmanager
-def _own_ports() -> Iterator[int]:
+def own_ports() -> Iterator[int]:
     """The first of BLOCK ports, all free now; none of another fast server's while in the block.
 
     Raises:
