@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest.mock import patch
 
 import httpx
 import numpy as np
@@ -61,14 +62,13 @@ def measure(profile: str, requests: int) -> Times:
     config = AppConfig()
     with fast_mode.profile(config) if profile == "fast" else contextlib.nullcontext():
         # The handles here are asked without an event loop: they get their own, the replicas' not.
-        os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
-        import ray
-        from ray import serve
-        from ray.serve.schema import LoggingConfig
+        with patch.dict(os.environ, {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}):
+            import ray
+            from ray import serve
+            from ray.serve.schema import LoggingConfig
 
-        from blip2_serve.app import build
+            from blip2_serve.app import build
 
-        del os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"]
         ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
         try:
             quiet = LoggingConfig(log_level="WARNING")
