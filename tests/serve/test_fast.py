@@ -67,8 +67,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         assert "is ready" in log.read_text()
         yield Server(process, f"http://127.0.0.1:{port}", log)
     finally:
-        if process.poll() is None:
-            process.kill()
+        if process.poll() is None:  # not by SIGKILL, which would leave HAProxy behind
+            process.terminate()
+            process.wait(timeout=60)
         print(log.read_text())
 
 
