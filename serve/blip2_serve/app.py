@@ -17,9 +17,13 @@ from blip2_serve.deployments.preprocessor import Preprocessor
 # How encoder and generator share one GPU; the language model is the larger by far.
 GPU_SHARES = (0.3, 0.7)
 
-# Threads that spin while they wait for each other take the cores from other replicas: two torch
-# processes on two cores then slow each other several times over.
-REPLICA_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+REPLICA_ENVIRONMENT = {
+    # Threads that spin while they wait for each other take the cores from other replicas: two
+    # torch processes on two cores then slow each other several times over.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Serve's throughput mode would leave warnings and tracebacks in files only.
+    "RAY_SERVE_LOG_TO_STDERR": "1",
+}
 
 
 def build(config: AppConfig) -> Application:

@@ -22,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from blip2_serve import __version__
+from blip2_serve import __version__, fast_mode
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 from blip2_serve.http.validation import explain
@@ -87,8 +87,14 @@ def up(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch https image URLs that clients name.")
     ] = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Ray Serve's throughput mode, behind HAProxy; Linux only."),
+    ] = False,
 ) -> None:
     """Start the server and serve until Ctrl-C."""
+    if fast:
+        fast_mode.check(host, address)
     flags = {
         "model": model,
         "device": device,
@@ -107,8 +113,12 @@ def up(
 
     signals = StopSignals()
     signals.install()
-    with contextlib.suppress(KeyboardInterrupt), _running(app_config, host, port, address, signals):
+    mode = fast_mode.profile(app_config) if fast else contextlib.nullcontext()
+    running = _running(app_config, host, port, address, signals)
+    with contextlib.suppress(KeyboardInterrupt), mode, running:
         _wait_until_ready(url)
+        if fast:
+            _tell_open_ports()
         _greet(url, app_config)
         signals.received.wait()
 
@@ -201,6 +211,9 @@ def _running(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Seconds; the default of 5 gives up where several processes load torch on two busy cores.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    if address is None:
+        # Of one machine, as Ray is by default on other systems: then it listens on loopback only.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     # On purpose, since Ray's default may change: a job submitted to Ray is code that runs.
     os.environ.setdefault("RAY_AUTH_MODE", "token" if address is None else "disabled")
     import ray
@@ -250,6 +263,11 @@ def _greet(url: str, config: AppConfig) -> None:
     out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
     out.print(f"    curl -F image=@{DEMO_PICTURE} {url}/v1/caption\n", markup=False)
     out.print("Ctrl-C stops it.")
+
+
+def _tell_open_ports() -> None:
+    owners = [f"{owner} {', '.join(map(str, p))}" for owner, p in fast_mode.open_ports().items()]
+    out.print(f"\nopen to the network: {'; '.join(owners) or 'nothing'}", markup=False)
 
 
 # -- clients ---------------------------------------------------------------------------------------

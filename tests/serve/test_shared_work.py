@@ -31,6 +31,17 @@ async def test_images_that_wait_together_are_encoded_in_batches(demo: App) -> No
     assert after["batches"] - before["batches"] < len(bodies)
 
 
+async def test_stages_tell_how_long_they_worked(demo: App) -> None:
+    stages = ("Preprocessor", "Encoder")
+    before = [await demo.stats(stage) for stage in stages]
+    async with demo.client() as client:
+        await client.post("/v1/caption", json={"image": data_url(scenes.sample(3_150).image)})
+    after = [await demo.stats(stage) for stage in stages]
+    for old, new in zip(before, after, strict=True):
+        assert new["images"] == old["images"] + 1
+        assert 0 < new["seconds"] - old["seconds"] < 60
+
+
 async def test_a_client_that_leaves_does_not_take_the_encode_from_another(demo: App) -> None:
     async with demo.client() as client:
         for seed in range(3_200, 3_210):

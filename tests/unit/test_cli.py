@@ -128,3 +128,10 @@ def test_more_positions_than_the_model_has_are_told_with_how_many_it_has(checkpo
 
     assert "65" in line
     assert "64" in line
+
+
+def test_fast_on_a_foreign_ray_is_told_with_the_variables_to_set_there() -> None:
+    line = up("--fast", "--address", "127.0.0.1:6379")
+
+    assert "--address" in line
+    assert "RAY_SERVE_ENABLE_HA_PROXY" in line

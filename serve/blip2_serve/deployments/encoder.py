@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,6 +31,7 @@ class Encoder:
         logs.configure()
         self._thread = ThreadPoolExecutor(1, "encode")
         self._images = self._batches = 0
+        self._seconds = 0.0
         limit = config.encoder.max_batch_size
         self._encode_waiting.set_max_batch_size(limit)  # type: ignore[attr-defined]
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load, config, device)
@@ -49,8 +51,13 @@ class Encoder:
         return ImagePrefix(digest, data, shape, dtype)
 
     async def stats(self) -> dict[str, Any]:
-        """Images and batches since the start, and what loading cost."""
-        return {"images": self._images, "batches": self._batches, **self._loading.stats()}
+        """Images, batches and seconds of forward passes since the start, and what loading cost."""
+        return {
+            "images": self._images,
+            "batches": self._batches,
+            "seconds": self._seconds,
+            **self._loading.stats(),
+        }
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0)
     async def _encode_waiting(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
@@ -59,7 +66,9 @@ class Encoder:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, pixels)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
+        start = time.perf_counter()
         prefixes = self._model(torch.from_numpy(np.stack(pixels))).cpu()
+        self._seconds += time.perf_counter() - start
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")
         # numpy knows no bfloat16, but bytes are bytes.

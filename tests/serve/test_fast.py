@@ -1,0 +1,180 @@
+"""`blip2-serve up --fast`: the same answers, errors and cancellation, behind HAProxy."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from blip2_serve.demo import scenes
+from support.server import data_url, encode, free_port, image_message, wait_until
+
+BIN = Path(sys.executable).parent
+SCENE = scenes.sample(6_001)
+LONG = {"image": data_url(SCENE.image), "max_tokens": 450, "ignore_eos": True}
+SHORT = {**LONG, "max_tokens": 1}
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def seconds(self, body: dict[str, object]) -> float:
+        """How long a request takes."""
+        start = time.monotonic()
+        httpx.post(f"{self.url}/v1/generate", json=body, timeout=60).raise_for_status()
+        return time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("fast")
+    config = folder / "config.yaml"
+    # One sequence at a time: whoever is still in the engine keeps the next one waiting.
+    config.write_text(yaml.safe_dump({"generator": {"max_running": 1}}))
+    log, port = folder / "log", free_port()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [BIN / "blip2-serve", "up", "--fast", "--port", str(port), "--config", config],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            start_new_session=True,
+        )
+    try:
+        wait_until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None)
+        assert "is ready" in log.read_text()
+        yield Server(process, f"http://127.0.0.1:{port}", log)
+    finally:
+        if process.poll() is None:  # not by SIGKILL, which would leave HAProxy behind
+            process.terminate()
+            process.wait(timeout=60)
+        print(log.read_text())
+
+
+def test_a_caption_and_its_stream_piece_by_piece(server: Server) -> None:
+    body = {"messages": [image_message(SCENE.image)]}
+    whole = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+    assert whole["choices"][0]["message"]["content"] == SCENE.caption
+
+    body = {**body, "stream": True, "max_tokens": 200, "ignore_eos": True}
+    text, times = "", [time.monotonic()]
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as lines:
+        for line in lines.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                times.append(time.monotonic())
+    assert text.startswith(SCENE.caption)
+    assert len(times) > 20
+    assert times[-1] - times[1] > (times[-1] - times[0]) / 2  # not all at the end
+
+
+def test_an_image_above_four_megabytes(server: Server) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1600, 1700, 3), dtype=np.uint8)
+    png = encode(Image.fromarray(noise), compress_level=0)
+    assert len(png) > 8_000_000
+    answer = httpx.post(f"{server.url}/v1/caption", files={"image": png}, timeout=60)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    answer = httpx.post(f"{server.url}/v1/caption", json={"image": data_url(png)}, timeout=60)
+    assert answer.status_code == httpx.codes.OK, answer.text
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"image": data_url(b"I am a PNG")}, "image"),  # the preprocessor says so
+        ({"prompt": "red " * 600}, "prompt"),  # the generator
+        ({"best_of": 2}, "best_of"),  # the ingress
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_input_has_openais_shape(
+    change: dict[str, object], param: str, stream: bool, server: Server
+) -> None:
+    body = {**SHORT, **change, "stream": stream}
+    answer = httpx.post(f"{server.url}/v1/generate", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("leave", ["while waiting", "while streaming"])
+def test_a_client_that_goes_away_makes_room_for_the_next(leave: str, server: Server) -> None:
+    url, to_the_end = f"{server.url}/v1/generate", server.seconds(LONG)
+    for _ in range(3):
+        if leave == "while streaming":
+            with httpx.stream("POST", url, json={**LONG, "stream": True}) as response:
+                next(response.iter_lines())
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=LONG, timeout=0.2)
+        assert server.seconds(SHORT) < to_the_end / 2
+
+
+def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Server) -> None:
+    address = _address_in_the_network()
+    line = next(x for x in server.log.read_text().splitlines() if "open to the network" in x)
+    said = {int(port) for port in re.findall(r"\b\d+\b", line)}
+    pids = {process.pid for process in server.family()}
+    own, others = set(), set()
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN:
+            (own if connection.pid in pids else others).add(connection.laddr.port)
+    assert said <= own
+    # Another server may have the same port on another address, where it would answer for ours.
+    assert {port for port in own - others if _connects(address, port)} == said - others
+    assert int(server.url.rpartition(":")[2]) not in said
+
+
+def _address_in_the_network() -> str:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # of a datagram socket: nothing is sent
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _connects(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(5)
+        return probe.connect_ex((address, port)) == 0
+
+
+def test_ctrl_c_leaves_no_process_and_no_folder(server: Server) -> None:
+    family = server.family()
+    (haproxy,) = (p for p in family if p.name() == "haproxy")
+    command = haproxy.cmdline()
+    folder = Path(command[command.index("-f") + 1]).parents[1]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does it
+    assert server.process.wait(timeout=60) == 0
+    wait_until(lambda: not any(_is_alive(process) for process in family), within_s=30)
+    assert not folder.exists()
+    assert "Traceback" not in server.log.read_text()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
