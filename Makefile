@@ -26,7 +26,7 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-install: $(VENV)/.installed-test $(VENV)/.installed-dev
+install: $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-loadtest
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

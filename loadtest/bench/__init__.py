@@ -1,0 +1,1 @@
+"""Measurements; every script here runs by itself, `python loadtest/bench/NAME.py`."""

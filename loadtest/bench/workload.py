@@ -1,0 +1,114 @@
+"""What the clients ask: an endless stream of questions, each about a picture never sent before."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 640, 480
+LEAST_QUALITY, MOST_QUALITY = 75, 90
+# Noise of so many cells across, by so many grey levels: clouds, shapes, texture, grain.
+NOISE = ((4, 150), (16, 90), (80, 50), (320, 24), (WIDTH, 14))
+
+LEAST_WORDS, MOST_WORDS = 4, 14
+LEAST_TOKENS, MOST_TOKENS = 8, 56
+STRATA = 7
+
+SAID = (
+    "what which where how who is are was does do many much the a this that these in on at of to "
+    "under behind between near left right top bottom corner middle picture photo image scene "
+    "color shape size people person man woman child dog cat bird horse car bus train boat road "
+    "street house window door table chair tree grass sky water snow food plate cup red blue green "
+    "yellow white black small large old new doing holding wearing standing looking"
+)
+WORDS = SAID.split()
+
+
+@dataclass(frozen=True)
+class Request:
+    question: str
+    picture: str  # a data URL
+    max_tokens: int
+
+    def body(self, model: str, *, stream: bool) -> dict[str, Any]:
+        """The request as OpenAI's chat completions take it."""
+        content = [
+            {"type": "image_url", "image_url": {"url": self.picture}},
+            {"type": "text", "text": self.question},
+        ]
+        streaming = {"stream": True, "stream_options": {"include_usage": True}}
+        return {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **(streaming if stream else {}),
+        }
+
+
+class Workload:
+    """Requests by seed. Pictures come from one stock and are used up: none is ever sent twice."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._stock: deque[str] = deque()
+        self._made = 0
+        self.made_late = 0  # pictures that were not in stock, and took the client's time
+
+    def prepare(self, pictures: int) -> None:
+        """Fills the stock up to so many pictures; some 15 ms each."""
+        while len(self._stock) < pictures:
+            self._stock.append(self._make())
+
+    def requests(self, *series: int) -> Iterator[Request]:
+        """Endless. The same series has the same questions and lengths, about other pictures."""
+        rng = random.Random(f"{self._seed} {series}")
+        for max_tokens in lengths(rng):
+            question = " ".join(rng.choices(WORDS, k=rng.randint(LEAST_WORDS, MOST_WORDS)))
+            yield Request(f"{question}?", self._take(), max_tokens)
+
+    def _take(self) -> str:
+        if self._stock:
+            return self._stock.popleft()
+        self.made_late += 1
+        return self._make()
+
+    def _make(self) -> str:
+        self._made += 1
+        jpeg = picture(np.random.default_rng((self._seed, self._made)))
+        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
+def lengths(rng: random.Random) -> Iterator[int]:
+    """Uniform from LEAST_TOKENS to MOST_TOKENS.
+
+    Of each seven in a row, one is of each seventh of the range, in random order, so that a few
+    requests already are as much work as any other few.
+    """
+    size = (MOST_TOKENS - LEAST_TOKENS + 1) // STRATA
+    while True:
+        for stratum in rng.sample(range(STRATA), STRATA):
+            yield LEAST_TOKENS + stratum * size + rng.randrange(size)
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    """A JPEG of a photograph's size and detail, 50 to 120 KB: noise at several scales."""
+    canvas = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
+    for cells, levels in NOISE:
+        shape = (cells * HEIGHT // WIDTH, cells, 3)
+        noise = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+        smooth = noise.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
+        canvas += (np.asarray(smooth, np.float32) - 128) * (levels / 128)
+    buffer = io.BytesIO()
+    quality = int(rng.integers(LEAST_QUALITY, MOST_QUALITY))
+    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,79 @@
+"""Servers are stopped with all that they started; what cannot start is told."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench import servers
+
+# Starts a child, and both do not heed SIGTERM.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if len(sys.argv) < 2:
+    subprocess.Popen([sys.executable, __file__, "child"])
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def stubborn(tmp_path: Path) -> psutil.Popen:
+    script = tmp_path / "stubborn.py"
+    script.write_text(STUBBORN)
+    process = psutil.Popen([sys.executable, script], stdout=subprocess.PIPE)
+    for _ in range(2):
+        assert process.stdout.readline() == b"started\n"
+    return process
+
+
+def test_nothing_is_left_of_a_server_that_does_not_heed_sigterm(
+    stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "STOPPED_WITHIN_S", 0.3)
+    child = stubborn.children()[0]
+
+    servers.stop(stubborn)
+
+    assert stubborn.returncode == -9
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_memory_is_that_of_the_whole_tree(
+    stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "SAMPLE_EVERY_S", 0.01)
+    monkeypatch.setattr(servers, "STOPPED_WITHIN_S", 0)
+    alone = stubborn.memory_full_info().uss
+    with servers.PeakMemory(stubborn) as memory:
+        while memory.peak is None:
+            pass
+    servers.stop(stubborn)
+
+    assert memory.peak > 1.5 * alone
+
+
+def test_a_server_that_ends_is_told_with_its_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = [sys.executable, "-c", "raise SystemExit('no such flag')"]
+    monkeypatch.setattr(servers, "command", lambda *_: ends)
+
+    with (
+        pytest.raises(servers.ServerFailed, match="no such flag"),
+        servers.running("fast", tmp_path, tmp_path / "logs" / "fast.log"),
+    ):
+        pass
+
+
+def test_every_kind_serves_the_checkpoint_in_bfloat16_on_the_port() -> None:
+    for name in servers.KINDS:
+        command = " ".join(servers.command(name, Path("there"), 123))
+        assert "--model there --dtype bfloat16 --port 123" in command
+    assert servers.command("fast", Path("there"), 123)[-1] == "--fast"
+    assert servers.command("monolith", Path("there"), 123)[-3:] == ["there", "--port", "123"]

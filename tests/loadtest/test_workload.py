@@ -1,0 +1,65 @@
+"""What the benchmark sends: never one picture twice, the same questions to every server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from itertools import islice
+
+from PIL import Image
+
+from bench.workload import LEAST_TOKENS, MOST_TOKENS, Workload, lengths
+
+
+def test_no_picture_is_sent_twice_whatever_the_series_and_the_stock() -> None:
+    workload = Workload(seed=1)
+    workload.prepare(3)
+
+    sent = [
+        request.picture
+        for series in [(0, 1), (0, 8), (0, 1)]
+        for request in islice(workload.requests(*series), 4)
+    ]
+
+    assert len(set(sent)) == 12
+    assert workload.made_late == 9
+
+
+def test_equal_seeds_send_the_same_bytes() -> None:
+    first, second = (list(islice(Workload(seed=1).requests(0), 3)) for _ in range(2))
+
+    assert first == second
+    assert first != list(islice(Workload(seed=2).requests(0), 3))
+
+
+def test_one_series_asks_the_same_questions_about_other_pictures() -> None:
+    workload = Workload(seed=1)
+
+    first, second = (list(islice(workload.requests(2, 8), 3)) for _ in range(2))
+
+    assert [(r.question, r.max_tokens) for r in first] == [
+        (r.question, r.max_tokens) for r in second
+    ]
+
+
+def test_pictures_are_as_large_as_photographs() -> None:
+    for request in islice(Workload(seed=1).requests(0), 5):
+        data = base64.b64decode(request.picture.removeprefix("data:image/jpeg;base64,"))
+        assert 50_000 < len(data) < 120_000
+        assert Image.open(io.BytesIO(data)).size == (640, 480)
+
+
+def test_lengths_are_uniform_and_even_in_every_few() -> None:
+    drawn = list(islice(lengths(random.Random(1)), 4900))
+
+    assert set(drawn) == set(range(LEAST_TOKENS, MOST_TOKENS + 1))
+    mean = (LEAST_TOKENS + MOST_TOKENS) / 2
+    assert all(abs(sum(drawn[i : i + 7]) / 7 - mean) <= 3 for i in range(0, 4900, 7))
+
+
+def test_a_stream_is_asked_for_its_usage() -> None:
+    request = next(Workload(seed=1).requests(0))
+
+    assert request.body("m", stream=True)["stream_options"] == {"include_usage": True}
+    assert "stream" not in request.body("m", stream=False)
