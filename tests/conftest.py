@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -15,6 +16,7 @@ from support.server import App, free_port, start_app
 
 # One thread each: tests compare results, and several torch processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ import torch
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from blip2_serve.engine.runner import Runner
-from blip2_serve.engine.sequence import Chunk, Sequence
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.types import SamplingParams
 
@@ -46,6 +47,7 @@ def main() -> None:
     with torch.no_grad():
         for name, parameter in decoder.checkpoint_tensors().items():
             parameter.copy_(tensors[name])
+    pack_linears(decoder)
 
     print(f"{args.dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}, {STEPS} steps")
     for batch in args.batch:
@@ -60,20 +62,23 @@ def main() -> None:
 def own_step(decoder: OptDecoder, batch: int) -> float:
     """Milliseconds of one decode step after the prompts."""
     reach = PROMPT + STEPS
-    runner = Runner(decoder, rows=batch * reach)
+    runner = Runner(decoder, rows=batch * reach, slots=batch, columns=reach)
+    image = torch.empty(0, decoder.config.hidden_size)
     sequences = []
     for i in range(batch):
-        rows = array("q", range(1 + i * reach, 1 + (i + 1) * reach))
-        image = torch.empty(0, decoder.config.hidden_size)
-        sequences.append(Sequence(str(i), [5] * PROMPT, image, SamplingParams(), rows=rows))
+        rows = array("q", range(i * reach, (i + 1) * reach))
+        request = Request(str(i), [5] * PROMPT, image, "", SamplingParams(), spare=rows[PROMPT:])
+        sequences.append(Sequence(request, table=rows[:PROMPT]))
     for sequence in sequences:
         runner.run([Chunk(sequence, 0, PROMPT)])
-        sequence.output.append(7)
+        sequence.append(7)
+    runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])  # fills the slots
     start = time.perf_counter()
     for _ in range(STEPS):
         logits = runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])
         for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
-            sequence.output.append(token)
+            if sequence.request.spare:
+                sequence.append(token)
     return (time.perf_counter() - start) / STEPS * 1000
 
 

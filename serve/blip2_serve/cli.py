@@ -214,6 +214,8 @@ def _running(
     if address is None:
         # Of one machine, as Ray is by default on other systems: then it listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        for name, value in fast_mode.short_hops(config).items():
+            os.environ.setdefault(name, value)
     # On purpose, since Ray's default may change: a job submitted to Ray is code that runs.
     os.environ.setdefault("RAY_AUTH_MODE", "token" if address is None else "disabled")
     import ray

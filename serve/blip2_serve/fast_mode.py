@@ -108,15 +108,10 @@ def environment(config: AppConfig, folder: Path, first_port: int) -> dict[str, s
             f"{folder} is too long a path for HAProxy's socket: set TMPDIR to a shorter one, such "
             "as /tmp"
         )
-    ingress = config.ingress
-    largest = max(ingress.max_body_bytes, ingress.images.max_bytes) + MESSAGE_OVERHEAD
     return {
+        **short_hops(config),
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # Stages talk by gRPC, whose messages end at 4 MB by default.
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest),
-        # User code shares the replica's event loop now: a busy one answers routers later. Seconds.
-        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
         # The first port of the block is the claim on it.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 1),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 2),
@@ -131,6 +126,21 @@ def environment(config: AppConfig, folder: Path, first_port: int) -> dict[str, s
         # How long a replica that goes stays open for a balancer to notice; HAProxy retries on
         # another, and without this the server would take half a minute to stop.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+
+
+def short_hops(config: AppConfig) -> dict[str, str]:
+    """Serve's variables for stages that talk by gRPC, on one event loop each; for every server."""
+    ingress = config.ingress
+    largest = max(ingress.max_body_bytes, ingress.images.max_bytes) + MESSAGE_OVERHEAD
+    return {
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        # 4 MB by default.
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest),
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        # So a busy event loop answers routers later. Seconds.
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
     }
 
 

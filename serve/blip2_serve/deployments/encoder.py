@@ -16,6 +16,7 @@ from blip2_serve import logs
 from blip2_serve.config import AppConfig
 from blip2_serve.deployments.compute import measured_loading, prepare, size_of
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
+from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import ImagePrefix
@@ -44,6 +45,7 @@ class Encoder:
         with measured_loading("vision model") as self._loading:
             self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
             self._loading.tensor_bytes = size_of(self._model)
+            pack_linears(self._model)
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""

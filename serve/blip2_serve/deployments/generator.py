@@ -14,7 +14,7 @@ from ray import serve
 from torch import Tensor
 
 from blip2_serve import logs
-from blip2_serve.config import AppConfig
+from blip2_serve.config import AppConfig, GeneratorConfig
 from blip2_serve.deployments.compute import (
     LoadReport,
     free_memory,
@@ -36,6 +36,7 @@ from blip2_serve.model.checkpoint import (
     open_checkpoint,
     resolve_dtype,
 )
+from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.text import Tokenizer
 from blip2_serve.types import (
@@ -149,12 +150,16 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     with measured_loading("language model") as report:
         decoder = OptDecoder.load(checkpoint, device, dtype)
         report.tensor_bytes = size_of(decoder)
+        pack_linears(decoder)
     max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
-    rows = own.kv_rows or min(
-        own.max_running * max_model_len,
-        int(free_memory(device) * own.kv_memory_fraction) // row_bytes(decoder),
+    rows, columns = _kv_size(own, max_model_len, free_memory(device) // row_bytes(decoder))
+    logger.info(
+        "KV: %d rows and %d x %d columns of decoding sequences, %.2f GB",
+        rows,
+        own.max_running,
+        columns,
+        (rows + own.max_running * columns) * row_bytes(decoder) / 1e9,
     )
-    logger.info("KV: %d rows, %.2f GB", rows, rows * row_bytes(decoder) / 1e9)
     scheduler = Scheduler(
         KvRows(rows),
         max_running=own.max_running,
@@ -164,13 +169,24 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     )
     eos = eos_token_ids(checkpoint.config)
     engine = Engine(
-        Runner(decoder, rows),
+        Runner(decoder, rows, slots=own.max_running, columns=columns),
         scheduler,
         Sampler(eos),
         decode=tokenizer.decode,
         eos_token_ids=eos,
     )
     return engine, tokenizer, max_model_len, report
+
+
+def _kv_size(config: GeneratorConfig, longest: int, free_rows: int) -> tuple[int, int]:
+    """Rows of the KV, and columns of each decoding sequence's copy (`engine/slots.py`).
+
+    As many as max_running sequences of full length need, as far as kv_memory_fraction of the free
+    memory allows; half of that is for each.
+    """
+    allowed = int(free_rows * config.kv_memory_fraction) // 2
+    rows = config.kv_rows or min(config.max_running * longest, allowed)
+    return rows, min(longest, allowed // config.max_running)
 
 
 def _tensor(prefix: ImagePrefix) -> Tensor:

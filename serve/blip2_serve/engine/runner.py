@@ -40,14 +40,46 @@ class Runner:
         """Computes all chunks -> float32 logits [n, vocabulary], one row per completing chunk."""
         short = [c for c in chunks if c.sequence.output and self._slots.takes(c)]
         in_slots = self._slots.place(short[: self._slots.slots], self._keys, self._values)
-        placed = {*in_slots}
-        ordered = [*in_slots, *(c for c in chunks if c not in placed)]
-        hidden = self._decoder(
-            self._embed(ordered), self._positions(ordered), self._attention(in_slots, ordered)
+        if len(in_slots) == len(chunks):
+            ordered, logits = in_slots, self._decode(in_slots)
+        else:
+            placed = {*in_slots}
+            ordered = [*in_slots, *(c for c in chunks if c not in placed)]
+            logits = self._compute(ordered, len(in_slots))
+        completing = [c for c in ordered if c.completes]
+        wanted = [c for c in chunks if c.completes]
+        if completing == wanted:
+            return logits
+        row_of = {c: row for row, c in enumerate(completing)}
+        return logits[[row_of[c] for c in wanted]]
+
+    def _decode(self, chunks: list[Chunk]) -> Tensor:
+        """One token of each sequence, all in slots -> their logits, in the same order."""
+        ids, starts, rows = (
+            torch.tensor(column, device=self._device)
+            for column in zip(
+                *(
+                    (c.sequence.token_at(c.start), c.start, c.sequence.table[c.start])
+                    for c in chunks
+                ),
+                strict=True,
+            )
         )
-        ends = torch.tensor([c.end - c.start for c in ordered]).cumsum(0) - 1
-        end_of = dict(zip(ordered, ends.tolist(), strict=True))
-        completing = torch.tensor([end_of[c] for c in chunks if c.completes], dtype=torch.int64)
+        return self._decode_step(ids, starts, rows, max(c.end for c in chunks))
+
+    def _decode_step(self, ids: Tensor, starts: Tensor, rows: Tensor, width: int) -> Tensor:
+        """All of a decode step that happens on the device; arguments but `width` are [slots]."""
+        attend = self._attend_slots(starts, rows, width)
+        hidden = self._decoder(self._decoder.embed_tokens(ids), starts, attend)
+        return self._decoder.logits(hidden)
+
+    def _compute(self, chunks: list[Chunk], in_slots: int) -> Tensor:
+        """Any mixture, those in slots first -> logits of the completing ones, in the same order."""
+        hidden = self._decoder(
+            self._embed(chunks), self._positions(chunks), self._attention(chunks, in_slots)
+        )
+        ends = torch.tensor([c.end - c.start for c in chunks]).cumsum(0) - 1
+        completing = ends[torch.tensor([c.completes for c in chunks])]
         return self._decoder.logits(hidden[completing.to(self._device)])
 
     def _positions(self, chunks: list[Chunk]) -> Tensor:
@@ -63,20 +95,19 @@ class Runner:
             offset += chunk.end - chunk.start
         return embeddings
 
-    def _attention(self, in_slots: list[Chunk], chunks: list[Chunk]) -> Attend:
-        """`chunks` are all of the step's, those `in_slots` first."""
-        rows = [torch.tensor(c.sequence.table[: c.end]) for c in chunks]
-        written = torch.cat([r[c.start :] for r, c in zip(rows, chunks, strict=True)])
-        written = written.to(self._device)
+    def _attention(self, chunks: list[Chunk], in_slots: int) -> Attend:
         parts: list[tuple[int, Attend]] = []
         if in_slots:
-            parts.append((len(in_slots), self._attend_slots(in_slots)))
-        for chunk, table in list(zip(chunks, rows, strict=True))[len(in_slots) :]:
-            parts.append((chunk.end - chunk.start, self._attend_rows(chunk, table)))
+            starts = torch.tensor([c.start for c in chunks[:in_slots]], device=self._device)
+            rows = [c.sequence.table[c.start] for c in chunks[:in_slots]]
+            width = max(c.end for c in chunks[:in_slots])
+            attend_slots = self._attend_slots(
+                starts, torch.tensor(rows, device=self._device), width
+            )
+            parts.append((in_slots, attend_slots))
+        parts += [(c.end - c.start, self._attend_rows(c)) for c in chunks[in_slots:]]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._keys[layer][written] = key
-            self._values[layer][written] = value
             outputs = []
             offset = 0
             for count, part in parts:
@@ -87,22 +118,21 @@ class Runner:
 
         return attend
 
-    def _attend_slots(self, chunks: list[Chunk]) -> Attend:
-        """One token of each sequence, by two matrix products and a float32 softmax.
+    def _attend_slots(self, starts: Tensor, rows: Tensor, width: int) -> Attend:
+        """One token of each of the first slots, by two matrix products and a float32 softmax.
 
         For a single query, torch's fused attention takes twice as long on a CPU, and so does
         the first product the other way round (DESIGN.md).
         """
-        count, width = len(chunks), max(c.end for c in chunks)
-        ends = torch.tensor([c.end for c in chunks])
-        hidden = torch.arange(width) >= ends[:, None]
-        bias = torch.zeros(count, 1, width).masked_fill_(hidden[:, None], -torch.inf)
-        bias = bias.to(self._device)
-        slot, column = torch.arange(count, device=self._device), (ends - 1).to(self._device)
+        count = len(starts)
+        slot = torch.arange(count, device=self._device)
+        hidden = torch.arange(width, device=self._device) > starts[:, None, None]
+        bias = torch.zeros(hidden.shape, device=self._device).masked_fill_(hidden, -torch.inf)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self._keys[layer][rows], self._values[layer][rows] = key, value
             keys, values = self._slots.keys[layer, :count], self._slots.values[layer, :count]
-            keys[slot, :, column], values[slot, :, column] = key, value
+            keys[slot, :, starts], values[slot, :, starts] = key, value
             scores = (keys[:, :, :width] @ query[..., None])[..., 0]
             weights = torch.add(bias, scores, alpha=query.shape[-1] ** -0.5).softmax(-1)
             attended = weights.to(value.dtype)[:, :, None] @ values[:, :, :width]
@@ -110,13 +140,15 @@ class Runner:
 
         return attend
 
-    def _attend_rows(self, chunk: Chunk, table: Tensor) -> Attend:
+    def _attend_rows(self, chunk: Chunk) -> Attend:
         """Several tokens of one sequence, each looking at those up to its own."""
-        table = table.to(self._device)
+        table = torch.tensor(chunk.sequence.table[: chunk.end], device=self._device)
+        own = table[chunk.start :]
         positions = torch.arange(chunk.start, chunk.end, device=self._device)
         mask = torch.arange(chunk.end, device=self._device) <= positions[:, None]
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            self._keys[layer][own], self._values[layer][own] = key, value
             if chunk.start > 0:
                 key = self._keys[layer].index_select(0, table)
                 value = self._values[layer].index_select(0, table)

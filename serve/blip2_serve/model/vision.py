@@ -17,7 +17,8 @@ class ImageEncoder(nn.Module):
     """The vision half of a BLIP-2 checkpoint. Parameters are named as in the checkpoint."""
 
     mean: Tensor
-    scale: Tensor
+    std: Tensor
+    dtype: torch.dtype  # of all but the Q-Former under float16
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -46,6 +47,7 @@ class ImageEncoder(nn.Module):
                 encoder.query_tokens.data = encoder.query_tokens.data.float()
         encoder.to_empty(device=device).requires_grad_(False)
         checkpoint.load(dict(encoder.named_parameters()), "vision model")
+        encoder.dtype = dtype
         encoder.set_normalisation(processor)
         return encoder
 
@@ -58,12 +60,11 @@ class ImageEncoder(nn.Module):
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] on any device -> prefixes [B, queries, hidden] on the model's."""
-        dtype = self.language_projection.weight.dtype
         pixels = pixels.to(self.query_tokens.device, non_blocking=True).float()
         normalised = (pixels * self.rescale - self.mean) / self.std
-        seen = self.vision_model(normalised.to(dtype)).last_hidden_state
+        seen = self.vision_model(normalised.to(self.dtype)).last_hidden_state
         output = self.qformer(
             query_embeds=self.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=seen
         ).last_hidden_state
-        prefixes: Tensor = self.language_projection(output.to(dtype))
+        prefixes: Tensor = self.language_projection(output.to(self.dtype))
         return prefixes

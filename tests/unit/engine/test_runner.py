@@ -25,6 +25,8 @@ IMAGE_TOKEN = 59
 class Model:
     """A small random decoder and transformers' with the same weights."""
 
+    slots, columns = 0, 0  # see Runner
+
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
         config = OPTConfig(
             vocab_size=VOCABULARY,
@@ -49,7 +51,7 @@ class Model:
     def runner(self) -> Runner:
         # Rows that were never written hold whatever was in memory; here, the worst.
         with patch.object(torch, "empty", lambda *shape, **kw: torch.full(*shape, torch.nan, **kw)):
-            return Runner(self.decoder, ROWS)
+            return Runner(self.decoder, ROWS, slots=self.slots, columns=self.columns)
 
     def logits(self, sequence: Sequence) -> Tensor:
         """After every token of the sequence, by transformers."""
@@ -73,6 +75,20 @@ class Model:
 @pytest.fixture(scope="module")
 def model() -> Model:
     return Model()
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param((0, 0), id="without slots"),
+        pytest.param((8, 64), id="with a slot for each"),
+        pytest.param((2, 13), id="with few, short slots"),
+    ],
+)
+def _slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, columns = request.param
+    monkeypatch.setattr(Model, "slots", slots)
+    monkeypatch.setattr(Model, "columns", columns)
 
 
 def sequence(
