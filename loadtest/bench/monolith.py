@@ -58,9 +58,14 @@ class Monolith:
         self.name = Path(folder).name
         self.processor = Blip2Processor.from_pretrained(folder)
         self.processor.tokenizer.padding_side = "left"
-        self.model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
-        self.model.eval()
+        # On a CPU, a step of 32 sequences takes 100 ms with this attention, 120 with the default.
+        self.model = Blip2ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation="eager"
+        ).eval()
         self.decoders = ThreadPoolExecutor(CORES)
+        self.admitted = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
 
     @app.get("/ready")
     async def ready(self) -> dict[str, str]:
@@ -76,7 +81,7 @@ class Monolith:
         parts = {part["type"]: part for part in body["messages"][0]["content"]}
         image = base64.b64decode(parts["image_url"]["image_url"]["url"].partition(",")[2])
         prompt = f"Question: {parts['text']['text']} Answer:"
-        ids = await self.generate(Job(image, prompt, body["max_tokens"]))
+        ids = await self.answer(Job(image, prompt, body["max_tokens"]))
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         message = {"role": "assistant", "content": text}
         return {
@@ -86,8 +91,22 @@ class Monolith:
             "usage": {"completion_tokens": len(ids)},
         }
 
+    async def answer(self, job: Job) -> list[int]:
+        """Serve forms batches of what came within the wait, while others run, and never joins them:
+        after a while 32 users are batches of 5. So all that comes during a batch waits here, and
+        becomes the next one."""
+        await self.idle.wait()
+        self.admitted += 1
+        try:
+            return await self.generate(job)
+        finally:
+            self.admitted -= 1
+            if not self.admitted:
+                self.idle.set()
+
     @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
     async def generate(self, jobs: list[Job]) -> list[list[int]]:
+        self.idle.clear()
         return await asyncio.to_thread(self.run, jobs)
 
     @torch.inference_mode()

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 640, 480
-LEAST_QUALITY, MOST_QUALITY = 75, 90
-# Noise of so many cells across, by so many grey levels: clouds, shapes, texture, grain.
-NOISE = ((4, 150), (16, 90), (80, 50), (320, 24), (WIDTH, 14))
+LEAST_QUALITY, MOST_QUALITY = 76, 90
+# Layers of noise: cells across, weight over those before. Clouds, shapes, texture, grain.
+NOISE = ((4, 1.0), (16, 0.4), (80, 0.3), (320, 0.15), (WIDTH, 0.12))
 
 LEAST_WORDS, MOST_WORDS = 4, 14
 LEAST_TOKENS, MOST_TOKENS = 8, 56
@@ -102,13 +102,13 @@ def lengths(rng: random.Random) -> Iterator[int]:
 
 def picture(rng: np.random.Generator) -> bytes:
     """A JPEG of a photograph's size and detail, 50 to 120 KB: noise at several scales."""
-    canvas = np.full((HEIGHT, WIDTH, 3), 128, np.float32)
-    for cells, levels in NOISE:
-        shape = (cells * HEIGHT // WIDTH, cells, 3)
-        noise = Image.fromarray(rng.integers(0, 256, shape, np.uint8))
+    canvas = Image.new("RGB", (WIDTH, HEIGHT))
+    for cells, weight in NOISE:
+        size = (cells, cells * HEIGHT // WIDTH)
+        noise = Image.frombytes("RGB", size, rng.bytes(3 * size[0] * size[1]))
         smooth = noise.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
-        canvas += (np.asarray(smooth, np.float32) - 128) * (levels / 128)
+        canvas = Image.blend(canvas, smooth, weight)
     buffer = io.BytesIO()
     quality = int(rng.integers(LEAST_QUALITY, MOST_QUALITY))
-    Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
+    canvas.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
