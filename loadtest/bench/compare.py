@@ -164,7 +164,7 @@ def title(about: dict[str, Any]) -> str:
     where, how = about["machine"], about["settings"]
     return (
         f"{where['cores']} cores of {where['cpu']}\n"
-        f"median of {how['rounds']} rounds of {how['seconds']:g} s; x: times the monolith"
+        f"{how['rounds']} x {how['seconds']:g} s, medians; above the bars: times the monolith"
     )
 
 

@@ -152,7 +152,7 @@ def plot(
         places = [level + (i - (len(entries) - 1) / 2) * width for level in range(len(levels))]
         speeds = [medians[entry, users].requests_per_s for users in levels]
         bars = axes.bar(places, speeds, 0.94 * width, label=entry)
-        axes.bar_label(bars, [f"{speed:.2g}" for speed in speeds], label_type="center")
+        axes.bar_label(bars, [f"{speed:.2f}" for speed in speeds], label_type="center")
         axes.bar_label(bars, [labels.get((entry, users), "") for users in levels], padding=2)
     axes.set_xticks(range(len(levels)), [f"{users} user{'s'[: users > 1]}" for users in levels])
     axes.set_ylabel("requests per second")
