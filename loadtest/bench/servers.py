@@ -23,7 +23,7 @@ NAMES = (*KINDS, MONOLITH)
 
 READY_WITHIN_S, READY_POLL_S = 300, 0.5
 STOPPED_WITHIN_S, STOP_POLL_S = 60, 0.1
-SAMPLE_EVERY_S = 1.0
+SAMPLE_EVERY_S = 5.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Serve gives up after 5 seconds where several processes load torch on two busy cores.
@@ -104,7 +104,7 @@ def stop(process: psutil.Popen) -> None:
 
 
 class PeakMemory:
-    """Samples a process tree's memory every second while it is entered.
+    """Samples a process tree's memory every five seconds while it is entered.
 
     `peak` is the largest sum over the tree of the bytes that no other process shares (USS), Ray's
     own processes included; files that are only mapped and cached by the kernel do not count.

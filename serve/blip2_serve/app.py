@@ -18,9 +18,9 @@ from blip2_serve.deployments.preprocessor import Preprocessor
 GPU_SHARES = (0.3, 0.7)
 
 REPLICA_ENVIRONMENT = {
-    # How often OpenMP's threads look for each other before they sleep. Never to sleep takes the
-    # cores from other replicas; to sleep at once costs a small kernel more than it computes.
-    "GOMP_SPINCOUNT": "2000",
+    # Threads that spin while they wait for each other take the cores from other replicas
+    # (DESIGN.md has the figures).
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Serve's throughput mode would leave warnings and tracebacks in files only.
     "RAY_SERVE_LOG_TO_STDERR": "1",
 }

@@ -33,11 +33,13 @@ class LoadReport:
         }
 
 
-def prepare(device: str, threads: int | None) -> torch.device:
-    """Sets torch's threads, and finds the device."""
-    # Ray sets OMP_NUM_THREADS to the fraction of a core that was asked for, that is, to 1.
+def set_threads(threads: int | None) -> None:
+    """How many threads torch uses when called from this thread; None stands for all cores.
+
+    Ray sets OMP_NUM_THREADS to the share of a core that was asked for, that is, to 1. OpenMP
+    counts for each calling thread, so each thread that computes must call this.
+    """
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return torch.device(device)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ray import serve
 
 from blip2_serve import logs
 from blip2_serve.config import AppConfig
-from blip2_serve.deployments.compute import measured_loading, prepare, size_of
+from blip2_serve.deployments.compute import measured_loading, set_threads, size_of
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.processor import ImageProcessor
@@ -38,7 +38,8 @@ class Encoder:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load, config, device)
 
     def _load(self, config: AppConfig, device_name: str) -> None:
-        device = prepare(device_name, config.encoder.threads)
+        set_threads(config.encoder.threads)
+        device = torch.device(device_name)
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
         dtype = resolve_dtype(config.dtype, device, checkpoint.config)

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from blip2_serve.deployments.compute import (
     LoadReport,
     free_memory,
     measured_loading,
-    prepare,
+    set_threads,
     size_of,
 )
 from blip2_serve.engine.engine import Engine
@@ -58,9 +60,12 @@ class Generator:
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure()
         self._default_max_tokens = config.generator.default_max_tokens
-        parts = await asyncio.to_thread(_load, config, device)
+        # In a thread that ends: libgomp counts the threads of every one that ever computed, and
+        # where they are more than the cores, it lets none of them spin.
+        with ThreadPoolExecutor(1) as thread:
+            parts = await asyncio.get_running_loop().run_in_executor(thread, _load, config, device)
         self._tokenizer, self._max_model_len, self._loading = parts[1:]
-        self._loop = EngineLoop(parts[0])
+        self._loop = EngineLoop(parts[0], partial(set_threads, config.generator.threads))
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
@@ -143,7 +148,8 @@ def _choice(event: TokenEvent) -> Choice:
 def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, LoadReport]:
     """The engine with all its parts, the tokenizer, the longest sequence, the cost of loading."""
     own = config.generator
-    device = prepare(device_name, own.threads)
+    set_threads(own.threads)
+    device = torch.device(device_name)
     checkpoint = open_checkpoint(config.model, config.revision)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
     dtype = resolve_dtype(config.dtype, device, checkpoint.config)

@@ -25,10 +25,14 @@ _Item = TokenEvent | Blip2ServeError
 
 
 class EngineLoop:
-    """Runs `engine` in a thread; used from the event loop that it is made on."""
+    """Runs `engine` in a thread; used from the event loop that it is made on.
 
-    def __init__(self, engine: Engine) -> None:
+    `prepare_thread` is called first in that thread.
+    """
+
+    def __init__(self, engine: Engine, prepare_thread: Callable[[], None] = lambda: None) -> None:
         self._engine = engine
+        self._prepare_thread = prepare_thread
         self._asyncio = asyncio.get_running_loop()
         self._queues: dict[str, asyncio.Queue[_Item]] = {}  # touched on the event loop only
         self._inbox: list[Callable[[], None]] = []
@@ -88,6 +92,7 @@ class EngineLoop:
 
     def _run(self) -> None:
         try:
+            self._prepare_thread()
             while self._receive():
                 events = self._engine.step() if self._engine.has_work else []
                 if events:
