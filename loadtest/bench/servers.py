@@ -101,6 +101,7 @@ def stop(process: psutil.Popen) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
         process.wait()
+        psutil.wait_procs(tree, STOPPED_WITHIN_S)
 
 
 class PeakMemory:

@@ -2,8 +2,7 @@
 
 This module hands out row numbers; the rows themselves are tensors of the runner's. A row may have
 several holders: requests with a common beginning, and the tree that keeps beginnings for later. It
-is free again when the last of them gives it back. Row 0 is never handed out: it pads the shorter
-rows of a batch.
+is free again when the last of them gives it back. Rows are numbered from 1.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-
-PADDING_ROW = 0
 
 
 class KvRows:

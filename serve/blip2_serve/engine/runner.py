@@ -29,7 +29,7 @@ class Runner:
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = config.hidden_size // heads
         self._device = weight.device
-        # Not zeroed: memory that no sequence has reached yet is never touched.
+        # Not zeroed: memory that no sequence has reached yet is never touched. Rows count from 1.
         shape = (layers, rows + 1, heads, dim)
         self._keys = torch.empty(shape, dtype=weight.dtype, device=self._device)
         self._values = torch.empty(shape, dtype=weight.dtype, device=self._device)
