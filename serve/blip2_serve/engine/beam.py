@@ -120,8 +120,7 @@ def _continued(live: list[Candidate]) -> list[Sequence]:
     beams = []
     for index, candidate in enumerate(live):
         beam = candidate.beam.fork(index) if candidate.beam in gone_on else candidate.beam
+        beam.index = index
         gone_on.add(candidate.beam)
         beams.append(beam)
-    for index, beam in enumerate(beams):
-        beam.index = index
     return beams
