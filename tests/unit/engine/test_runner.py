@@ -25,7 +25,7 @@ IMAGE_TOKEN = 59
 class Model:
     """A small random decoder and transformers' with the same weights."""
 
-    slots, columns = 0, 0  # see Runner
+    slots, columns, gpu = 0, 0, False  # see Runner
 
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
         config = OPTConfig(
@@ -51,7 +51,7 @@ class Model:
     def runner(self) -> Runner:
         # Rows that were never written hold whatever was in memory; here, the worst.
         with patch.object(torch, "empty", lambda *shape, **kw: torch.full(*shape, torch.nan, **kw)):
-            return Runner(self.decoder, ROWS, slots=self.slots, columns=self.columns)
+            return Runner(self.decoder, ROWS, slots=self.slots, columns=self.columns, gpu=self.gpu)
 
     def logits(self, sequence: Sequence) -> Tensor:
         """After every token of the sequence, by transformers."""
@@ -80,15 +80,16 @@ def model() -> Model:
 @pytest.fixture(
     autouse=True,
     params=[
-        pytest.param((0, 0), id="without slots"),
-        pytest.param((8, 64), id="with a slot for each"),
-        pytest.param((2, 13), id="with few, short slots"),
+        pytest.param((0, 0, False), id="without slots"),
+        pytest.param((8, 64, False), id="with a slot for each"),
+        pytest.param((2, 13, False), id="with few, short slots"),
+        pytest.param((8, 64, True), id="as on a GPU"),
+        pytest.param((2, 13, True), id="as on a GPU, with few, short slots"),
     ],
 )
 def _slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    slots, columns = request.param
-    monkeypatch.setattr(Model, "slots", slots)
-    monkeypatch.setattr(Model, "columns", columns)
+    for name, value in zip(("slots", "columns", "gpu"), request.param, strict=True):
+        monkeypatch.setattr(Model, name, value)
 
 
 def sequence(
