@@ -18,6 +18,7 @@ from blip2_serve.deployments.compute import measured_loading, set_threads, size_
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.transfer import download
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import ImagePrefix
 
@@ -47,6 +48,8 @@ class Encoder:
             self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
             self._loading.tensor_bytes = size_of(self._model)
             pack_linears(self._model)
+            if config.encoder.compile or (config.encoder.compile is None and device.type == "cuda"):
+                self._model.compile_layers(config.encoder.max_batch_size)
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""
@@ -70,7 +73,7 @@ class Encoder:
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
         start = time.perf_counter()
-        prefixes = self._model(torch.from_numpy(np.stack(pixels))).cpu()
+        prefixes = download(self._model(torch.from_numpy(np.stack(pixels))))
         self._seconds += time.perf_counter() - start
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")

@@ -5,12 +5,19 @@ This module knows nothing of text, of batching or of where its pixels come from.
 
 from __future__ import annotations
 
+import logging
+import time
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
 
 from blip2_serve.model.checkpoint import Checkpoint
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.transfer import upload
+
+logger = logging.getLogger(__name__)
 
 
 class ImageEncoder(nn.Module):
@@ -57,10 +64,36 @@ class ImageEncoder(nn.Module):
         self.std = torch.tensor(processor.std, device=device).view(3, 1, 1)
         self.rescale = processor.rescale
 
+    def compile_layers(self, largest: int, backend: Any = "inductor") -> None:
+        """Compiles every kind of layer, for batches of up to `largest` images, and runs them all.
+
+        Layers of one kind share their code: two compilations each, for one image and for any
+        number, since batches are not padded. From one image on, arithmetic is what takes a GPU's
+        time here, and an image of padding would take as long as another. Where compiling fails
+        (it wants Triton and a C compiler), the encoder stays as it is.
+        """
+        stacks = (self.vision_model.encoder.layers, self.qformer.encoder.layer)
+        plain = [list(stack) for stack in stacks]
+        size = self.vision_model.config.image_size
+        start = time.monotonic()
+        for stack in stacks:
+            for number, layer in enumerate(stack):
+                stack[number] = torch.compile(layer, backend=backend, dynamic=True)
+        try:
+            for batch in range(largest, 0, -1):
+                self(torch.zeros((batch, 3, size, size), dtype=torch.uint8))
+        except Exception:  # a compiler may trip over anything
+            logger.warning("the vision model cannot be compiled, it runs as it is", exc_info=True)
+            for stack, layers in zip(stacks, plain, strict=True):
+                for number, layer in enumerate(layers):
+                    stack[number] = layer
+        else:
+            logger.info("compiled the vision model in %.0f s", time.monotonic() - start)
+
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] on any device -> prefixes [B, queries, hidden] on the model's."""
-        pixels = pixels.to(self.query_tokens.device, non_blocking=True).float()
+        pixels = upload(pixels, self.query_tokens.device).float()
         normalised = (pixels * self.rescale - self.mean) / self.std
         seen = self.vision_model(normalised.to(self.dtype)).last_hidden_state
         output = self.qformer(
