@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -22,8 +23,11 @@ import ray
 import torch
 from ray import serve
 from safetensors.torch import save_file
-from transformers import Blip2Config, Blip2ForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.shapes import real_shape
 from blip2_serve.app import build
 from blip2_serve.cli import data_url
 from blip2_serve.config import AppConfig
@@ -99,29 +103,6 @@ def write_checkpoint(folder: Path) -> None:
     processor = json.loads((folder / "processor_config.json").read_text())
     processor["image_processor"]["size"] = {"height": 364, "width": 364}
     (folder / "processor_config.json").write_text(json.dumps(processor))
-
-
-def real_shape() -> Blip2Config:
-    """blip2-opt-2.7b-coco: transformers' defaults for ViT and Q-Former, OPT as its card says."""
-    return Blip2Config(
-        vision_config={"image_size": 364},
-        qformer_config={},
-        text_config={
-            "model_type": "opt",
-            "vocab_size": 50304,
-            "hidden_size": 2560,
-            "word_embed_proj_dim": 2560,
-            "ffn_dim": 10240,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "bos_token_id": 2,
-            "pad_token_id": 1,
-            "eos_token_id": 50118,
-        },
-        num_query_tokens=32,
-        image_token_index=50265,
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""For `gpu.py`: the same random weights in transformers' model and in ours, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+from blip2_serve.engine.engine import Engine
+from blip2_serve.engine.kv import KvRows
+from blip2_serve.engine.runner import Runner, row_bytes
+from blip2_serve.engine.sampler import Sampler
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Request
+from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.linear import pack_linears
+from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.types import SamplingParams
+
+PROMPT = [4, 5, 6]  # as long as "a photo of"
+STEP_TOKENS = 8192  # more than the server's default: a GPU is quick enough to take so many at once
+_names = count()
+
+
+@dataclass(frozen=True)
+class InMemory(Checkpoint):
+    """A checkpoint whose tensors are a model's."""
+
+    tensors: Mapping[str, Tensor]
+
+    def load(self, destinations: Mapping[str, Tensor], what: str) -> None:  # noqa: ARG002
+        for name, destination in destinations.items():
+            destination.copy_(self.tensors[name])
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same weights three times."""
+
+    reference: Blip2ForConditionalGeneration
+    encoder: ImageEncoder
+    decoder: OptDecoder
+
+    @property
+    def prompt(self) -> list[int]:
+        config = self.reference.config
+        image = [config.image_token_index] * config.num_query_tokens
+        return [*image, config.text_config.bos_token_id, *PROMPT]
+
+
+def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -> Models:
+    """Random weights, at scales that let the image change the answer."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        reference = Blip2ForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
+    for name, parameter in reference.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name.lower():
+            nn.init.ones_(parameter)
+        elif "query_tokens" in name or "embed_" in name or "position_embedding" in name:
+            nn.init.normal_(parameter, std=0.5)
+        else:
+            nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter[0].numel()))
+    reference.language_model.generation_config.eos_token_id = None  # answers have their full length
+    size = config.vision_config.image_size
+    processor = ImageProcessor(
+        (size, size), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255, Image.Resampling.BICUBIC
+    )
+    checkpoint = InMemory(Path("memory"), config, {}, reference.state_dict())
+    encoder = ImageEncoder.load(checkpoint, processor, device, dtype)
+    decoder = OptDecoder.load(checkpoint, device, dtype)
+    pack_linears(encoder)  # on a CPU, as the server does
+    pack_linears(decoder)
+    return Models(reference, encoder, decoder)
+
+
+def make_engine(decoder: OptDecoder, running: int, longest: int) -> tuple[Engine, Runner]:
+    """An engine for `running` sequences of up to `longest` tokens, and its runner."""
+    rows = running * longest
+    # On a CPU too, the steps are a GPU's: what is compared there is what runs on a GPU.
+    runner = Runner(decoder, rows, slots=running, columns=longest, gpu=True)
+    scheduler = Scheduler(
+        KvRows(rows),
+        max_running=running,
+        max_waiting=1_000_000,
+        max_step_tokens=max(STEP_TOKENS, running + 1),
+    )
+    engine = Engine(runner, scheduler, Sampler(()), decode=_decode, eos_token_ids=())
+    return engine, runner
+
+
+def _decode(ids: list[int]) -> str:
+    return " ".join(map(str, ids))
+
+
+def add(models: Models, engine: Engine, prefix: Tensor, new_tokens: int) -> str:
+    """Asks the engine for a caption; to it, no two are about the same image. -> the name."""
+    name = str(next(_names))
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+    engine.add(Request(name, models.prompt, prefix, digest=name, params=params))
+    return name
+
+
+def random_pixels(models: Models, images: int) -> Tensor:
+    """uint8 [images, 3, S, S] in main memory."""
+    size = models.reference.config.vision_config.image_size
+    generator = torch.Generator().manual_seed(images)
+    return torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def reference_answers(models: Models, pixels: Tensor, new_tokens: int) -> list[list[int]]:
+    """transformers' greedy answers to uint8 [B, 3, S, S], in one batch."""
+    encoder, reference = models.encoder, models.reference
+    raw = pixels.to(reference.device).float()
+    normalised = (raw * encoder.rescale - encoder.mean) / encoder.std
+    ids = torch.tensor([models.prompt] * len(pixels), device=reference.device)
+    answers = reference.generate(
+        pixel_values=normalised.to(encoder.dtype),
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+    )
+    tokens: list[list[int]] = answers[:, -new_tokens:].tolist()
+    return tokens
+
+
+# -- costs: floating-point operations and bytes ---------------------------------------------------
+
+
+def encoder_flops(config: Blip2Config) -> float:
+    """Of one image: the products of ViT, Q-Former and projection."""
+    vit, qformer = config.vision_config, config.qformer_config
+    patches = (vit.image_size // vit.patch_size) ** 2
+    tokens, width, queries = patches + 1, vit.hidden_size, config.num_query_tokens
+    flops = 2.0 * patches * 3 * vit.patch_size**2 * width
+    flops += vit.num_hidden_layers * _layer_flops(tokens, tokens, width, vit.intermediate_size)
+    own = qformer.hidden_size
+    flops += qformer.num_hidden_layers * _layer_flops(
+        queries, queries, own, qformer.intermediate_size
+    )
+    crossing = math.ceil(qformer.num_hidden_layers / qformer.cross_attention_frequency)
+    cross = 2 * tokens * 2 * width * own + 2 * queries * 2 * own**2 + 4 * queries * tokens * own
+    return flops + crossing * cross + 2 * queries * own * config.text_config.hidden_size
+
+
+def _layer_flops(queries: int, keys: int, width: int, inner: int) -> float:
+    """A transformer layer: its linear layers, then attention."""
+    return 2.0 * queries * (4 * width**2 + 2 * width * inner) + 4.0 * queries * keys * width
+
+
+def decoder_flops(config: Blip2Config, tokens: int, answers: int) -> float:
+    """`tokens` through the layers and `answers` of them through the head, without attention."""
+    text = config.text_config
+    layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim
+    head = text.hidden_size * text.vocab_size
+    return 2.0 * (tokens * text.num_hidden_layers * layer + answers * head)
+
+
+def step_bytes(decoder: OptDecoder, sequences: int, length: int) -> int:
+    """What a decode step must read: all weights once, and the keys and values so far."""
+    text = decoder.config
+    layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim
+    weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
+    element = decoder.embed_tokens.weight.element_size()
+    return weights * element + sequences * length * row_bytes(decoder)

@@ -1,0 +1,125 @@
+"""For `gpu.py`: what a device reaches, and how long each stage takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench.gpu_model import (
+    Models,
+    add,
+    decoder_flops,
+    encoder_flops,
+    make_engine,
+    random_pixels,
+    step_bytes,
+)
+from blip2_serve.engine.engine import Engine
+
+ROUNDS = 5
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
+    """Median of some calls, each waited for, after one that does not count."""
+    call()
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this device reaches: bytes a second (read and written), operations a second."""
+    gpu = device.type == "cuda"
+    source = torch.randn((1 << 30 if gpu else 1 << 25), device=device)
+    target = torch.empty_like(source)
+    copying = milliseconds(lambda: target.copy_(source), device, 20)
+    size = 8192 if gpu else 1024
+    a, b = (torch.randn((size, size), dtype=dtype, device=device) for _ in range(2))
+
+    def multiply() -> None:
+        for _ in range(10):
+            torch.mm(a, b)
+
+    multiplying = milliseconds(multiply, device) / 10
+    return {
+        "bytes": 2000 * source.numel() * source.element_size() / copying,
+        "flops": 2000 * size**3 / multiplying,
+    }
+
+
+# (name, milliseconds, floating-point operations, bytes)
+Measured = tuple[str, float, float, float]
+
+
+def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Iterator[Measured]:
+    """Encoder, prompts and decode steps, at each batch."""
+    config, device = models.reference.config, models.encoder.query_tokens.device
+    length, element = len(models.prompt), models.decoder.embed_tokens.weight.element_size()
+    weights = sum(p.numel() for p in models.encoder.parameters()) * element
+    for batch in batches:
+        pixels = random_pixels(models, batch)
+        ms = milliseconds(lambda: models.encoder(pixels), device)  # noqa: B023 (called here)
+        yield f"ViT and Q-Former, {batch} images", ms, batch * encoder_flops(config), weights
+    for batch in batches:
+        engine, runner = make_engine(models.decoder, batch, length + 2 * new_tokens)
+        prefixes = models.encoder(random_pixels(models, batch))
+        prompts, steps = decode_times(models, engine, prefixes, 2 * new_tokens)
+        flops = decoder_flops(config, batch * length, batch)
+        yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
+        reached = length + new_tokens  # half of the answers that are timed
+        moved = step_bytes(models.decoder, batch, reached)
+        flops = decoder_flops(config, batch, batch)
+        yield f"decode step of {batch}, by the engine", steps, flops, moved
+        if graphs := runner.graphs:
+            places = [reached - 1] * batch
+            ms = milliseconds(
+                lambda: graphs.run(places, places, [0] * batch, reached),  # noqa: B023
+                device,
+                50,
+            )
+            yield f"decode step of {batch}, graph alone", ms, flops, moved
+
+
+def decode_times(
+    models: Models, engine: Engine, prefixes: Tensor, new_tokens: int
+) -> tuple[float, float]:
+    """Milliseconds of the step that computes all prompts, and of those after it (medians)."""
+    prompts, steps = [], []
+    for _ in range(ROUNDS):
+        for prefix in prefixes:
+            add(models, engine, prefix, new_tokens)
+        times = []
+        while engine.has_work:
+            start = time.perf_counter()
+            engine.step()  # its tokens are on the CPU when it returns
+            times.append(1000 * (time.perf_counter() - start))
+        prompts.append(times[0])
+        steps += times[2:]  # the second one also fills the slots
+    return statistics.median(prompts), statistics.median(steps)
+
+
+def profile(models: Models, new_tokens: int) -> None:
+    """Kernels of 10 decode steps of one sequence, by time."""
+    engine, _ = make_engine(models.decoder, 1, len(models.prompt) + new_tokens)
+    add(models, engine, models.encoder(random_pixels(models, 1))[0], new_tokens)
+    for _ in range(4):
+        engine.step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(10):
+            engine.step()
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))

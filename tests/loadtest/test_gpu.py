@@ -1,0 +1,73 @@
+"""The GPU benchmark, on the CPU: that it runs, compares and reports. Its figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "loadtest" / "bench" / "gpu.py"
+
+# Runs a script as `python` does, then tells which modules it has loaded.
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+print("loaded", sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object]]:
+    """What it prints, and its report."""
+    output = tmp_path_factory.mktemp("gpu") / "report.json"
+    options = ["--device", "cpu", "--images", "9", "--running", "4", "--output", output]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, SCRIPT, *options], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(output.read_text())
+
+
+def test_it_says_that_a_cpu_is_no_gpu(run: tuple[str, dict[str, object]]) -> None:
+    printed, report = run
+    assert "NOT A GPU" in printed
+    assert report["gpu"] is False
+
+
+def test_it_gives_transformers_tokens_in_float32(run: tuple[str, dict[str, object]]) -> None:
+    printed, report = run
+    assert "float32, small shape: 24 of 24 answers are the same" in printed
+    assert report["float32"]["different"] > 1
+
+
+def test_it_reports_every_stage_against_its_floor(run: tuple[str, dict[str, object]]) -> None:
+    _, report = run
+    names = [stage["stage"] for stage in report["stages"]]
+    assert names == [
+        "ViT and Q-Former, 1 images",
+        "ViT and Q-Former, 8 images",
+        "prompts, 1 of 12",
+        "decode step of 1, by the engine",
+        "decode step of 1, graph alone",
+        "prompts, 8 of 12",
+        "decode step of 8, by the engine",
+        "decode step of 8, graph alone",
+    ]
+    assert all(stage["ms"] > stage["floor_ms"] > 0 for stage in report["stages"])
+    assert all(rate > 0 for rate in report["captions_per_s"].values())
+
+
+def test_it_needs_neither_ray_nor_pydantic_nor_fastapi(
+    run: tuple[str, dict[str, object]],
+) -> None:
+    loaded = run[0].splitlines()[-1]
+    assert loaded.startswith("loaded")
+    assert "'blip2_serve'" in loaded
+    assert not [name for name in ("ray", "pydantic", "fastapi") if f"'{name}'" in loaded]
