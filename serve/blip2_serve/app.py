@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application
 
 from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
+from blip2_serve.deployments.compute import openmp_environment
 from blip2_serve.deployments.encoder import Encoder
 from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.ingress import Ingress
@@ -18,9 +19,7 @@ from blip2_serve.deployments.preprocessor import Preprocessor
 GPU_SHARES = (0.3, 0.7)
 
 REPLICA_ENVIRONMENT = {
-    # Threads that spin while they wait for each other take the cores from other replicas
-    # (DESIGN.md has the figures).
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **openmp_environment(),
     # Serve's throughput mode would leave warnings and tracebacks in files only.
     "RAY_SERVE_LOG_TO_STDERR": "1",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -31,6 +33,24 @@ class LoadReport:
             "load_seconds": self.seconds,
             "rss_anon_growth": memory.rss_anon() - self.rss_anon_before,
         }
+
+
+def openmp_environment() -> dict[str, str]:
+    """The environment in which torch's threads serve several replicas on the same cores well.
+
+    What a thread does while it waits for the others decides. If it sleeps, waking it takes as long
+    as a small layer; if it spins, it takes the core from another replica. Intel's OpenMP spins for
+    as long as it is told and lets any other thread have the core meanwhile; torch's own (libgomp)
+    does one or the other. DESIGN.md has the figures.
+    """
+    try:
+        files = importlib.metadata.files("intel-openmp") or []
+    except importlib.metadata.PackageNotFoundError:  # it exists for Linux on x86 only
+        files = []
+    for file in files:
+        if file.name == "libiomp5.so":
+            return {"LD_PRELOAD": str(Path(file.locate()).resolve()), "KMP_BLOCKTIME": "100us"}
+    return {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def set_threads(threads: int | None) -> None:

@@ -50,9 +50,11 @@ class Runner:
         shape = (layers, rows + 1, heads, dim)
         self._keys = torch.empty(shape, dtype=weight.dtype, device=self._device)
         self._values = torch.empty(shape, dtype=weight.dtype, device=self._device)
-        self._slots = DecodeSlots((layers, slots, heads, columns, dim), weight.dtype, self._device)
         on_gpu = self._device.type == "cuda"
         self._gpu = on_gpu if gpu is None else gpu
+        self._slots = DecodeSlots(
+            (layers, slots, heads, columns, dim), weight.dtype, self._device, fixed=self._gpu
+        )
         if on_gpu:
             # cuDNN's attention makes a plan for each new shape, and prompts come in any length.
             # torch has this switch for the whole process only.
@@ -96,7 +98,7 @@ class Runner:
         ids = [c.sequence.token_at(c.start) for c in chunks]
         starts = [c.start for c in chunks]
         rows = [c.sequence.table[c.start] for c in chunks]
-        width = max(c.end for c in chunks)
+        width = self._width(chunks)
         if self.graphs:
             return self.graphs.run(ids, starts, rows, width)
         inputs = self._tensor([ids, starts, rows])
@@ -116,6 +118,10 @@ class Runner:
         ends = torch.tensor([c.end - c.start for c in chunks]).cumsum(0) - 1
         completing = ends[torch.tensor([c.completes for c in chunks])]
         return self._decoder.logits(hidden[upload(completing, self._device)])
+
+    def _width(self, in_slots: list[Chunk]) -> int:
+        """How many columns a step has to read."""
+        return max(c.end for c in in_slots) if self._gpu else self._slots.keys.shape[3]
 
     def _positions(self, chunks: list[Chunk]) -> Tensor:
         return self._tensor([p for c in chunks for p in range(c.start, c.end)])
@@ -137,7 +143,7 @@ class Runner:
         if in_slots:
             starts = self._tensor([c.start for c in chunks[:in_slots]])
             rows = self._tensor([c.sequence.table[c.start] for c in chunks[:in_slots]])
-            width = max(c.end for c in chunks[:in_slots])
+            width = self._width(chunks[:in_slots])
             parts.append((in_slots, self._attend_slots(starts, rows, width)))
         for (start, end), alike in groupby(chunks[in_slots:], key=lambda c: (c.start, c.end)):
             if start == 0:
