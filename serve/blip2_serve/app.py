@@ -21,6 +21,10 @@ REPLICA_ENVIRONMENT = {
     # Threads that spin while they wait for each other take the cores from other replicas
     # (DESIGN.md has the figures).
     "OMP_WAIT_POLICY": "PASSIVE",
+    # On a CPU, torch and oneDNN each keep what they compiled for the last 1,024 shapes, half a
+    # megabyte or more apiece; with all lengths of prompts and answers that is a gigabyte.
+    "LRU_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     # Serve's throughput mode would leave warnings and tracebacks in files only.
     "RAY_SERVE_LOG_TO_STDERR": "1",
 }
