@@ -5,8 +5,10 @@ Large enough that computing dominates, small enough for two CPU cores. Equal on 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,17 @@ VOCABULARY = 8064
 QUERIES = 32
 PIXELS = 224
 SINGLE_BYTES = 4 + 256  # the first ids: special tokens, then one for every byte
+
+
+@contextlib.contextmanager
+def checkpoint_at(folder: Path | None) -> Iterator[Path]:
+    """The checkpoint in `folder`, written if there is none; without a folder, for the block."""
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "blip2-108m")
+        if not (folder / "config.json").exists():
+            write_checkpoint(folder)
+        yield folder
 
 
 def write_checkpoint(folder: Path) -> None:

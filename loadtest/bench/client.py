@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Answer:
     ended: float
     tokens: int
     texts: tuple[float, ...] = ()  # when each chunk with text came; only of a stream
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,27 +91,43 @@ async def measure(
                 opened = time.perf_counter()
                 closed = opened + seconds
 
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(users):
-                    group.create_task(user(number))
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from None
+    async with new_session() as session:
+        await together(map(user, range(users)))
     return Window(opened, closed, answers)
 
 
+def new_session() -> aiohttp.ClientSession:
+    """For any number of users; needs an event loop."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=aiohttp.TCPConnector(limit=0)
+    )
+
+
+async def together(users: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Runs all of them; the first error ends them all."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for user in users:
+                group.create_task(user)
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
 async def ask(
-    session: aiohttp.ClientSession, endpoint: Endpoint, request: Request, *, stream: bool
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    request: Request,
+    *,
+    stream: bool,
+    silent: bool = False,
 ) -> Answer:
-    """Sends one request, and checks its answer.
+    """Sends one request, and checks its answer. `silent`: one without text will do.
 
     Raises:
         WrongAnswer: an error, no text, or not exactly the number of tokens asked for.
     """
     texts: list[float] = []
+    text = ""
     answer: Any = None  # the body, or the last chunk of a stream: both have the usage
     body = request.body(endpoint.model, stream=stream)
     started = time.perf_counter()
@@ -120,19 +137,21 @@ async def ask(
                 raise WrongAnswer(f"status {response.status}: {_cut(await response.text())}")
             if stream:
                 async for answer in events(response.content):
-                    now = time.perf_counter()
-                    texts += [now] if _text(answer, "delta") else []
+                    if piece := _text(answer, "delta"):
+                        texts.append(time.perf_counter())
+                        text += piece
             else:
                 answer = await response.json()
+                text = _text(answer, "message")
         ended = time.perf_counter()
         tokens = answer["usage"]["completion_tokens"]
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
         raise WrongAnswer(f"{error!r} after {_cut(answer)}") from error
-    if tokens != request.max_tokens:
-        raise WrongAnswer(f"{tokens} tokens, not {request.max_tokens}: {_cut(answer)}")
-    if not (texts or _text(answer, "message")):
+    if tokens != request.tokens:
+        raise WrongAnswer(f"{tokens} tokens, not {request.tokens}: {_cut(answer)}")
+    if not (text or silent):
         raise WrongAnswer(f"no text in {tokens} tokens: {_cut(answer)}")
-    return Answer(started, ended, tokens, tuple(texts))
+    return Answer(started, ended, tokens, tuple(texts), text)
 
 
 async def events(lines: AsyncIterator[bytes]) -> AsyncIterator[Any]:

@@ -22,18 +22,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import client, report, servers
-from bench.checkpoint import write_checkpoint
+from bench import client, report, script, servers
+from bench.checkpoint import checkpoint_at
 from bench.report import STREAM, Measurement
 from bench.workload import Workload
 
@@ -44,19 +42,8 @@ PACKAGES = ("blip2-serve", "torch", "transformers", "ray")
 
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the servers, as Ctrl-C does
-    try:
-        with contextlib.ExitStack() as stack:
-            if args.checkpoint is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                args.checkpoint = Path(folder, "blip2-108m")
-            if not (args.checkpoint / "config.json").exists():
-                write_checkpoint(args.checkpoint)
-            run(args)
-    except (client.WrongAnswer, servers.ServerFailed) as error:
-        sys.exit(f"FAILED: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    with script.failures_told(), checkpoint_at(args.checkpoint) as args.checkpoint:
+        run(args)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -104,11 +104,34 @@ def stop(process: psutil.Popen) -> None:
         psutil.wait_procs(tree, STOPPED_WITHIN_S)
 
 
+@dataclass(frozen=True)
+class ProcessMemory:
+    pid: int
+    name: str
+    bytes: int  # that no other process shares (USS)
+
+    @property
+    def is_replica(self) -> bool:
+        return self.name.startswith("ServeReplica:")
+
+
+def memory(process: psutil.Popen) -> list[ProcessMemory]:
+    """Of each process of the tree.
+
+    Files that are only mapped and cached by the kernel do not count.
+    """
+    found = []
+    for member in _tree(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used = member.memory_full_info().uss
+            found.append(ProcessMemory(member.pid, _name(member.cmdline()), used))
+    return found
+
+
 class PeakMemory:
     """Samples a process tree's memory every five seconds while it is entered.
 
-    `peak` is the largest sum over the tree of the bytes that no other process shares (USS), Ray's
-    own processes included; files that are only mapped and cached by the kernel do not count.
+    `peak` is the largest sum over the tree of what `memory` says, Ray's own processes included.
     """
 
     def __init__(self, process: psutil.Popen | None) -> None:
@@ -130,10 +153,7 @@ class PeakMemory:
     def _sample(self) -> None:
         assert self._process is not None
         while not self._done.wait(SAMPLE_EVERY_S):
-            used = 0
-            for process in _tree(self._process):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    used += process.memory_full_info().uss
+            used = sum(member.bytes for member in memory(self._process))
             self.peak = max(used, self.peak or 0)
 
 
@@ -165,6 +185,15 @@ def _model(url: str) -> str:
         raise ServerFailed(f"no list of models at {url}: {error}") from None
     name: str = answer.json()["data"][0]["id"]
     return name
+
+
+def _name(command: list[str]) -> str:
+    """What a process is: the class of an actor, or the program."""
+    first = command[0].strip() if command else "?"
+    if first.startswith("ray::"):
+        return first.removeprefix("ray::").partition(".")[0]  # less the method it runs
+    scripts = [Path(part).stem for part in command if part.endswith(".py")]
+    return scripts[0] if scripts else Path(first).name
 
 
 def _tree(process: psutil.Popen) -> list[psutil.Process]:

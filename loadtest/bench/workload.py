@@ -7,7 +7,7 @@ import io
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,25 +34,43 @@ WORDS = SAID.split()
 
 @dataclass(frozen=True)
 class Request:
-    question: str
+    question: str  # an empty one asks for a caption
     picture: str  # a data URL
     max_tokens: int
+    earlier: tuple[tuple[str, str], ...] = ()  # questions of the same chat, with their answers
+    more: dict[str, Any] = field(default_factory=dict)  # further fields of the body
+
+    @property
+    def tokens(self) -> int:
+        """Of all answers together."""
+        return self.max_tokens * int(self.more.get("n", 1))
 
     def body(self, model: str, *, stream: bool) -> dict[str, Any]:
         """The request as OpenAI's chat completions take it."""
+        turns = [
+            message
+            for question, answer in self.earlier
+            for message in (_said("user", question), _said("assistant", answer))
+        ]
+        first, *later = [*turns, _said("user", self.question)]
         content = [
             {"type": "image_url", "image_url": {"url": self.picture}},
-            {"type": "text", "text": self.question},
+            {"type": "text", "text": first["content"]},
         ]
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
         return {
             "model": model,
-            "messages": [{"role": "user", "content": content}],
+            "messages": [{"role": "user", "content": content}, *later],
             "max_tokens": self.max_tokens,
             "temperature": 0,
             "ignore_eos": True,
             **(streaming if stream else {}),
+            **self.more,
         }
+
+
+def _said(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
 
 
 class Workload:
@@ -73,8 +91,8 @@ class Workload:
         """Endless. The same series has the same questions and lengths, about other pictures."""
         rng = random.Random(f"{self._seed} {series}")
         for max_tokens in lengths(rng):
-            question = " ".join(rng.choices(WORDS, k=rng.randint(LEAST_WORDS, MOST_WORDS)))
-            yield Request(f"{question}?", self._take(), max_tokens)
+            words = rng.randint(LEAST_WORDS, MOST_WORDS)
+            yield Request(question(rng, words), self._take(), max_tokens)
 
     def _take(self) -> str:
         if self._stock:
@@ -86,6 +104,10 @@ class Workload:
         self._made += 1
         jpeg = picture(np.random.default_rng((self._seed, self._made)))
         return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
+def question(rng: random.Random, words: int) -> str:
+    return f"{' '.join(rng.choices(WORDS, k=words))}?"
 
 
 def lengths(rng: random.Random) -> Iterator[int]:

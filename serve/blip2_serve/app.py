@@ -20,6 +20,10 @@ GPU_SHARES = (0.3, 0.7)
 
 REPLICA_ENVIRONMENT = {
     **openmp_environment(),
+    # On a CPU, torch and oneDNN each keep what they compiled for the last 1,024 shapes, half a
+    # megabyte or more apiece; with all lengths of prompts and answers that is a gigabyte.
+    "LRU_CACHE_CAPACITY": "128",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     # Serve's throughput mode would leave warnings and tracebacks in files only.
     "RAY_SERVE_LOG_TO_STDERR": "1",
 }

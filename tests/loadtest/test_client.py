@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from itertools import repeat
 from typing import Any
 
@@ -15,59 +14,14 @@ from aiohttp import ClientSession, web
 from bench.client import Answer, Window, WrongAnswer, ask, events, measure
 from bench.servers import Endpoint
 from bench.workload import Request
+from support.fake_server import Handler, chunk, serving, streaming, usage, whole
 
 REQUEST = Request("what is it?", "data:image/jpeg;base64,AAAA", max_tokens=3)
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@asynccontextmanager
-async def serving(handler: Handler) -> AsyncIterator[Endpoint]:
-    """A local server with this one route."""
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", handler)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0]
-    try:
-        yield Endpoint(f"http://{host}:{port}/v1", "m")
-    finally:
-        await runner.cleanup()
-
-
-def whole(tokens: int, text: str = "a dog") -> dict[str, Any]:
-    return {
-        "choices": [{"message": {"content": text}}],
-        "usage": {"completion_tokens": tokens},
-    }
-
-
-def chunk(text: str | None) -> bytes:
-    data = {"choices": [{"delta": {"content": text}}], "usage": None}
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
-
-
-def usage(tokens: int) -> bytes:
-    data = {"choices": [], "usage": {"completion_tokens": tokens}}
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
 async def asked(handler: Handler, *, stream: bool = False) -> Answer:
     async with serving(handler) as endpoint, ClientSession() as session:
         return await ask(session, endpoint, REQUEST, stream=stream)
-
-
-def streaming(*parts: bytes) -> Handler:
-    async def handler(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for part in parts:
-            await response.write(part)
-        return response
-
-    return handler
 
 
 # -- the window ------------------------------------------------------------------------------------
@@ -139,6 +93,27 @@ async def test_a_right_answer_has_its_times() -> None:
     assert answer.tokens == 3
     assert answer.started < answer.ended
     assert answer.texts == ()
+    assert answer.text == "a dog"
+
+
+async def test_an_answer_without_text_will_do_where_that_is_said() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response(whole(3, text=""))
+
+    async with serving(handler) as endpoint, ClientSession() as session:
+        answer = await ask(session, endpoint, REQUEST, stream=False, silent=True)
+
+    assert answer.text == ""
+
+
+async def test_several_answers_have_the_tokens_of_all() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response(whole(6))
+
+    async with serving(handler) as endpoint, ClientSession() as session:
+        answer = await ask(session, endpoint, replace(REQUEST, more={"n": 2}), stream=False)
+
+    assert answer.tokens == 6
 
 
 @pytest.mark.parametrize(
@@ -187,6 +162,7 @@ async def test_a_stream_has_the_times_of_its_texts() -> None:
 
     assert answer.tokens == 3
     assert len(answer.texts) == 2
+    assert answer.text == "a dog"
     assert answer.started < answer.texts[0] <= answer.texts[1] <= answer.ended
 
 

@@ -77,3 +77,33 @@ def test_every_kind_serves_the_checkpoint_in_bfloat16_on_the_port() -> None:
         assert "--model there --dtype bfloat16 --port 123" in command
     assert servers.command("fast", Path("there"), 123)[-1] == "--fast"
     assert servers.command("monolith", Path("there"), 123)[-3:] == ["there", "--port", "123"]
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        pytest.param(
+            ["ray::ServeReplica:app:Encoder   "], "ServeReplica:app:Encoder", id="replica"
+        ),
+        pytest.param(
+            ["ray::ProxyActor.receive"], "ProxyActor", id="an actor in one of its methods"
+        ),
+        pytest.param(["/bin/python", "-u", "/ray/monitor.py", "--x"], "monitor", id="a script"),
+        pytest.param(["/ray/gcs_server", "--log_dir=/tmp"], "gcs_server", id="a program"),
+        pytest.param([], "?", id="a process that has ended"),
+    ],
+)
+def test_processes_have_names_that_tell_what_they_are(command: list[str], name: str) -> None:
+    assert servers._name(command) == name
+
+
+def test_memory_is_told_of_each_process_of_the_tree(
+    stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "STOPPED_WITHIN_S", 0)
+    pids = {stubborn.pid, stubborn.children()[0].pid}
+    found = servers.memory(stubborn)
+    servers.stop(stubborn)
+
+    assert {member.pid for member in found} == pids
+    assert all(member.bytes > 1_000_000 for member in found)

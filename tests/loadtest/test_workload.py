@@ -9,7 +9,7 @@ from itertools import islice
 
 from PIL import Image
 
-from bench.workload import LEAST_TOKENS, MOST_TOKENS, Workload, lengths
+from bench.workload import LEAST_TOKENS, MOST_TOKENS, Request, Workload, lengths
 
 
 def test_no_picture_is_sent_twice_whatever_the_series_and_the_stock() -> None:
@@ -63,3 +63,23 @@ def test_a_stream_is_asked_for_its_usage() -> None:
 
     assert request.body("m", stream=True)["stream_options"] == {"include_usage": True}
     assert "stream" not in request.body("m", stream=False)
+
+
+def test_of_a_chat_the_picture_goes_with_the_first_question() -> None:
+    request = Request("and now?", "data:,", 8, earlier=(("what is it?", "a dog"),))
+
+    first, answer, question = request.body("m", stream=False)["messages"]
+
+    assert [part["type"] for part in first["content"]] == ["image_url", "text"]
+    assert first["content"][1]["text"] == "what is it?"
+    assert answer == {"role": "assistant", "content": "a dog"}
+    assert question == {"role": "user", "content": "and now?"}
+
+
+def test_further_fields_win_and_several_answers_are_several_times_the_tokens() -> None:
+    request = Request("what is it?", "data:,", 8, more={"n": 3, "temperature": 1})
+
+    body = request.body("m", stream=False)
+
+    assert (body["n"], body["temperature"], body["max_tokens"]) == (3, 1, 8)
+    assert request.tokens == 24

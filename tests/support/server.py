@@ -51,7 +51,7 @@ class App:
         return httpx.post(self.url + path, timeout=TIMEOUT_S, **kwargs)
 
     def client(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=200)
+        limits = httpx.Limits(max_connections=400)
         return httpx.AsyncClient(base_url=self.url, timeout=TIMEOUT_S, limits=limits)
 
 

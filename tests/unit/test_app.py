@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
+import torch
 
 from blip2_serve import app
 from blip2_serve.config import AppConfig
@@ -72,3 +76,29 @@ def test_each_stage_takes_replicas_or_autoscaling_and_resources_of_its_own(
     assert placed["Encoder"].num_replicas == 1
     scaling = placed["Generator"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+
+
+COMPILES_FOR_512_SHAPES = """
+import psutil, torch
+from blip2_serve.model.linear import PackedLinear
+layer = PackedLinear(torch.nn.Linear(128, 512).bfloat16())
+rows = torch.zeros(512, 128, dtype=torch.bfloat16)
+layer(rows)
+before = psutil.Process().memory_full_info().uss
+for count in range(1, 513):
+    layer(rows[:count])
+print((psutil.Process().memory_full_info().uss - before) // 1_000_000)
+"""
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="bfloat16 is not computed by oneDNN"
+)
+def test_a_replica_keeps_little_of_what_is_compiled_for_each_number_of_rows() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES_FOR_512_SHAPES],
+        env=os.environ | app.REPLICA_ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert int(done.stdout) < 150  # megabytes; of all 512 they are 350

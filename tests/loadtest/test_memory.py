@@ -1,0 +1,112 @@
+"""What the memory benchmark asks, and what it makes of what it finds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from itertools import islice
+
+import pytest
+from aiohttp import web
+
+from bench.client import WrongAnswer
+from bench.memory import GROUPS, Visit, drive, growth, table, visits
+from bench.servers import ProcessMemory
+from bench.workload import Request
+from blip2_serve.config import AppConfig
+from blip2_serve.model.source import DEMO_FOLDER
+from support.fake_server import serving, whole
+
+
+def sample(encoder: float, raylet: float) -> list[ProcessMemory]:
+    """Of megabytes."""
+    return [
+        ProcessMemory(7, "raylet", int(raylet * 1e6)),
+        ProcessMemory(9, "ServeReplica:app:Encoder", int(encoder * 1e6)),
+    ]
+
+
+def test_equal_seeds_make_equal_visits() -> None:
+    first, second, other = (list(islice(visits(seed), 50)) for seed in (1, 1, 2))
+
+    assert first == second
+    assert first != other
+
+
+def test_the_first_thousand_visits_fill_the_servers_caches() -> None:
+    config = AppConfig()
+    text = json.loads((DEMO_FOLDER / "config.json").read_text())["text_config"]
+    first = [v for v in islice(visits(0), 1000) if v.leaves_after_s is None]
+
+    # Each answered token has had a KV row, which is kept while there is room.
+    answered = sum(visit.request.tokens for visit in first)
+    assert answered > config.generator.max_running * text["max_position_embeddings"]
+    assert len({v.request.picture for v in first}) > config.ingress.prefix_cache_entries
+
+
+def test_visits_are_of_every_kind() -> None:
+    some = list(islice(visits(0), 1000))
+
+    for is_kind in (
+        lambda v: v.stream,
+        lambda v: v.leaves_after_s is not None,
+        lambda v: not v.request.question,
+        lambda v: len(v.request.earlier) == 1,
+        lambda v: len(v.request.earlier) == 2,
+        lambda v: v.request.more.get("num_beams"),
+        lambda v: v.request.more.get("n"),
+        lambda v: v.request.more.get("temperature"),
+    ):
+        assert 20 <= sum(map(bool, map(is_kind, some))) <= 500
+
+
+async def test_users_ask_all_at_once_and_some_leave() -> None:
+    most = under_way = 0
+
+    async def handler(_: web.Request) -> web.Response:
+        nonlocal most, under_way
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.2)
+        under_way -= 1
+        return web.json_response(whole(3, text=""))
+
+    request = Request("what is it?", "data:,", 3)
+    coming = [Visit(request, False, 0.05 if number % 2 else None) for number in range(8)]
+    async with serving(handler) as endpoint:
+        start = time.perf_counter()
+        await drive(endpoint, iter(coming), users=4)
+        seconds = time.perf_counter() - start
+
+    assert most >= 4
+    assert seconds < 8 * 0.2 / 4  # as long as they would take if none left
+
+
+async def test_a_wrong_answer_ends_it() -> None:
+    async def handler(_: web.Request) -> web.Response:
+        return web.json_response(whole(2))
+
+    visit = Visit(Request("what is it?", "data:,", 3), False, None)
+    async with serving(handler) as endpoint:
+        with pytest.raises(WrongAnswer, match="2 tokens, not 3"):
+            await drive(endpoint, iter([visit] * 4), users=2)
+
+
+def test_growth_is_from_the_first_sample_to_the_last_of_a_group() -> None:
+    samples = {1000: sample(100, 50), 2000: sample(500, 50), 3000: sample(130, 50)}
+
+    assert growth(samples, GROUPS["replicas"]) == pytest.approx(0.3)
+    assert growth(samples, GROUPS["Ray and the command"]) == 0
+    assert growth(samples, GROUPS["together"]) == pytest.approx(0.2)
+
+
+def test_the_table_has_replicas_first_and_sums_last() -> None:
+    late = ProcessMemory(8, "IDLE", 5_000_000)
+    rows = table({1000: sample(100, 50), 2000: [*sample(110, 50), late]}).splitlines()
+
+    assert rows[0] == "| process | 1,000 | 2,000 | growth |"
+    assert rows[2] == "| ServeReplica:app:Encoder (9) | 100.0 | 110.0 | +10.0% |"
+    assert rows[3] == "| raylet (7) | 50.0 | 50.0 | +0.0% |"
+    assert rows[4] == "| IDLE (8) | 0.0 | 5.0 | new |"
+    assert rows[-1] == "| together | 150.0 | 165.0 | +10.0% |"

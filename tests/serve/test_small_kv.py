@@ -1,0 +1,69 @@
+"""A server whose KV is far too small for all that is asked at once answers everything, in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from ray import serve
+
+from blip2_serve.demo import scenes
+from support.server import App, data_url, start_app
+
+REQUESTS = 300
+PROMPT_TOKENS, ANSWER_TOKENS = 20, 30  # of a typical request
+KV_ROWS = 16 * (PROMPT_TOKENS + ANSWER_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def small(base_url: str) -> Iterator[App]:
+    app = start_app(base_url, "small", {"generator": {"kv_rows": KV_ROWS}})
+    yield app
+    serve.delete(app.name)
+
+
+def mixed_requests() -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    images = [data_url(scenes.sample(seed).image) for seed in range(7_000, 7_020)]
+    questions = [question for question, _ in scenes.sample(7_000).questions]
+    return [
+        {
+            "image": rng.choice(images),
+            "prompt": " ".join(rng.choices(questions, k=rng.randint(0, 4))),
+            "max_tokens": rng.randint(1, 2 * ANSWER_TOKENS),
+            "ignore_eos": True,
+            **rng.choice([{}, {}, {}, {"n": 3, "temperature": 1}, {"num_beams": 4}]),
+        }
+        for _ in range(REQUESTS)
+    ]
+
+
+async def test_300_mixed_requests_at_once_go_through_a_kv_with_room_for_sixteen(small: App) -> None:
+    bodies = mixed_requests()
+    async with small.client() as client:
+        answers = await asyncio.gather(*(client.post("/v1/generate", json=b) for b in bodies))
+
+    assert [answer.status_code for answer in answers] == [200] * REQUESTS
+    tokens = [answer.json()["usage"]["completion_tokens"] for answer in answers]
+    assert tokens == [body["max_tokens"] * body.get("n", 1) for body in bodies]
+    after = await small.until_idle()
+    assert after["kv_rows_total"] == KV_ROWS
+    assert after["kv_rows_used"] == after["kv_rows_kept"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_can_never_fit_is_refused_by_name_and_size(stream: bool, small: App) -> None:
+    body = {"image": data_url(scenes.sample(7_000).image), "stream": stream}
+    too_large = {"max_tokens": 1 + KV_ROWS // 4, "num_beams": 4}
+
+    answer = small.post("/v1/generate", json={**body, **too_large})
+
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "max_tokens"
+    assert "max_tokens" in error["message"]
+    assert f"room for {KV_ROWS}" in error["message"]
+    assert small.post("/v1/generate", json={**body, "max_tokens": 1}).status_code == 200
