@@ -47,11 +47,7 @@ def decode(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-# PASSIVE: threads that spin while they wait take the cores from the event loop and the client.
-@serve.deployment(
-    max_ongoing_requests=256,
-    ray_actor_options={"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}}},
-)
+@serve.deployment(max_ongoing_requests=256)
 @serve.ingress(app)
 class Monolith:
     def __init__(self, folder: str) -> None:
