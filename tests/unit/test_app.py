@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 
 from blip2_serve import app
 from blip2_serve.config import AppConfig
+from blip2_serve.deployments.compute import openmp_environment
 
 
 def placements(
@@ -102,3 +105,30 @@ def test_a_replica_keeps_little_of_what_is_compiled_for_each_number_of_rows() ->
         check=True,
     )
     assert int(done.stdout) < 150  # megabytes; of all 512 they are 350
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64",
+    reason="Intel's OpenMP exists for Linux on x86 only",
+)
+def test_a_replica_computes_with_the_openmp_that_gives_way() -> None:
+    maps = "import torch; torch.ones(9) + 1; print(open('/proc/self/maps').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", maps],
+        env=os.environ | app.REPLICA_ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "libiomp5.so" in done.stdout
+    assert not done.stderr  # ld.so would say what it cannot load
+
+
+def test_threads_sleep_where_there_is_no_openmp_that_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", missing)
+    assert openmp_environment() == {"OMP_WAIT_POLICY": "PASSIVE"}
