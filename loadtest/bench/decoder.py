@@ -1,9 +1,10 @@
 """Decode step of the own OPT decoder against transformers', in one process, alternating.
 
-    python loadtest/bench/decoder.py [--dtype bfloat16] [--batch 1 8 32]
+    python loadtest/bench/decoder.py [--dtype bfloat16] [--batch 1 8 32] [--quantize int8]
 
 Random weights: OPT with 768 wide, 12 layers, 12 heads, 3072, vocabulary 8,064 (85M parameters).
-Prints milliseconds per step, medians of several rounds, and their ratio.
+Prints milliseconds per step, medians of several rounds, and how many times as long others take.
+`--quantize int8` adds the own decoder with int8 weights.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 import statistics
 import time
 from array import array
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from blip2_serve.engine.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.model.int8 import quantize_decoder
 from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.types import SamplingParams
@@ -29,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--quantize", choices=["int8"])
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
 
     config = OPTConfig(
         vocab_size=8064,
@@ -41,22 +47,37 @@ def main() -> None:
         max_position_embeddings=512,
     )
     torch.manual_seed(0)
-    reference = OPTForCausalLM(config).to(getattr(torch, args.dtype)).eval()
-    decoder = OptDecoder(config).to(getattr(torch, args.dtype)).eval()
-    tensors = {f"language_model.{name}": t for name, t in reference.state_dict().items()}
-    with torch.no_grad():
-        for name, parameter in decoder.checkpoint_tensors().items():
-            parameter.copy_(tensors[name])
+    reference = OPTForCausalLM(config).to(dtype).eval()
+    decoder = own_decoder(reference)
     pack_linears(decoder)
+    contestants: dict[str, Callable[[int], float]] = {
+        "own": partial(own_step, decoder),
+        "transformers": partial(reference_step, reference),
+    }
+    if args.quantize:
+        quantized = own_decoder(reference)
+        quantize_decoder(quantized)
+        contestants["int8"] = partial(own_step, quantized)
 
     print(f"{args.dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}, {STEPS} steps")
     for batch in args.batch:
-        own, theirs = [], []
+        taken: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(ROUNDS):
-            own.append(own_step(decoder, batch))
-            theirs.append(reference_step(reference, batch))
-        a, b = statistics.median(own), statistics.median(theirs)
-        print(f"batch {batch:3}: own {a:6.1f} ms, transformers {b:6.1f} ms, ratio {b / a:.2f}")
+            for name, step in contestants.items():
+                taken[name].append(step(batch))
+        own = statistics.median(taken["own"])
+        for name, times in taken.items():
+            ms = statistics.median(times)
+            print(f"batch {batch:3}: {name:12} {ms:6.1f} ms, {ms / own:.2f} x own")
+
+
+def own_decoder(reference: OPTForCausalLM) -> OptDecoder:
+    """The own decoder with the reference's weights, as they are."""
+    decoder = OptDecoder(reference.config).to(reference.dtype).eval().requires_grad_(False)
+    tensors = {f"language_model.{name}": t for name, t in reference.state_dict().items()}
+    for name, parameter in decoder.checkpoint_tensors().items():
+        parameter.copy_(tensors[name])
+    return decoder
 
 
 def own_step(decoder: OptDecoder, batch: int) -> float:

@@ -71,6 +71,10 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="int8: the language model's weights; faster for few users, x86 only."),
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name for clients; by default the hub id or folder's name.")
     ] = None,
@@ -102,6 +106,7 @@ def up(
         "served_model_name": served_model_name,
         "revision": revision,
         "max_model_len": max_model_len,
+        "generator": None if quantize is None else {"quantize": quantize},
     }
     app_config = read_config(config, {k: v for k, v in flags.items() if v is not None})
     if allow_image_urls:
@@ -124,7 +129,7 @@ def up(
 
 
 def read_config(file: Path | None, flags: dict[str, Any]) -> AppConfig:
-    """The file's configuration with the flags over it.
+    """The file's configuration with the flags over it, key by key also within a stage.
 
     Raises:
         StartupError: the file cannot be read, or a key or value is wrong.
@@ -138,6 +143,9 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> AppConfig:
         if not isinstance(data, dict):
             raise StartupError(f"{file} must be a mapping of configuration keys")
     merged = {**data, **flags}
+    for stage, values in flags.items():
+        if isinstance(values, dict) and isinstance(data.get(stage), dict):
+            merged[stage] = {**data[stage], **values}
     try:
         return AppConfig.model_validate(merged)
     except ValidationError as error:
@@ -155,10 +163,14 @@ def check_startable(config: AppConfig, *, local: bool) -> None:
         import torch
 
         from blip2_serve.model.checkpoint import longest_sequence, read_config
+        from blip2_serve.model.int8 import check_int8
         from blip2_serve.model.processor import ImageProcessor
 
     if local and config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("no CUDA device on this machine: use --device cpu")
+    if local and config.generator.quantize:
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        check_int8(torch.device("cuda" if on_gpu else "cpu"))
     if not local and not Path(config.model).exists() and config.model != "demo":
         return  # a hub id or a path of the cluster's machines
     folder = find_folder(config.model, config.revision)

@@ -107,6 +107,9 @@ class GeneratorConfig(ComputeConfig):
     kv_reuse: bool = Field(
         True, description="keep keys and values of requests for later ones that begin the same"
     )
+    quantize: Literal["int8"] | None = Field(
+        None, description="the language model's weights; on x86 CPUs only"
+    )
 
     @model_validator(mode="after")
     def _prompts_get_a_share_of_each_step(self) -> Self:

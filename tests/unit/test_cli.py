@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import Blip2Config
 
+from blip2_serve.cli import read_config
+
 COMMAND = Path(sys.executable).parent / "blip2-serve"
 
 
@@ -114,6 +116,23 @@ def test_an_unknown_dtype_is_told_with_those_that_exist() -> None:
 
     assert "dtype" in line
     assert "bfloat16" in line
+
+
+def test_unknown_weights_are_told_with_those_that_exist() -> None:
+    line = up("--quantize", "int4")
+
+    assert "quantize" in line
+    assert "int8" in line
+
+
+def test_a_flag_for_a_stage_leaves_the_rest_of_the_files_stage(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("generator: {max_running: 4}\nencoder: {max_batch_size: 2}\n")
+    config = read_config(file, {"generator": {"quantize": "int8"}})
+
+    assert config.generator.quantize == "int8"
+    assert config.generator.max_running == 4
+    assert config.encoder.max_batch_size == 2
 
 
 def test_an_unknown_key_in_the_config_file_is_named(tmp_path: Path) -> None:

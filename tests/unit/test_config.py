@@ -43,6 +43,7 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param({"encoder": {"max_batch_size": 0}}, id="empty batches"),
         pytest.param({"generator": {"max_step_tokens": 1}}, id="steps of one token"),
         pytest.param({"generator": {"kv_memory_fraction": 1.5}}, id="more than all memory"),
+        pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),
         pytest.param({"ingress": {"prefix_cache_entries": -1}}, id="fewer than no entries"),
     ],
 )
@@ -58,6 +59,10 @@ def test_the_configuration_cannot_be_changed() -> None:
         config.model = "other"  # type: ignore[misc]
     with pytest.raises(ValidationError):
         config.ingress.images.allow_urls = True  # type: ignore[misc]
+
+
+def test_weights_are_as_the_checkpoint_has_them_unless_asked_otherwise() -> None:
+    assert AppConfig().generator.quantize is None
 
 
 def test_strings_are_read_as_what_they_stand_for() -> None:

@@ -38,6 +38,7 @@ from blip2_serve.model.checkpoint import (
     open_checkpoint,
     resolve_dtype,
 )
+from blip2_serve.model.int8 import check_int8, quantize_decoder
 from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.text import Tokenizer
@@ -150,13 +151,18 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     own = config.generator
     set_threads(own.threads)
     device = torch.device(device_name)
+    if own.quantize:
+        check_int8(device)
     checkpoint = open_checkpoint(config.model, config.revision)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
     dtype = resolve_dtype(config.dtype, device, checkpoint.config)
     with measured_loading("language model") as report:
         decoder = OptDecoder.load(checkpoint, device, dtype)
         report.tensor_bytes = size_of(decoder)
-        pack_linears(decoder)
+        if own.quantize:
+            quantize_decoder(decoder)
+        else:
+            pack_linears(decoder)
     max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
     rows, columns = _kv_size(own, max_model_len, free_memory(device) // row_bytes(decoder))
     logger.info(

@@ -1,0 +1,73 @@
+"""The shipped checkpoint still sees with int8 weights: held-out scenes, without HTTP and Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from blip2_serve.config import AppConfig, ChatConfig
+from blip2_serve.demo import scenes
+from blip2_serve.deployments import generator
+from blip2_serve.engine.sequence import Request
+from blip2_serve.model.checkpoint import open_checkpoint
+from blip2_serve.model.int8 import Int8Linear
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.types import SamplingParams
+from support.server import encode
+
+HELD_OUT = range(1_000, 1_060)
+RIGHT = 0.95
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_at_least_95_percent_of_captions_and_answers_are_right(
+    dtype: str,
+) -> None:
+    drawn = [scenes.sample(seed) for seed in HELD_OUT]
+    # What the generator's replica does when it starts.
+    config = AppConfig.model_validate(
+        {
+            "dtype": dtype,
+            "generator": {
+                "quantize": "int8",
+                "kv_rows": 4096,
+                "max_running": 16,
+                "max_waiting": 2000,
+                "threads": 1,
+            },
+        }
+    )
+    engine, tokenizer, *_ = generator._load(config, "cpu")
+    assert isinstance(engine._runner._decoder.lm_head, Int8Linear)
+    asking = ChatConfig().asked
+    wanted: dict[str, str] = {}
+    for scene, prefix in zip(drawn, _prefixes(drawn, getattr(torch, dtype)), strict=True):
+        asked = [("", scene.caption)]
+        asked += [(asking.format(question=q), answer) for q, answer in scene.questions]
+        for prompt, answer in asked:
+            name = f"{scene.seed} {prompt}"
+            wanted[name] = answer
+            ids = tokenizer.prompt_ids(prompt)
+            params = SamplingParams(max_tokens=64)
+            engine.add(Request(name, ids, prefix, str(scene.seed), params))
+    said = dict.fromkeys(wanted, "")
+    while engine.has_work:
+        for name, event in engine.step():
+            said[name] += event.text
+    captions = [said[n] == wanted[n] for n in wanted if n.endswith(" ")]
+    answers = [said[n].strip() == wanted[n] for n in wanted if not n.endswith(" ")]
+    assert len(captions) == len(drawn)
+    assert sum(captions) >= RIGHT * len(captions), f"{sum(captions)} of {len(captions)}"
+    assert sum(answers) >= RIGHT * len(answers), f"{sum(answers)} of {len(answers)}"
+
+
+def _prefixes(drawn: list[scenes.Scene], dtype: torch.dtype) -> torch.Tensor:
+    """[scenes, queries, hidden]"""
+    checkpoint = open_checkpoint("demo")
+    processor = ImageProcessor.load(checkpoint.folder)
+    encoder = ImageEncoder.load(checkpoint, processor, torch.device("cpu"), dtype)
+    pixels = np.stack([processor.pixels(encode(scene.image)) for scene in drawn])
+    prefixes: torch.Tensor = encoder(torch.from_numpy(pixels))
+    return prefixes
