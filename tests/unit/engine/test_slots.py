@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 import torch
+from tests.support.requests import make_request
 
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.engine.slots import DecodeSlots
-from tests.support.requests import make_request
 
 SLOTS, COLUMNS, ROWS = 8, 200, 2000
 LAYERS, HEADS, DIM = 2, 3, 4
