@@ -6,17 +6,16 @@ Large enough that computing dominates, small enough for two CPU cores. Equal on 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from bench.shapes import draw_weights
 from bench.workload import WORDS
 from blip2_serve.demo.train import make_tokenizer
 
@@ -88,15 +87,7 @@ def make_model(image_token: int) -> Blip2ForConditionalGeneration:
     )
     torch.manual_seed(SEED)
     model = Blip2ForConditionalGeneration(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif "norm" in name.lower():
-            nn.init.ones_(parameter)
-        elif "query_tokens" in name or "embed_" in name or "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.5)
-        else:
-            nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter[0].numel()))
+    draw_weights(model)
     # A token whose embedding is zero has the logit zero, which never is the largest of thousands:
     # answers are whole characters from their first token on, so a stream shows when that came.
     words = model.get_input_embeddings().weight.data

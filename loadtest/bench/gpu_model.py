@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
+from bench.shapes import draw_weights
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.runner import Runner, row_bytes
@@ -62,15 +63,7 @@ def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -
     torch.manual_seed(0)
     with torch.device(device):
         reference = Blip2ForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
-    for name, parameter in reference.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif "norm" in name.lower():
-            nn.init.ones_(parameter)
-        elif "query_tokens" in name or "embed_" in name or "position_embedding" in name:
-            nn.init.normal_(parameter, std=0.5)
-        else:
-            nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter[0].numel()))
+    draw_weights(reference)
     reference.language_model.generation_config.eos_token_id = None  # answers have their full length
     size = config.vision_config.image_size
     processor = ImageProcessor(

@@ -1,7 +1,10 @@
-"""Shapes of BLIP-2 checkpoints, as transformers' configurations."""
+"""Shapes of BLIP-2 checkpoints, as transformers' configurations, and random weights for them."""
 
 from __future__ import annotations
 
+import math
+
+from torch import nn
 from transformers import Blip2Config
 
 
@@ -63,3 +66,16 @@ def small_shape() -> Blip2Config:
         num_query_tokens=8,
         image_token_index=1023,
     )
+
+
+def draw_weights(model: nn.Module) -> None:
+    """Random weights at scales that let the image change the answer; transformers' do not."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name.lower():
+            nn.init.ones_(parameter)
+        elif "query_tokens" in name or "embed_" in name or "position_embedding" in name:
+            nn.init.normal_(parameter, std=0.5)
+        else:
+            nn.init.normal_(parameter, std=1.5 / math.sqrt(parameter[0].numel()))
