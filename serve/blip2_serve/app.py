@@ -9,7 +9,7 @@ from ray import serve
 from ray.serve import Application
 
 from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
-from blip2_serve.deployments.compute import openmp_environment
+from blip2_serve.deployments.compute import library_environment
 from blip2_serve.deployments.encoder import Encoder
 from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.ingress import Ingress
@@ -19,7 +19,7 @@ from blip2_serve.deployments.preprocessor import Preprocessor
 GPU_SHARES = (0.3, 0.7)
 
 REPLICA_ENVIRONMENT = {
-    **openmp_environment(),
+    **library_environment(),
     # On a CPU, torch and oneDNN each keep what they compiled for the last 1,024 shapes, half a
     # megabyte or more apiece; with all lengths of prompts and answers that is a gigabyte.
     "LRU_CACHE_CAPACITY": "128",

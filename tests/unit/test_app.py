@@ -14,7 +14,7 @@ import torch
 
 from blip2_serve import app
 from blip2_serve.config import AppConfig
-from blip2_serve.deployments.compute import openmp_environment
+from blip2_serve.deployments.compute import library_environment
 
 
 def placements(
@@ -121,6 +121,7 @@ def test_a_replica_computes_with_the_openmp_that_gives_way() -> None:
         check=True,
     )
     assert "libiomp5.so" in done.stdout
+    assert "libjemalloc.so" in done.stdout
     assert not done.stderr  # ld.so would say what it cannot load
 
 
@@ -131,4 +132,4 @@ def test_threads_sleep_where_there_is_no_openmp_that_gives_way(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", missing)
-    assert openmp_environment() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert library_environment()["OMP_WAIT_POLICY"] == "PASSIVE"

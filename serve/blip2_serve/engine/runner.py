@@ -6,16 +6,17 @@ chunks were chosen.
 
 from __future__ import annotations
 
-from itertools import groupby
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from blip2_serve.engine import attention
 from blip2_serve.engine.graphs import DecodeGraphs, cuda_recorder, no_recorder
 from blip2_serve.engine.sequence import Chunk
 from blip2_serve.engine.slots import DecodeSlots
+from blip2_serve.model.linear import ROW_MULTIPLE, PackedLinear
 from blip2_serve.model.opt import Attend, OptDecoder
 from blip2_serve.model.transfer import pinned, upload
 
@@ -43,13 +44,14 @@ class Runner:
         self._decoder = decoder
         weight = decoder.embed_tokens.weight
         config = decoder.config
+        packed = any(isinstance(module, PackedLinear) for module in decoder.modules())
+        self._row_multiple = ROW_MULTIPLE if packed else 1
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = config.hidden_size // heads
         self._device = weight.device
         # Not zeroed: memory that no sequence has reached yet is never touched. Rows count from 1.
-        shape = (layers, rows + 1, heads, dim)
-        self._keys = torch.empty(shape, dtype=weight.dtype, device=self._device)
-        self._values = torch.empty(shape, dtype=weight.dtype, device=self._device)
+        shape = (layers, rows + 1, 2, heads, dim)
+        self._rows = torch.empty(shape, dtype=weight.dtype, device=self._device)
         on_gpu = self._device.type == "cuda"
         self._gpu = on_gpu if gpu is None else gpu
         self._slots = DecodeSlots(
@@ -77,7 +79,7 @@ class Runner:
         They are good until the next run.
         """
         short = [c for c in chunks if c.sequence.output and self._slots.takes(c)]
-        in_slots = self._slots.place(short[: self._slots.slots], self._keys, self._values)
+        in_slots = self._slots.place(short[: self._slots.slots], self._rows)
         if len(in_slots) == len(chunks):
             ordered, logits = in_slots, self._decode(in_slots)
         else:
@@ -98,15 +100,14 @@ class Runner:
         ids = [c.sequence.token_at(c.start) for c in chunks]
         starts = [c.start for c in chunks]
         rows = [c.sequence.table[c.start] for c in chunks]
-        width = self._width(chunks)
         if self.graphs:
-            return self.graphs.run(ids, starts, rows, width)
-        inputs = self._tensor([ids, starts, rows])
-        return self._decode_step(inputs[0], inputs[1], inputs[2], width)
+            return self.graphs.run(ids, starts, rows, max(starts) + 1)
+        return self._compute(chunks, len(chunks))
 
     def _decode_step(self, ids: Tensor, starts: Tensor, rows: Tensor, width: int) -> Tensor:
-        """All of a decode step that happens on the device; arguments but `width` are [slots]."""
-        attend = self._attend_slots(starts, rows, width)
+        """All of a decode step that happens on a GPU; arguments but `width` are [slots]."""
+        slots = self._slots.blocks[0].kv
+        attend = attention.fused(slots, starts, width, self._rows, rows)
         hidden = self._decoder(self._decoder.embed_tokens(ids), starts, attend)
         return self._decoder.logits(hidden)
 
@@ -115,20 +116,17 @@ class Runner:
         hidden = self._decoder(
             self._embed(chunks), self._positions(chunks), self._attention(chunks, in_slots)
         )
-        ends = torch.tensor([c.end - c.start for c in chunks]).cumsum(0) - 1
-        completing = ends[torch.tensor([c.completes for c in chunks])]
-        return self._decoder.logits(hidden[upload(completing, self._device)])
-
-    def _width(self, in_slots: list[Chunk]) -> int:
-        """How many columns a step has to read."""
-        return max(c.end for c in in_slots) if self._gpu else self._slots.keys.shape[3]
+        ends = itertools.accumulate(c.end - c.start for c in chunks)
+        completing = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.completes]
+        logits = self._decoder.logits(hidden[self._tensor(self._padded(completing))])
+        return logits[: len(completing)]
 
     def _positions(self, chunks: list[Chunk]) -> Tensor:
-        return self._tensor([p for c in chunks for p in range(c.start, c.end)])
+        return self._tensor(self._padded([p for c in chunks for p in range(c.start, c.end)]))
 
     def _embed(self, chunks: list[Chunk]) -> Tensor:
         ids = [c.sequence.token_at(p) for c in chunks for p in range(c.start, c.end)]
-        embeddings: Tensor = self._decoder.embed_tokens(self._tensor(ids))
+        embeddings: Tensor = self._decoder.embed_tokens(self._tensor(self._padded(ids)))
         offset = 0
         for chunk in chunks:
             image = chunk.sequence.request.image[chunk.start : chunk.end]  # empty past its tokens
@@ -141,110 +139,37 @@ class Runner:
     def _attention(self, chunks: list[Chunk], in_slots: int) -> Attend:
         parts: list[tuple[int, Attend]] = []
         if in_slots:
-            starts = self._tensor([c.start for c in chunks[:in_slots]])
-            rows = self._tensor([c.sequence.table[c.start] for c in chunks[:in_slots]])
-            width = self._width(chunks[:in_slots])
-            parts.append((in_slots, self._attend_slots(starts, rows, width)))
-        for (start, end), alike in groupby(chunks[in_slots:], key=lambda c: (c.start, c.end)):
+            parts.append((in_slots, self._slot_attention(chunks[:in_slots])))
+        for (start, end), alike in itertools.groupby(
+            chunks[in_slots:], key=lambda c: (c.start, c.end)
+        ):
+            tables = [c.sequence.table[:end] for c in alike]
             if start == 0:
-                beginnings = list(alike)
-                parts.append((len(beginnings) * end, self._attend_beginnings(beginnings, end)))
+                rows = self._tensor([row for table in tables for row in table])
+                parts.append((len(rows), attention.beginnings(len(tables), self._rows, rows)))
             else:
-                parts += [(end - start, self._attend_rows(chunk)) for chunk in alike]
+                parts += [
+                    (end - start, attention.continuation(start, self._rows, self._tensor(table)))
+                    for table in tables
+                ]
+        return attention.joined(parts)
 
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            outputs = []
-            offset = 0
-            for count, part in parts:
-                own = slice(offset, offset + count)
-                outputs.append(part(layer, query[own], key[own], value[own]))
-                offset += count
-            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-        return attend
-
-    def _attend_slots(self, starts: Tensor, rows: Tensor, width: int) -> Attend:
-        """One token of each of the first slots, looking at its columns up to its own."""
+    def _slot_attention(self, chunks: list[Chunk]) -> Attend:
+        starts = [c.start for c in chunks]
+        rows = self._tensor([c.sequence.table[c.start] for c in chunks])
+        blocks = [block for block in self._slots.blocks if block.count]
         if self._gpu:
-            return self._attend_slots_in_one(starts, rows, width)
-        return self._attend_slots_by_products(starts, rows, width)
+            width = max(starts) + 1
+            return attention.fused(blocks[0].kv, self._tensor(starts), width, self._rows, rows)
+        return attention.over_blocks(blocks, starts, self._rows, rows)
 
-    def _attend_slots_by_products(self, starts: Tensor, rows: Tensor, width: int) -> Attend:
-        """By two matrix products and a float32 softmax.
-
-        For a single query, torch's fused attention takes twice as long on a CPU, and so does
-        the first product the other way round (DESIGN.md).
-        """
-        count = len(starts)
-        slot = torch.arange(count, device=self._device)
-        hidden = torch.arange(width, device=self._device) > starts[:, None, None]
-        bias = torch.zeros(hidden.shape, device=self._device).masked_fill_(hidden, -torch.inf)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._keys[layer][rows], self._values[layer][rows] = key, value
-            keys, values = self._slots.keys[layer, :count], self._slots.values[layer, :count]
-            keys[slot, :, starts], values[slot, :, starts] = key, value
-            scores = (keys[:, :, :width] @ query[..., None])[..., 0]
-            weights = torch.add(bias, scores, alpha=query.shape[-1] ** -0.5).softmax(-1)
-            attended = weights.to(value.dtype)[:, :, None] @ values[:, :, :width]
-            return attended[:, :, 0]
-
-        return attend
-
-    def _attend_slots_in_one(self, starts: Tensor, rows: Tensor, width: int) -> Attend:
-        """By torch's fused attention: three kernels a layer where the products take ten."""
-        count, layers = len(starts), len(self._slots.keys)
-        slot = torch.arange(count, device=self._device)
-        hidden = torch.arange(width, device=self._device) > starts[:, None, None, None]
-        bias = torch.zeros(hidden.shape, dtype=self._slots.keys.dtype, device=self._device)
-        bias.masked_fill_(hidden, -torch.inf)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = self._slots.keys[layer, :count], self._slots.values[layer, :count]
-            keys[slot, :, starts], values[slot, :, starts] = key, value
-            if layer == layers - 1:  # into the rows for all layers at once
-                for kv, own in ((self._keys, self._slots.keys), (self._values, self._slots.values)):
-                    kv[:, rows] = own[:, slot, :, starts].transpose(0, 1)
-            attended = scaled_dot_product_attention(
-                query[:, :, None], keys[:, :, :width], values[:, :, :width], attn_mask=bias
-            )
-            return attended[:, :, 0]
-
-        return attend
-
-    def _attend_beginnings(self, chunks: list[Chunk], length: int) -> Attend:
-        """The first `length` tokens of several sequences, each looking at those up to its own."""
-        rows = self._tensor([row for c in chunks for row in c.sequence.table[:length]])
-        shape = (len(chunks), length)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._keys[layer][rows], self._values[layer][rows] = key, value
-            q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
-            y = scaled_dot_product_attention(q, k, v, is_causal=True)
-            return y.transpose(1, 2).flatten(0, 1)
-
-        return attend
-
-    def _attend_rows(self, chunk: Chunk) -> Attend:
-        """Later tokens of one sequence, each looking at those up to its own."""
-        table = self._tensor(chunk.sequence.table[: chunk.end])
-        own = table[chunk.start :]
-        positions = torch.arange(chunk.start, chunk.end, device=self._device)
-        mask = torch.arange(chunk.end, device=self._device) <= positions[:, None]
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            self._keys[layer][own], self._values[layer][own] = key, value
-            key = self._keys[layer].index_select(0, table)
-            value = self._values[layer].index_select(0, table)
-            q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-            y = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            return y[0].transpose(0, 1)
-
-        return attend
+    def _padded(self, values: list[int]) -> list[int]:
+        """With zeros at the end, up to a number of rows that linear layers are fast for."""
+        return values + [0] * (-len(values) % self._row_multiple)
 
     def _tensor(self, values: Any) -> Tensor:
         """Integers on the device."""
-        return upload(torch.tensor(values), self._device)
+        return upload(torch.tensor(values, dtype=torch.int64), self._device)
 
 
 def row_bytes(decoder: OptDecoder) -> int:

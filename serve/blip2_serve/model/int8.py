@@ -47,7 +47,7 @@ class Int8Linear(nn.Module):
         A row of zeros needs no case of its own: its digits are whatever NaN becomes as an integer,
         and are multiplied by zero.
         """
-        largest = x.abs().amax(1, keepdim=True)
+        largest = torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)
         digits = x * (_UNITS / largest)  # [2, rows, in_features]
         high, low = digits.unbind()
         low.sub_(high.round_(), alpha=_BASE)

@@ -9,6 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+# Four rows take less time than one; and a number of rows that was not seen lately costs 3 ms, so
+# there had better be few different ones.
+ROW_MULTIPLE = 4
+
 
 class PackedLinear(nn.Module):
     """An `nn.Linear` without its weight's plain form."""

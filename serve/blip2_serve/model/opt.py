@@ -18,8 +18,8 @@ from blip2_serve.model.checkpoint import Checkpoint
 
 POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
 
-# (layer, query, key, value), each [tokens, heads, head_dim] -> [tokens, heads, head_dim]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (layer, queries, keys and values as [tokens, 3, heads, head_dim]) -> [tokens, heads, head_dim]
+Attend = Callable[[int, Tensor], Tensor]
 
 
 class OptLayer(nn.Module):
@@ -39,8 +39,8 @@ class OptLayer(nn.Module):
 
     def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         y = self.self_attn_layer_norm(x) if self.norm_first else x
-        q, k, v = self.qkv_proj(y).unflatten(1, (3, self.heads, -1)).unbind(1)
-        x = x + self.out_proj(attend(layer, q, k, v).flatten(1))
+        qkv = self.qkv_proj(y).unflatten(1, (3, self.heads, -1))
+        x = x + self.out_proj(attend(layer, qkv).flatten(1))
         if not self.norm_first:
             x = self.self_attn_layer_norm(x)
         y = self.final_layer_norm(x) if self.norm_first else x

@@ -26,6 +26,7 @@ class Model:
     """A small random decoder and transformers' with the same weights."""
 
     slots, columns, gpu = 0, 0, False  # see Runner
+    row_multiple = 1
 
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
         config = OPTConfig(
@@ -51,7 +52,11 @@ class Model:
     def runner(self) -> Runner:
         # Rows that were never written hold whatever was in memory; here, the worst.
         with patch.object(torch, "empty", lambda *shape, **kw: torch.full(*shape, torch.nan, **kw)):
-            return Runner(self.decoder, ROWS, slots=self.slots, columns=self.columns, gpu=self.gpu)
+            runner = Runner(
+                self.decoder, ROWS, slots=self.slots, columns=self.columns, gpu=self.gpu
+            )
+        runner._row_multiple = self.row_multiple
+        return runner
 
     def logits(self, sequence: Sequence) -> Tensor:
         """After every token of the sequence, by transformers."""
@@ -85,11 +90,15 @@ def model() -> Model:
         pytest.param((2, 13, False), id="with few, short slots"),
         pytest.param((8, 64, True), id="as on a GPU"),
         pytest.param((2, 13, True), id="as on a GPU, with few, short slots"),
+        pytest.param((8, 64, False, 4), id="with padded rows, and slots in several blocks"),
     ],
 )
 def _slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(("slots", "columns", "gpu"), request.param, strict=True):
+    names = ("slots", "columns", "gpu", "row_multiple")
+    for name, value in zip(names, request.param, strict=False):
         monkeypatch.setattr(Model, name, value)
+    if Model.row_multiple > 1:
+        monkeypatch.setattr("blip2_serve.engine.slots.FIRST_BLOCK", 5)
 
 
 def sequence(

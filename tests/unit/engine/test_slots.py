@@ -1,18 +1,19 @@
-"""Slots hold each decoding sequence's keys and values, and are about as many and wide as needed."""
+"""Slots hold each decoding sequence's keys and values; a step reads little more than it needs."""
 
 from __future__ import annotations
 
 from array import array
 from random import Random
+from unittest.mock import patch
 
 import pytest
 import torch
 from tests.support.requests import make_request
 
 from blip2_serve.engine.sequence import Chunk, Sequence
-from blip2_serve.engine.slots import DecodeSlots
+from blip2_serve.engine.slots import Block, DecodeSlots
 
-SLOTS, COLUMNS, ROWS = 8, 200, 2000
+SLOTS, COLUMNS, ROWS = 8, 500, 40_000  # blocks begin at 0, 96, 192 and 384
 LAYERS, HEADS, DIM = 2, 3, 4
 
 
@@ -22,8 +23,9 @@ class Decoding:
     def __init__(self, *, fixed: bool = False) -> None:
         shape = (LAYERS, SLOTS, HEADS, COLUMNS, DIM)
         self.slots = DecodeSlots(shape, torch.float32, torch.device("cpu"), fixed=fixed)
-        numbers = torch.arange(ROWS, dtype=torch.float32)[None, :, None, None]
-        self.rows = numbers.expand(LAYERS, ROWS, HEADS, DIM).contiguous()
+        numbers = torch.arange(ROWS, dtype=torch.float32)[None, :, None, None, None]
+        signs = torch.tensor([1.0, -1.0])[:, None, None]  # of keys and values
+        self.rows = (numbers * signs).expand(LAYERS, ROWS, 2, HEADS, DIM).contiguous()
         self._free = iter(range(1, ROWS))
 
     def sequence(self, length: int) -> Sequence:
@@ -33,23 +35,28 @@ class Decoding:
     def step(self, sequences: list[Sequence]) -> None:
         """One step as the runner takes it; every slot must hold its sequence's rows."""
         chunks = [Chunk(s, s.length - 1, s.length) for s in sequences]
-        placed = self.slots.place(chunks, self.rows, -self.rows)
+        placed = self.slots.place(chunks, self.rows)
         assert {*placed} == {*chunks}
         for slot, chunk in enumerate(placed):
-            row = chunk.sequence.table[chunk.start]
-            for kv, sign in ((self.slots.keys, 1), (self.slots.values, -1)):
-                kv[:, slot, :, chunk.start] = sign * row
-                expected = torch.tensor(chunk.sequence.table, dtype=torch.float32) * sign
-                held = kv[:, slot, :, : chunk.end]
-                torch.testing.assert_close(held, expected[:, None].expand_as(held))
-            assert torch.isfinite(self.slots.keys[:, slot]).all()
+            expected = self.rows[:, list(chunk.sequence.table)].permute(0, 2, 3, 1, 4)
+            own = self.block_with(chunk.start)
+            own.kv[:, :, slot, :, chunk.start - own.start] = expected[:, :, :, -1]
+            needed = [block for block in self.slots.blocks if block.start < chunk.end]
+            assert all(slot < block.count for block in needed)
+            held = torch.cat([block.kv[:, :, slot] for block in needed], 3)
+            torch.testing.assert_close(held[:, :, :, : chunk.end], expected)
+            assert torch.isfinite(held).all()
         for s in sequences:
             s.output.append(1)
             s.table.append(next(self._free))
 
+    def block_with(self, column: int) -> Block:
+        return next(b for b in self.slots.blocks if b.start <= column < b.end)
+
     @property
-    def size(self) -> tuple[int, int]:
-        return self.slots.keys.shape[1], self.slots.keys.shape[3]
+    def counts(self) -> list[int]:
+        """How many sequences each block is read for."""
+        return [block.count for block in self.slots.blocks if block.count]
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["as needed", "all from the start"])
@@ -57,43 +64,50 @@ def test_every_sequence_finds_its_own_keys_and_values_in_any_company(fixed: bool
     random = Random(0)
     decoding = Decoding(fixed=fixed)
     running: list[Sequence] = []
-    for _ in range(60):
+    for _ in range(150):
         if running and random.random() < 0.4:
             running.remove(random.choice(running))
         while len(running) < SLOTS and random.random() < 0.4:
-            running.append(decoding.sequence(random.choice([2, 5, 20, 60])))
+            running.append(decoding.sequence(random.choice([2, 20, 90, 94, 190, 300, 382])))
         random.shuffle(running)
         decoding.step(running[: random.randint(0, len(running))])
 
 
-def test_slots_are_no_more_and_not_much_wider_than_the_sequences_need() -> None:
+def test_a_long_sequence_makes_short_ones_read_no_more() -> None:
     decoding = Decoding()
-    assert decoding.size == (0, 0)
-    short = decoding.sequence(10)
-    decoding.step([short])
-    assert decoding.size == (1, 32)
-    decoding.step([short, decoding.sequence(10), decoding.sequence(30)])
-    assert decoding.size == (4, 64)
-    decoding.step([short, decoding.sequence(199)])
-    assert decoding.size == (2, COLUMNS)
-    decoding.step([short])
-    assert decoding.size == (1, 32)
+    short = [decoding.sequence(length) for length in (10, 95, 20)]
+    decoding.step(short)
+    assert decoding.counts == [3]
+    decoding.step([*short, decoding.sequence(499), decoding.sequence(100)])
+    assert decoding.counts == [5, 2, 1, 1]
+    decoding.step(short)  # one of which has 97 tokens by now
+    assert decoding.counts == [3, 1]
 
 
-def test_slots_that_are_wide_enough_stay_where_they_are() -> None:
+def test_there_are_no_more_slots_than_sequences_that_needed_them() -> None:
+    decoding = Decoding()
+    assert not decoding.slots.blocks
+    decoding.step([decoding.sequence(10) for _ in range(3)] + [decoding.sequence(300)])
+    assert [block.kv.shape[2] for block in decoding.slots.blocks if block.count] == [4, 1, 1]
+
+
+def test_a_sequence_that_grows_stays_where_it_is() -> None:
     decoding = Decoding()
     sequences = [decoding.sequence(10), decoding.sequence(12)]
     decoding.step(sequences)
-    before = decoding.slots.keys
-    for _ in range(15):
-        decoding.step(sequences)
-    assert decoding.slots.keys is before
+    before = decoding.slots.blocks[0].kv
+    with patch.object(DecodeSlots, "_write") as write:
+        for _ in range(80):
+            decoding.step(sequences)
+    write.assert_not_called()
+    assert decoding.slots.blocks[0].kv is before
 
 
 def test_cuda_graphs_find_the_slots_where_they_were() -> None:
     decoding = Decoding(fixed=True)
-    before = decoding.slots.keys
-    for length in (5, 150, 3):
+    before = decoding.slots.blocks[0].kv
+    for length in (5, 450, 3):
         decoding.step([decoding.sequence(length)])
-    assert decoding.slots.keys is before
-    assert decoding.size == (SLOTS, COLUMNS)
+    (block,) = decoding.slots.blocks
+    assert block.kv is before
+    assert (block.kv.shape[2], block.end) == (SLOTS, COLUMNS)
