@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: some 400 kernels, launched as one.
+"""Decode steps as CUDA graphs: some 370 kernels, launched as one.
 
 A decode step of few sequences takes a GPU less time than Python takes to launch its kernels. A
 graph is a recording of them, for fixed shapes and addresses: so there is one for each number of
