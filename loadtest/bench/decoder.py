@@ -22,7 +22,6 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 from blip2_serve.engine.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.model.int8 import quantize_decoder
-from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.types import SamplingParams
 
@@ -49,7 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     reference = OPTForCausalLM(config).to(dtype).eval()
     decoder = own_decoder(reference)
-    pack_linears(decoder)
+    decoder.pack()
     contestants: dict[str, Callable[[int], float]] = {
         "own": partial(own_step, decoder),
         "transformers": partial(reference_step, reference),

@@ -21,7 +21,6 @@ from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
 from blip2_serve.model.checkpoint import Checkpoint
-from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
@@ -72,8 +71,8 @@ def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -
     checkpoint = InMemory(Path("memory"), config, {}, reference.state_dict())
     encoder = ImageEncoder.load(checkpoint, processor, device, dtype)
     decoder = OptDecoder.load(checkpoint, device, dtype)
-    pack_linears(encoder)  # on a CPU, as the server does
-    pack_linears(decoder)
+    encoder.pack()  # on a CPU, as the server does
+    decoder.pack()
     return Models(reference, encoder, decoder)
 
 

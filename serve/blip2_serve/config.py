@@ -98,7 +98,7 @@ class GeneratorConfig(ComputeConfig):
         None,
         ge=1,
         description="tokens whose keys and values fit; by default enough for max_running "
-        "sequences of full length, as far as memory allows",
+        "sequences of full length (on a CPU, of up to 512 tokens), as far as memory allows",
     )
     kv_memory_fraction: float = Field(
         0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"

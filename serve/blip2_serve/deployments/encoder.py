@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from ray import serve
 
 from blip2_serve import logs
 from blip2_serve.config import AppConfig
+from blip2_serve.deployments.batching import BatchThread
 from blip2_serve.deployments.compute import measured_loading, set_threads, size_of
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
-from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import download
 from blip2_serve.model.vision import ImageEncoder
@@ -31,12 +30,11 @@ class Encoder:
 
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure()
-        self._thread = ThreadPoolExecutor(1, "encode")
         self._images = self._batches = 0
         self._seconds = 0.0
-        limit = config.encoder.max_batch_size
-        self._encode_waiting.set_max_batch_size(limit)  # type: ignore[attr-defined]
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._load, config, device)
+        load = partial(self._load, config, device)
+        self._batching = BatchThread(load, self._encode, config.encoder.max_batch_size)
+        await self._batching.prepared
 
     def _load(self, config: AppConfig, device_name: str) -> None:
         set_threads(config.encoder.threads)
@@ -47,13 +45,13 @@ class Encoder:
         with measured_loading("vision model") as self._loading:
             self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
             self._loading.tensor_bytes = size_of(self._model)
-            pack_linears(self._model)
+            self._model.pack()
             if config.encoder.compile or (config.encoder.compile is None and device.type == "cuda"):
                 self._model.compile_layers(config.encoder.max_batch_size)
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""
-        data, shape, dtype = await self._encode_waiting(pixels)
+        data, shape, dtype = await self._batching.result_of(pixels)
         return ImagePrefix(digest, data, shape, dtype)
 
     async def stats(self) -> dict[str, Any]:
@@ -65,15 +63,11 @@ class Encoder:
             **self._loading.stats(),
         }
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0)
-    async def _encode_waiting(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
-        self._images += len(pixels)
-        self._batches += 1
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._encode, pixels)
-
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
         start = time.perf_counter()
         prefixes = download(self._model(torch.from_numpy(np.stack(pixels))))
+        self._images += len(pixels)
+        self._batches += 1
         self._seconds += time.perf_counter() - start
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")

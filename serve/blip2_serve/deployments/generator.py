@@ -39,7 +39,6 @@ from blip2_serve.model.checkpoint import (
     resolve_dtype,
 )
 from blip2_serve.model.int8 import check_int8, quantize_decoder
-from blip2_serve.model.linear import pack_linears
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.text import Tokenizer
 from blip2_serve.types import (
@@ -52,6 +51,8 @@ from blip2_serve.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+USUAL_LENGTH = 512  # tokens: more than a chat of ten turns about an image has
 
 
 @serve.deployment
@@ -162,9 +163,9 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
         if own.quantize:
             quantize_decoder(decoder)
         else:
-            pack_linears(decoder)
+            decoder.pack()
     max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
-    rows, columns = _kv_size(own, max_model_len, free_memory(device) // row_bytes(decoder))
+    rows, columns = _kv_size(own, max_model_len, free_memory(device) // row_bytes(decoder), device)
     logger.info(
         "KV: %d rows and %d x %d columns of decoding sequences, %.2f GB",
         rows,
@@ -190,15 +191,23 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     return engine, tokenizer, max_model_len, report
 
 
-def _kv_size(config: GeneratorConfig, longest: int, free_rows: int) -> tuple[int, int]:
-    """Rows of the KV, and columns of each decoding sequence's copy (`engine/slots.py`).
+def _kv_size(
+    config: GeneratorConfig, longest: int, free_rows: int, device: torch.device
+) -> tuple[int, int]:
+    """Rows of the KV and, on a GPU, columns of each decoding sequence's copy (`engine/slots.py`).
 
-    As many as max_running sequences of full length need, as far as kv_memory_fraction of the free
-    memory allows; half of that is for each.
+    As many as max_running sequences need, as far as kv_memory_fraction of the free memory allows.
+    On a GPU, whose memory nobody else wants, these are of full length, and half is for each; on a
+    CPU of USUAL_LENGTH.
     """
-    allowed = int(free_rows * config.kv_memory_fraction) // 2
-    rows = config.kv_rows or min(config.max_running * longest, allowed)
-    return rows, min(longest, allowed // config.max_running)
+    allowed = int(free_rows * config.kv_memory_fraction)
+    columns = 0
+    if device.type == "cuda":
+        allowed //= 2
+        columns = min(longest, allowed // config.max_running)
+    else:
+        longest = min(longest, USUAL_LENGTH)
+    return config.kv_rows or min(config.max_running * longest, allowed), columns
 
 
 def _tensor(prefix: ImagePrefix) -> Tensor:

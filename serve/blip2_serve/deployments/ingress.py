@@ -46,10 +46,11 @@ class Ingress:
     ) -> None:
         logs.configure()
         self._config = config
-        self._preprocessor = preprocessor
-        self._encoder = encoder
-        self._generator = generator
-        self._streaming: Any = generator.options(stream=True)
+        # Made once: a handle's method is a new handle each time, and costs as much as a small call.
+        self._pixels = _method(preprocessor, "pixels")
+        self._encode_pixels = _method(encoder, "encode")
+        self._generate = _method(generator, "generate")
+        self._stream = _method(generator, "stream", stream=True)
         self._prefixes = PrefixCache(config.ingress.prefix_cache_entries)
         if config.ingress.images.allow_urls:
             logger.warning(
@@ -69,22 +70,22 @@ class Ingress:
 
     async def _encode(self, image: bytes, name: str) -> ImagePrefix:
         with stage_errors():
-            pixels = self._preprocessor.pixels.remote(image)
-            prefix: ImagePrefix = await self._encoder.encode.remote(pixels, name)
+            pixels = self._pixels.remote(image)
+            prefix: ImagePrefix = await self._encode_pixels.remote(pixels, name)
             return prefix
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> Completion:
         with stage_errors():
-            completion: Completion = await self._generator.generate.remote(prefix, prompt, params)
+            completion: Completion = await self._generate.remote(prefix, prompt, params)
             return completion
 
     async def stream(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
         with stage_errors():
-            events = self._streaming.stream.remote(prefix, prompt, params)
+            events = self._stream.remote(prefix, prompt, params)
             finished = False
             try:
                 async for event in events:
@@ -105,6 +106,16 @@ class Ingress:
             except Exception as error:  # whatever it is, the stages may come up later
                 logger.warning("not ready yet: %r", error)
                 await asyncio.sleep(WARM_UP_RETRY_S)
+
+
+def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = False) -> Any:
+    """The handle of one method. What travels here is plain: it needs no cloudpickle."""
+    return deployment.options(
+        method_name=name,
+        stream=stream,
+        request_serialization="pickle",
+        response_serialization="pickle",
+    )
 
 
 class PrefixCache:

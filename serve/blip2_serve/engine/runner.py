@@ -24,12 +24,12 @@ from blip2_serve.model.transfer import pinned, upload
 class Runner:
     """A decoder with a KV of `rows` rows.
 
-    `slots` sequences of up to `columns` tokens decode together in one attention call, all others
-    in one each; a slot's column takes as much memory as a row.
-
-    On a GPU, what counts is the number of kernels: steps that only decode are CUDA graphs, and
-    attention is one kernel (DESIGN.md counts them). `gpu` asks for that, by default where the
-    decoder is on one; tests ask for it on a CPU, where nothing is recorded.
+    On a CPU, single tokens of any number of sequences attend in one call, over the rows as they
+    lie. On a GPU, what counts is the number of kernels: steps that only decode are CUDA graphs,
+    and attention is one kernel (DESIGN.md counts them). It reads `slots` sequences of up to
+    `columns` tokens, each in a piece of its own; a column takes as much memory as a row. `gpu`
+    asks for that, by default where the decoder is on one; tests ask for it on a CPU, where
+    nothing is recorded.
     """
 
     def __init__(
@@ -49,20 +49,26 @@ class Runner:
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = config.hidden_size // heads
         self._device = weight.device
-        # Not zeroed: memory that no sequence has reached yet is never touched. Rows count from 1.
-        shape = (layers, rows + 1, 2, heads, dim)
-        self._rows = torch.empty(shape, dtype=weight.dtype, device=self._device)
         on_gpu = self._device.type == "cuda"
-        self._gpu = on_gpu if gpu is None else gpu
-        self._slots = DecodeSlots(
-            (layers, slots, heads, columns, dim), weight.dtype, self._device, fixed=self._gpu
-        )
+        # Rows count from 1. Zeroed, so that memory is there from now on: pages that are taken when
+        # a row is first used take longer than the row's attention, and may be missing by then.
+        shape = (layers, 2, rows + 1, heads, dim)
+        self._rows = torch.zeros(shape, dtype=weight.dtype, device=self._device)
+        self._slots: DecodeSlots | None = None
+        self.graphs: DecodeGraphs | None = None
+        if not (on_gpu if gpu is None else gpu):
+            # Here, on the only CPU path, so that GPUs need no compiler for CPUs.
+            from blip2_serve.engine import paged_attention
+
+            paged_attention.kernel(weight.dtype, dim)  # or the first request would wait for it
+            self._last_tokens = paged_attention.last_tokens
+            return
         if on_gpu:
             # cuDNN's attention makes a plan for each new shape, and prompts come in any length.
             # torch has this switch for the whole process only.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self.graphs: DecodeGraphs | None = None
-        if self._gpu and slots and columns:
+        self._slots = DecodeSlots((layers, slots, heads, columns, dim), weight.dtype, self._device)
+        if slots and columns:
             self.graphs = DecodeGraphs(
                 self._decode_step,
                 slots=slots,
@@ -78,16 +84,17 @@ class Runner:
 
         They are good until the next run.
         """
-        short = [c for c in chunks if c.sequence.output and self._slots.takes(c)]
-        in_slots = self._slots.place(short[: self._slots.slots], self._rows)
-        if len(in_slots) == len(chunks):
-            ordered, logits = in_slots, self._decode(in_slots)
+        singles = [c for c in chunks if c.end - c.start == 1]
+        if self._slots:
+            singles = self._slots.place(singles, self._rows)
+        if self.graphs and len(singles) == len(chunks):
+            ordered, logits = singles, self._replay(self.graphs, singles)
         else:
-            placed = {*in_slots}
+            placed = {*singles}
             others = (c for c in chunks if c not in placed)
             # Prompts of one length together: they attend in one call.
-            ordered = [*in_slots, *sorted(others, key=lambda c: (c.start, c.end))]
-            logits = self._compute(ordered, len(in_slots))
+            ordered = [*singles, *sorted(others, key=lambda c: (c.start, c.end))]
+            logits = self._compute(ordered, len(singles))
         completing = [c for c in ordered if c.completes]
         wanted = [c for c in chunks if c.completes]
         if completing == wanted:
@@ -95,26 +102,24 @@ class Runner:
         row_of = {c: row for row, c in enumerate(completing)}
         return logits[[row_of[c] for c in wanted]]
 
-    def _decode(self, chunks: list[Chunk]) -> Tensor:
+    def _replay(self, graphs: DecodeGraphs, chunks: list[Chunk]) -> Tensor:
         """One token of each sequence, all in slots -> their logits, in the same order."""
         ids = [c.sequence.token_at(c.start) for c in chunks]
         starts = [c.start for c in chunks]
         rows = [c.sequence.table[c.start] for c in chunks]
-        if self.graphs:
-            return self.graphs.run(ids, starts, rows, max(starts) + 1)
-        return self._compute(chunks, len(chunks))
+        return graphs.run(ids, starts, rows, max(starts) + 1)
 
     def _decode_step(self, ids: Tensor, starts: Tensor, rows: Tensor, width: int) -> Tensor:
         """All of a decode step that happens on a GPU; arguments but `width` are [slots]."""
-        slots = self._slots.blocks[0].kv
-        attend = attention.fused(slots, starts, width, self._rows, rows)
+        assert self._slots
+        attend = attention.fused(self._slots.kv, starts, width, self._rows, rows)
         hidden = self._decoder(self._decoder.embed_tokens(ids), starts, attend)
         return self._decoder.logits(hidden)
 
-    def _compute(self, chunks: list[Chunk], in_slots: int) -> Tensor:
-        """Any mixture, those in slots first -> logits of the completing ones, in the same order."""
+    def _compute(self, chunks: list[Chunk], singles: int) -> Tensor:
+        """Any mixture, singles first -> logits of the completing ones, in the same order."""
         hidden = self._decoder(
-            self._embed(chunks), self._positions(chunks), self._attention(chunks, in_slots)
+            self._embed(chunks), self._positions(chunks), self._attention(chunks, singles)
         )
         ends = itertools.accumulate(c.end - c.start for c in chunks)
         completing = [end - 1 for c, end in zip(chunks, ends, strict=True) if c.completes]
@@ -136,12 +141,12 @@ class Runner:
             offset += chunk.end - chunk.start
         return embeddings
 
-    def _attention(self, chunks: list[Chunk], in_slots: int) -> Attend:
+    def _attention(self, chunks: list[Chunk], singles: int) -> Attend:
         parts: list[tuple[int, Attend]] = []
-        if in_slots:
-            parts.append((in_slots, self._slot_attention(chunks[:in_slots])))
+        if singles:
+            parts.append((singles, self._single_tokens(chunks[:singles])))
         for (start, end), alike in itertools.groupby(
-            chunks[in_slots:], key=lambda c: (c.start, c.end)
+            chunks[singles:], key=lambda c: (c.start, c.end)
         ):
             tables = [c.sequence.table[:end] for c in alike]
             if start == 0:
@@ -154,14 +159,14 @@ class Runner:
                 ]
         return attention.joined(parts)
 
-    def _slot_attention(self, chunks: list[Chunk]) -> Attend:
+    def _single_tokens(self, chunks: list[Chunk]) -> Attend:
+        if self._slots is None:
+            return self._last_tokens([c.sequence.table[: c.end] for c in chunks], self._rows)
         starts = [c.start for c in chunks]
         rows = self._tensor([c.sequence.table[c.start] for c in chunks])
-        blocks = [block for block in self._slots.blocks if block.count]
-        if self._gpu:
-            width = max(starts) + 1
-            return attention.fused(blocks[0].kv, self._tensor(starts), width, self._rows, rows)
-        return attention.over_blocks(blocks, starts, self._rows, rows)
+        return attention.fused(
+            self._slots.kv, self._tensor(starts), max(starts) + 1, self._rows, rows
+        )
 
     def _padded(self, values: list[int]) -> list[int]:
         """With zeros at the end, up to a number of rows that linear layers are fast for."""

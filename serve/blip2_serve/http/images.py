@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
+import contextlib
 import hashlib
 
 import httpx
+import pybase64
 
 from blip2_serve.config import ImageLimits
 from blip2_serve.errors import InvalidImage, InvalidRequest
@@ -50,7 +51,9 @@ def _decode_data_url(url: str, param: str) -> bytes:
     if not comma or not header.lower().endswith(";base64"):
         raise InvalidImage('a data URL must read "data:<media type>;base64,<data>"', param)
     try:
-        return base64.b64decode("".join(payload.split()), validate=True)
+        with contextlib.suppress(binascii.Error):
+            return pybase64.b64decode(payload, validate=True)
+        return pybase64.b64decode("".join(payload.split()), validate=True)  # it was wrapped
     except (binascii.Error, ValueError) as error:
         raise InvalidImage(f"the data URL's base64 is broken: {error}", param) from None
 

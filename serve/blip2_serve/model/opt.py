@@ -15,6 +15,7 @@ from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
 from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.linear import pack_linears, pack_with_activation
 
 POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
 
@@ -79,6 +80,12 @@ class OptDecoder(nn.Module):
             decoder.lm_head.weight = decoder.embed_tokens.weight
         checkpoint.load(decoder.checkpoint_tensors(), "language model")
         return decoder
+
+    def pack(self) -> None:
+        """Packs the linear layers, where this build and the decoder's dtype and device allow it."""
+        for layer in self.layers:
+            pack_with_activation(layer, "fc1", "activation", self.config.activation_function)
+        pack_linears(self)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Name in the checkpoint -> (part of) the parameter that holds it."""

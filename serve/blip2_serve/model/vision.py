@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
 
 from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.linear import pack_linears
+from blip2_serve.model.packed_vision import pack_vision
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import upload
 
@@ -63,6 +65,11 @@ class ImageEncoder(nn.Module):
         self.mean = torch.tensor(processor.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(processor.std, device=device).view(3, 1, 1)
         self.rescale = processor.rescale
+
+    def pack(self) -> None:
+        """Makes it fast on a CPU, where this build and the encoder's dtype allow it."""
+        pack_vision(self.vision_model, self.qformer)
+        pack_linears(self)
 
     def compile_layers(self, largest: int, backend: Any = "inductor") -> None:
         """Compiles every kind of layer, for batches of up to `largest` images, and runs them all.

@@ -1,0 +1,107 @@
+"""The thread that computes what waits: together, in order, only what is still wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from blip2_serve.deployments.batching import BatchThread
+
+
+class Doubling:
+    """Doubles numbers; notes batches and threads; waits at a gate while it is closed."""
+
+    def __init__(self, limit: int = 3, prepare: Callable[[], None] | None = None) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: list[threading.Thread] = []
+        self.started = threading.Semaphore(0)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batching = BatchThread(prepare or self._note_thread, self._compute, limit)
+
+    def _note_thread(self) -> None:
+        self.threads.append(threading.current_thread())
+
+    def _compute(self, numbers: list[int]) -> list[int]:
+        self._note_thread()
+        self.batches.append(numbers)
+        self.started.release()
+        self.gate.wait()
+        if 13 in numbers:
+            raise ArithmeticError("thirteen")
+        return [2 * number for number in numbers]
+
+    async def blocked_by(self, number: int) -> asyncio.Task[int]:
+        """A batch of one under way, which ends when the gate is opened."""
+        self.gate.clear()
+        task = asyncio.create_task(self.batching.result_of(number))
+        await asyncio.to_thread(self.started.acquire)
+        return task
+
+    async def wait(self, *numbers: int) -> list[asyncio.Task[int]]:
+        tasks = [asyncio.create_task(self.batching.result_of(number)) for number in numbers]
+        await asyncio.sleep(0)  # each has put its number into the queue
+        return tasks
+
+
+async def test_what_came_meanwhile_is_one_batch_up_to_the_limit() -> None:
+    doubling = Doubling(limit=3)
+    first = await doubling.blocked_by(1)
+    others = await doubling.wait(2, 3, 4, 5)
+    doubling.gate.set()
+    assert await asyncio.gather(first, *others) == [2, 4, 6, 8, 10]
+    assert doubling.batches == [[1], [2, 3, 4], [5]]
+
+
+async def test_everything_happens_in_one_thread_of_its_own() -> None:
+    doubling = Doubling()
+    await doubling.batching.prepared
+    assert await doubling.batching.result_of(4) == 8
+    prepared, computed = doubling.threads
+    assert prepared is computed is not threading.current_thread()
+
+
+async def test_what_nobody_waits_for_any_more_is_dropped_and_counted() -> None:
+    doubling = Doubling()
+    first = await doubling.blocked_by(1)
+    left, stayed = await doubling.wait(2, 3)
+    left.cancel()
+    await asyncio.wait([left])
+    doubling.gate.set()
+    assert await stayed == 6
+    assert await first == 2
+    assert doubling.batches == [[1], [3]]
+    assert doubling.batching.dropped == 1
+
+
+async def test_a_caller_who_leaves_during_its_batch_takes_nothing_from_the_others() -> None:
+    doubling = Doubling()
+    first = await doubling.blocked_by(1)
+    leaving, staying = await doubling.wait(2, 3)
+    first.cancel()
+    doubling.gate.set()
+    leaving_started = asyncio.to_thread(doubling.started.acquire)
+    await leaving_started
+    leaving.cancel()
+    assert await staying == 6
+    assert await doubling.batching.result_of(5) == 10
+
+
+async def test_a_batch_that_fails_fails_for_its_callers_and_no_others() -> None:
+    doubling = Doubling(limit=2)
+    first = await doubling.blocked_by(1)
+    tasks = await doubling.wait(13, 2, 3)
+    doubling.gate.set()
+    results = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert [str(r) for r in results] == ["2", "thirteen", "thirteen", "6"]
+
+
+async def test_what_preparing_raises_is_told() -> None:
+    def fail() -> None:
+        raise FileNotFoundError("no checkpoint")
+
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        await Doubling(prepare=fail).batching.prepared
