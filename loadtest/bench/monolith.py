@@ -5,11 +5,10 @@
 What one writes in an afternoon with transformers and Ray Serve: whatever waits becomes a batch of
 at most 32, padded on the left, generated up to its longest answer, and each answer is cut to its
 own length. /v1/chat/completions takes one user message of an image and a text, and answers as with
-`ignore_eos`: always `max_tokens` tokens.
+`ignore_eos`: always `max_tokens` tokens. DESIGN.md has what variants of it answer.
 """
 
 import argparse
-import asyncio
 import base64
 import io
 import logging
@@ -59,9 +58,6 @@ class Monolith:
             folder, dtype=torch.bfloat16, attn_implementation="eager"
         ).eval()
         self.decoders = ThreadPoolExecutor(CORES)
-        self.admitted = 0
-        self.idle = asyncio.Event()
-        self.idle.set()
 
     @app.get("/ready")
     async def ready(self) -> dict[str, str]:
@@ -77,7 +73,7 @@ class Monolith:
         parts = {part["type"]: part for part in body["messages"][0]["content"]}
         image = base64.b64decode(parts["image_url"]["image_url"]["url"].partition(",")[2])
         prompt = f"Question: {parts['text']['text']} Answer:"
-        ids = await self.answer(Job(image, prompt, body["max_tokens"]))
+        ids = await self.generate(Job(image, prompt, body["max_tokens"]))
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         message = {"role": "assistant", "content": text}
         return {
@@ -87,23 +83,11 @@ class Monolith:
             "usage": {"completion_tokens": len(ids)},
         }
 
-    async def answer(self, job: Job) -> list[int]:
-        """Serve forms batches of what came within the wait, while others run, and never joins them:
-        after a while 32 users are batches of 5. So all that comes during a batch waits here, and
-        becomes the next one."""
-        await self.idle.wait()
-        self.admitted += 1
-        try:
-            return await self.generate(job)
-        finally:
-            self.admitted -= 1
-            if not self.admitted:
-                self.idle.set()
-
     @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
     async def generate(self, jobs: list[Job]) -> list[list[int]]:
-        self.idle.clear()
-        return await asyncio.to_thread(self.run, jobs)
+        # On the event loop: what comes meanwhile waits at the proxy, and is the next batch. In a
+        # thread, Serve would cut it into batches of what came within each wait.
+        return self.run(jobs)
 
     @torch.inference_mode()
     def run(self, jobs: list[Job]) -> list[list[int]]:

@@ -83,8 +83,8 @@ def test_each_stage_takes_replicas_or_autoscaling_and_resources_of_its_own(
 
 COMPILES_FOR_512_SHAPES = """
 import psutil, torch
-from blip2_serve.model.linear import PackedLinear
-layer = PackedLinear(torch.randn(512, 128).bfloat16(), None)
+from blip2_serve.model.linear import OneDnnLinear
+layer = OneDnnLinear(torch.randn(512, 128).bfloat16(), None)
 rows = torch.zeros(512, 128, dtype=torch.bfloat16)
 layer(rows)
 before = psutil.Process().memory_full_info().uss

@@ -16,7 +16,7 @@ from blip2_serve.engine import attention
 from blip2_serve.engine.graphs import DecodeGraphs, cuda_recorder, no_recorder
 from blip2_serve.engine.sequence import Chunk
 from blip2_serve.engine.slots import DecodeSlots
-from blip2_serve.model.linear import ROW_MULTIPLE, PackedLinear
+from blip2_serve.model.linear import ROW_MULTIPLE, OneDnnLinear
 from blip2_serve.model.opt import Attend, OptDecoder
 from blip2_serve.model.transfer import pinned, upload
 
@@ -44,8 +44,8 @@ class Runner:
         self._decoder = decoder
         weight = decoder.embed_tokens.weight
         config = decoder.config
-        packed = any(isinstance(module, PackedLinear) for module in decoder.modules())
-        self._row_multiple = ROW_MULTIPLE if packed else 1
+        in_fours = any(isinstance(module, OneDnnLinear) for module in decoder.modules())
+        self._row_multiple = ROW_MULTIPLE if in_fours else 1
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         dim = config.hidden_size // heads
         self._device = weight.device
@@ -58,7 +58,7 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         if not (on_gpu if gpu is None else gpu):
             # Here, on the only CPU path, so that GPUs need no compiler for CPUs.
-            from blip2_serve.engine import paged_attention
+            from blip2_serve.kernels import paged_attention
 
             paged_attention.kernel(weight.dtype, dim)  # or the first request would wait for it
             self._last_tokens = paged_attention.last_tokens

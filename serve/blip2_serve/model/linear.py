@@ -1,8 +1,9 @@
-"""Linear layers whose weights lie as oneDNN wants them, for CPUs.
+"""Linear layers in bfloat16 for CPUs, with their weights as the products want them.
 
 A plain `nn.Linear` reads its weight row by row; for the few rows of a decode step, oneDNN then
-reaches a third of the memory's bandwidth (DESIGN.md has the figures). An activation that follows
-is computed on the products before they are rounded and written.
+reaches a third of the memory's bandwidth, with weights in its own layout two thirds, and the kernel
+of `kernels/dot_product.py` all of it (DESIGN.md has the figures). An activation that follows is
+computed on the products before they are rounded and written.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Four rows take less time than one; and a number of rows that was not seen lately costs 3 ms, so
-# there had better be few different ones.
+# Of OneDnnLinear: four rows take less time than one; and a number of rows that was not seen lately
+# costs 3 ms, so there had better be few different ones.
 ROW_MULTIPLE = 4
 
-FUSED_ACTIVATIONS = ("relu", "gelu")  # by transformers' names, which here are oneDNN's as well
 
+class OneDnnLinear(nn.Module):
+    """A linear layer with its weight in oneDNN's layout, and one of ACTIVATIONS behind it."""
 
-class PackedLinear(nn.Module):
-    """A linear layer without its weight's plain form, and one of FUSED_ACTIVATIONS behind it."""
+    ACTIVATIONS = ("none", "relu", "gelu")  # by transformers' names, which are oneDNN's as well
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         """`weight` is [out_features, in_features]."""
@@ -35,23 +36,47 @@ class PackedLinear(nn.Module):
         return y
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replaces every linear layer inside `module`, where this build and dtype allow it.
+class DotLinear(nn.Module):
+    """A linear layer by the kernel, and one of ACTIVATIONS behind it."""
 
-    A weight that is shared with another module (a tied head) is copied.
+    ACTIVATIONS = ("none", "relu")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        """`weight` is [out_features, in_features]."""
+        # Here, so that what runs on a GPU needs no numba.
+        from blip2_serve.kernels import dot_product
+
+        super().__init__()
+        self._linear = dot_product.linear
+        self._weight = dot_product.packed(weight.detach())
+        zeros = torch.zeros(len(weight), device=weight.device)
+        self._bias = zeros if bias is None else bias.detach().float()
+        self._relu = activation == "relu"
+        dot_product.kernel()  # or the first request would wait for it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, in_features] -> [rows, out_features]."""
+        return self._linear(x, self._weight, self._bias, relu=self._relu)
+
+
+def pack_linears(module: nn.Module, *, few_rows: bool = False) -> None:
+    """Replaces every linear layer inside `module`, where this build, CPU and dtype allow it.
+
+    `few_rows` takes what is best for decode steps. A weight that is shared with another module (a
+    tied head) is copied.
     """
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and packable(child.weight):
-            setattr(module, name, PackedLinear(child.weight, child.bias))
+        if isinstance(child, nn.Linear):
+            _replace(module, name, "none", few_rows)
         else:
-            pack_linears(child)
+            pack_linears(child, few_rows=few_rows)
 
 
-def pack_with_activation(module: nn.Module, linear: str, activation: str, name: str) -> None:
+def pack_with_activation(
+    module: nn.Module, linear: str, activation: str, name: str, *, few_rows: bool = False
+) -> None:
     """Makes one layer of two of `module`'s, of which the second is the activation of that name."""
-    layer = getattr(module, linear)
-    if name in FUSED_ACTIVATIONS and packable(layer.weight):
-        setattr(module, linear, PackedLinear(layer.weight, layer.bias, name))
+    if _replace(module, linear, name, few_rows):
         setattr(module, activation, nn.Identity())
 
 
@@ -63,3 +88,21 @@ def packable(weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def _replace(module: nn.Module, name: str, activation: str, few_rows: bool) -> bool:
+    layer = getattr(module, name)
+    if not packable(layer.weight):
+        return False
+    kind = DotLinear if few_rows and _fits_kernel(layer.weight) else OneDnnLinear
+    if activation not in kind.ACTIVATIONS:
+        return False
+    setattr(module, name, kind(layer.weight, layer.bias, activation))
+    return True
+
+
+def _fits_kernel(weight: Tensor) -> bool:
+    from blip2_serve.kernels import dot_product
+
+    outputs, inputs = weight.shape
+    return dot_product.available() and outputs % dot_product.BLOCK == 0 and inputs % 2 == 0

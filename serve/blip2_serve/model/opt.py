@@ -83,9 +83,10 @@ class OptDecoder(nn.Module):
 
     def pack(self) -> None:
         """Packs the linear layers, where this build and the decoder's dtype and device allow it."""
+        name = self.config.activation_function
         for layer in self.layers:
-            pack_with_activation(layer, "fc1", "activation", self.config.activation_function)
-        pack_linears(self)
+            pack_with_activation(layer, "fc1", "activation", name, few_rows=True)
+        pack_linears(self, few_rows=True)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Name in the checkpoint -> (part of) the parameter that holds it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Blip2QFormerModel, Blip2VisionModel
 
-from blip2_serve.model.linear import PackedLinear, pack_linears, pack_with_activation, packable
+from blip2_serve.model.linear import OneDnnLinear, pack_linears, pack_with_activation, packable
 
 ATTENTION = "blip2_serve_products"
 
@@ -42,7 +42,7 @@ class PackedPatches(nn.Module):
         assert convolution.stride == convolution.kernel_size
         self.weight = convolution.weight  # transformers asks for its dtype
         self._size = convolution.kernel_size[0]
-        self._linear = PackedLinear(self.weight.flatten(1), convolution.bias)
+        self._linear = OneDnnLinear(self.weight.flatten(1), convolution.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, out channels, H / size, W / size]."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from blip2_serve.model.checkpoint import open_checkpoint
-from blip2_serve.model.linear import PackedLinear, pack_with_activation, packable
+from blip2_serve.model.linear import OneDnnLinear, pack_with_activation, packable
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.packed_vision import PackedPatches
 from blip2_serve.model.processor import ImageProcessor
@@ -92,7 +92,7 @@ def test_an_activation_that_the_library_does_not_have_stays() -> None:
     module = nn.ModuleDict({"fc": nn.Linear(16, 8).bfloat16(), "act": nn.Tanh()})
     pack_with_activation(module, "fc", "act", "tanh")
     assert isinstance(module["act"], nn.Tanh)
-    assert not isinstance(module["fc"], PackedLinear)
+    assert not isinstance(module["fc"], OneDnnLinear)
 
 
 def test_a_packed_decoder_has_its_activations_inside() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from blip2_serve.engine.paged_attention import kernel, last_tokens
+from blip2_serve.kernels.paged_attention import kernel, last_tokens
 
 LAYERS, HEADS, ROWS = 2, 5, 300
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}

@@ -1,13 +1,12 @@
-"""Attention of one token of each sequence over the KV's rows as they lie, on a CPU.
+"""Attention of one token of each sequence over the KV's rows as they lie.
 
 A step reads every row that its sequences have, once, and little else: memory is what it takes time
 for. torch has no product that follows a table of rows, and gathering them first costs more than
-attention itself (DESIGN.md). numba compiles this one, for each dtype and head size that is served.
+attention itself (DESIGN.md).
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from array import array
@@ -17,16 +16,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blip2_serve.model.opt import Attend
-
-# The threads that torch computes with, where it can be: a second set would compete with them.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+from blip2_serve.kernels.compiler import compiled, converters, threads
 
 _Bits = NDArray[Any]  # what numpy can hold of a tensor: 16-bit floats as integers
 _BITS = {
@@ -36,23 +30,22 @@ _BITS = {
 }
 
 
-def last_tokens(tables: Sequence[array[int]], kv: Tensor) -> Attend:
+def last_tokens(tables: Sequence[array[int]], kv: Tensor) -> Callable[[int, Tensor], Tensor]:
     """The last token of each table of KV rows; `kv` is [layers, 2, rows, heads, head_dim].
 
     The result of a layer is good until the next one.
     """
-    compiled = kernel(kv.dtype, kv.shape[4])
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    numba.set_num_threads(threads)
+    attend_layer = kernel(kv.dtype, kv.shape[4])
     ends = np.cumsum([0, *map(len, tables)])
     rows = np.concatenate([np.frombuffer(table, np.int64) for table in tables])
     layers = _bits(kv)
     out = torch.empty((len(tables), *kv.shape[3:]), dtype=kv.dtype)
     out_bits = _bits(out)
+    in_parallel = threads()
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         keys, values = layers[layer]
-        compiled(_bits(qkv), keys, values, rows, ends, threads, out_bits)
+        attend_layer(_bits(qkv), keys, values, rows, ends, in_parallel, out_bits)
         return out
 
     return attend
@@ -60,8 +53,8 @@ def last_tokens(tables: Sequence[array[int]], kv: Tensor) -> Attend:
 
 @functools.cache
 def kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
-    """The compiled `attend`; compiling takes some seconds, once in a process."""
-    widen, narrow = _WIDEN[dtype], _NARROW[dtype]
+    """The compiled `attend`."""
+    widen, narrow = converters(dtype)
     scale = np.float32(head_dim**-0.5)
 
     def attend(
@@ -86,14 +79,14 @@ def kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
                 sequence, part = item // parts, item % parts
                 first, last = heads * part // parts, heads * (part + 1) // parts
                 table = rows[ends[sequence] : ends[sequence + 1]]
-                own = table[-1]
+                row = table[-1]
                 for head in range(first, last):
                     for i in range(head_dim):
                         query[head, i] = widen(qkv[sequence, 0, head, i]) * scale
-                        keys[own, head, i] = qkv[sequence, 1, head, i]
-                        values[own, head, i] = qkv[sequence, 2, head, i]
+                        keys[row, head, i] = qkv[sequence, 1, head, i]
+                        values[row, head, i] = qkv[sequence, 2, head, i]
                 for t in range(len(table)):
-                    row = table[t]
+                    row = table[t]  # here, not below: the compiler would read it every time
                     for head in range(first, last):
                         score = np.float32(0)
                         for i in range(head_dim):
@@ -131,91 +124,10 @@ def kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
         types.int64,
         bits[:, :, ::1],
     )
-    # Sums in any order, or a product could not use vector instructions.
-    fast = {"reassoc", "contract", "nsz"}
-    compiled: Callable[..., None] = numba.njit(signature, parallel=True, nogil=True, fastmath=fast)(
-        attend
-    )
-    _start_threads()
-    return compiled
-
-
-def _start_threads() -> None:
-    """Starts numba's threads, which are OpenMP's, and takes back what numba sets along with it.
-
-    It allows parallel regions inside others. Then each product inside torch's fused attention,
-    which is such a region, starts threads of its own and takes twice as long.
-    """
-    numba.set_num_threads(1)
-    allow = getattr(ctypes.CDLL(None), "omp_set_max_active_levels", None)
-    if allow:  # numba may have had to do without OpenMP
-        allow(1)
+    return compiled(attend, signature, reordered=True)
 
 
 def _bits(tensor: Tensor) -> _Bits:
     """The same memory for numpy."""
     bits: _Bits = tensor.view(_BITS[tensor.dtype][0]).numpy()
     return bits
-
-
-# -- 16-bit floats, which numba does not compute with on a CPU ----------------------------------
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _widen_bfloat16(_context: Any, _bits: Any) -> Any:
-    """A bfloat16 is the upper half of a float32."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        word = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _float32_bits(_context: Any, _number: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _narrow_bfloat16(number: Any) -> Any:
-    """To the nearest, of two to the even one, as torch does."""
-    bits = _float32_bits(np.float32(number))
-    even = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.int16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _widen_float16(_context: Any, _bits: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.int16), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _narrow_float16(_context: Any, _number: Any) -> Any:
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
-
-    return types.int16(types.float32), generate
-
-
-@numba.njit(inline="always")  # type: ignore[untyped-decorator]
-def _as_it_is(number: Any) -> Any:
-    return np.float32(number)
-
-
-_WIDEN = {
-    torch.float32: _as_it_is,
-    torch.bfloat16: _widen_bfloat16,
-    torch.float16: _widen_float16,
-}
-_NARROW = {
-    torch.float32: _as_it_is,
-    torch.bfloat16: _narrow_bfloat16,
-    torch.float16: _narrow_float16,
-}
