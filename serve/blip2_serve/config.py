@@ -104,6 +104,12 @@ class GeneratorConfig(ComputeConfig):
         0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"
     )
 
+    stream_events_per_s: float = Field(
+        500,
+        gt=0,
+        description="of all streams of a replica together; beyond that, a stream's tokens wait for "
+        "each other, since an event costs a millisecond of CPU time",
+    )
     kv_reuse: bool = Field(
         True, description="keep keys and values of requests for later ones that begin the same"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
@@ -67,7 +67,11 @@ class Generator:
         with ThreadPoolExecutor(1) as thread:
             parts = await asyncio.get_running_loop().run_in_executor(thread, _load, config, device)
         self._tokenizer, self._max_model_len, self._loading = parts[1:]
-        self._loop = EngineLoop(parts[0], partial(set_threads, config.generator.threads))
+        self._loop = EngineLoop(
+            parts[0],
+            partial(set_threads, config.generator.threads),
+            events_per_s=config.generator.stream_events_per_s,
+        )
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
@@ -77,10 +81,7 @@ class Generator:
         Raises:
             InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable
         """
-        events: dict[int, TokenEvent] = {}
-        async for event in self.stream(prefix, prompt, params):
-            earlier = events.get(event.index)
-            events[event.index] = event if earlier is None else earlier + event
+        events = {e.index: e async for e in self._answers(prefix, prompt, params, whole=True)}
         return Completion(
             tuple(_choice(events[index]) for index in sorted(events)), events[0].prompt_tokens
         )
@@ -89,6 +90,16 @@ class Generator:
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncIterator[TokenEvent]:
         """The answers as they come; raises as `generate`, before the first event."""
+        events = self._answers(prefix, prompt, params, whole=False)
+        try:
+            async for event in events:
+                yield event
+        finally:
+            await events.aclose()
+
+    async def _answers(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams, *, whole: bool
+    ) -> AsyncGenerator[TokenEvent, None]:
         least = self._tokenizer.least_tokens(prompt)
         if least >= self._max_model_len:  # tokenising megabytes would hold up the event loop
             raise ContextLengthExceeded(
@@ -99,7 +110,7 @@ class Generator:
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
         request = Request(uuid.uuid4().hex, ids, _tensor(prefix), prefix.digest, params)
-        events = self._loop.stream(request)
+        events = self._loop.stream(request, whole=whole)
         try:
             async for event in events:
                 yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))

@@ -2,16 +2,19 @@
 
 The engine blocks for the length of a step; on the replica's event loop it would stall health
 checks and every other request, so it runs in a thread of its own. Requests go in through an inbox;
-each step's events come back to the event loop in one call, whatever the number of requests.
+each step's events come back to the event loop in one call, whatever the number of requests. There
+they wait until their reader is due: every token sent on its own takes time from the next one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field
 from functools import partial
 
 from blip2_serve.engine.engine import Engine, EngineStats, Event
@@ -24,17 +27,35 @@ logger = logging.getLogger(__name__)
 _Item = TokenEvent | Blip2ServeError
 
 
+@dataclass
+class _Reader:
+    """Who waits for a request's events, and from when on they are worth waking him."""
+
+    due: float  # in seconds of the event loop
+    waiting: list[_Item] = field(default_factory=list)
+    woken: asyncio.Queue[list[_Item]] = field(default_factory=asyncio.Queue)
+
+
 class EngineLoop:
     """Runs `engine` in a thread; used from the event loop that it is made on.
 
-    `prepare_thread` is called first in that thread.
+    All streams together are woken `events_per_s` times a second at most, or nearly so: their first
+    tokens and their ends never wait. `prepare_thread` is called first in the engine's thread.
     """
 
-    def __init__(self, engine: Engine, prepare_thread: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prepare_thread: Callable[[], None] = lambda: None,
+        *,
+        events_per_s: float = math.inf,
+    ) -> None:
         self._engine = engine
         self._prepare_thread = prepare_thread
+        self._events_per_s = events_per_s
         self._asyncio = asyncio.get_running_loop()
-        self._queues: dict[str, asyncio.Queue[_Item]] = {}  # touched on the event loop only
+        self._readers: dict[str, _Reader] = {}  # touched on the event loop only
+        self._streams = 0  # of them, those that read along
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -43,10 +64,13 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncGenerator[TokenEvent, None]:
-        """The answers as they come; tokens of one answer that are ready together are one event.
+    async def stream(
+        self, request: Request, *, whole: bool = False
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The answers as they come, or with `whole` at the end, one event for each.
 
-        Leaving early (`aclose`, cancellation) takes the request out before the next step.
+        Tokens of one answer that are ready together are one event. Leaving early (`aclose`,
+        cancellation) takes the request out before the next step.
 
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Scheduler.add`.
@@ -54,13 +78,14 @@ class EngineLoop:
         """
         if self.failure:
             raise self._unavailable()
-        queue = self._queues[request.id] = asyncio.Queue()
+        reader = self._readers[request.id] = _Reader(due=math.inf if whole else 0.0)
+        self._streams += not whole
         submitted = time.perf_counter()
         self._post(partial(self._add, request))
         finished = False
         try:
             while not finished:
-                events, failure = _take_all(await queue.get(), queue)
+                events, failure = await _next(reader.woken)
                 finished = failure is not None or events[-1].last
                 if finished:
                     self.seconds += time.perf_counter() - submitted
@@ -69,7 +94,8 @@ class EngineLoop:
                 if failure is not None:
                     raise failure
         finally:
-            del self._queues[request.id]
+            del self._readers[request.id]
+            self._streams -= not whole
             if not finished:
                 self._post(partial(self._engine.abort, request.id))
 
@@ -135,29 +161,38 @@ class EngineLoop:
             self._put(request_id, event)
 
     def _put(self, request_id: str, item: _Item) -> None:
-        queue = self._queues.get(request_id)
-        if queue is not None:  # else its reader has gone
-            queue.put_nowait(item)
+        reader = self._readers.get(request_id)
+        if reader is None:  # he has gone
+            return
+        reader.waiting.append(item)
+        now = self._asyncio.time()
+        if now >= reader.due or _is_last(item):
+            reader.woken.put_nowait(reader.waiting)
+            reader.waiting = []
+            reader.due = now + self._streams / self._events_per_s
 
     def _fail_all(self) -> None:
-        for queue in self._queues.values():
-            queue.put_nowait(self._unavailable())
+        for request_id in self._readers:
+            self._put(request_id, self._unavailable())
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(f"the generation engine has failed ({self.failure}); try again")
 
 
-def _take_all(
-    item: _Item, queue: asyncio.Queue[_Item]
+async def _next(
+    woken: asyncio.Queue[list[_Item]],
 ) -> tuple[list[TokenEvent], Blip2ServeError | None]:
-    """The item and all that waits behind it: events, up to an error."""
-    events: list[TokenEvent] = []
-    while isinstance(item, TokenEvent):
-        events.append(item)
-        if item.last or queue.empty():
-            return events, None
-        item = queue.get_nowait()
-    return events, item
+    """All there is up to the last event, once there is something; and the error behind it."""
+    items: list[_Item] = []
+    while not items or not (woken.empty() or _is_last(items[-1])):
+        items += await woken.get()
+    events = [item for item in items if isinstance(item, TokenEvent)]
+    errors = [item for item in items if isinstance(item, Blip2ServeError)]
+    return events, errors[0] if errors else None
+
+
+def _is_last(item: _Item) -> bool:
+    return not isinstance(item, TokenEvent) or item.last
 
 
 def _merged(events: list[TokenEvent]) -> Iterable[TokenEvent]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -65,6 +66,7 @@ class Bench:
         max_waiting: int = 100,
         free: bool = False,
         eos: tuple[int, ...] = (),
+        events_per_s: float = math.inf,
     ) -> None:
         self.runner = StepByStep()
         if free:
@@ -83,7 +85,7 @@ class Bench:
             decode=lambda ids: bytes(ids).decode(),
             eos_token_ids=eos,
         )
-        self.loop = EngineLoop(self.engine)
+        self.loop = EngineLoop(self.engine, events_per_s=events_per_s)
 
     async def collect(self, name: str, max_tokens: int = 5, n: int = 1) -> list[TokenEvent]:
         async with asyncio.timeout(DEADLINE):
@@ -195,6 +197,54 @@ async def test_tokens_of_several_answers_that_pile_up_come_as_one_event_for_each
         expected("bcde", "length", 1),
         expected("cdef", "length", 2, last=True),
     ]
+
+
+async def test_tokens_wait_for_each_other_where_streams_would_take_too_many_events(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(events_per_s=0.001)  # the next one in a quarter of an hour
+    async with aclosing(bench.loop.stream(request("a", 5))) as stream:
+        bench.runner.allow(1)
+        assert await anext(stream) == expected("a")
+        bench.runner.allow(4)
+        assert await anext(stream) == expected("bcde", "length", last=True)
+
+
+async def test_a_stream_that_is_due_waits_for_nothing(make: Callable[..., Bench]) -> None:
+    bench = make(events_per_s=1_000_000)
+    async with aclosing(bench.loop.stream(request("a", 5))) as stream:
+        for letter in "abcd":
+            bench.runner.allow(1)
+            assert await anext(stream) == expected(letter)
+
+
+async def test_whoever_wants_whole_answers_is_woken_once_and_counts_as_no_stream(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(events_per_s=0.001, free=True)
+    whole = bench.loop.stream(request("a", 5, n=2), whole=True)
+    assert [event async for event in whole] == [
+        expected("abcde", "length", 0),
+        expected("bcdef", "length", 1, last=True),
+    ]
+    bench = make()
+    waiting = [asyncio.create_task(anext(bench.loop.stream(request(n), whole=True))) for n in "ab"]
+    await bench.held(2)
+    assert bench.loop._streams == 0
+    bench.runner.allow(1_000)
+    assert {(await task).text for task in waiting} == {"abcde"}
+
+
+async def test_a_failure_reaches_those_who_are_not_due(make: Callable[..., Bench]) -> None:
+    bench = make(events_per_s=0.001)
+    whole = asyncio.create_task(anext(bench.loop.stream(request("a", 50), whole=True)))
+    paced = await bench.begin("b", 50)
+    bench.runner.allow(3)
+    await until(lambda: bench.loop.stats().steps == 3)
+    bench.runner.fail()
+    async with asyncio.timeout(DEADLINE):
+        outcomes = await asyncio.gather(whole, paced, return_exceptions=True)
+    assert isinstance(outcomes[1], Unavailable)
 
 
 async def test_the_end_of_one_answer_is_not_the_end_of_the_request(
