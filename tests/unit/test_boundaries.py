@@ -109,6 +109,13 @@ def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
     assert not reached_by(module, SOURCES) & {"torch", "transformers"}
 
 
+@pytest.mark.parametrize("module", ALL)
+def test_only_the_kernels_know_their_compiler(module: str) -> None:
+    known = {name.partition(".")[0] for name in imports_of(SOURCES[module], module)}
+
+    assert module.startswith(f"{PACKAGE}.kernels.") or not known & {"numba", "llvmlite"}
+
+
 MAY_KNOW_RAY = ("app", "metrics", "cli", "deployments")
 
 
@@ -122,6 +129,13 @@ def test_only_the_deployments_and_what_starts_them_know_ray() -> None:
     assert knowing <= set(MAY_KNOW_RAY)
 
 
+def loaded_with(modules: list[str], of: set[str]) -> set[str]:
+    """Which of these packages a process has that imports the modules."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules.keys() & {of})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return {*done.stdout.split()}
+
+
 def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
     """The same once more for real: what other packages import counts here too."""
     modules = [
@@ -130,10 +144,15 @@ def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
         f"{PACKAGE}.model.source",
         *(f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE),
     ]
-    code = f"import sys, {', '.join(modules)}; print(sys.modules.keys() & {{'ray', 'torch'}})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout.strip() == "set()"
+    assert not loaded_with(modules, {"ray", "torch"})
+
+
+def test_engine_and_model_can_be_loaded_without_a_compiler_for_cpus() -> None:
+    """A GPU machine has none."""
+    modules = [*modules_under("engine", "model")]
+
+    assert loaded_with(modules, {"torch", "numba", "llvmlite"}) == {"torch"}
 
 
 @pytest.mark.parametrize(

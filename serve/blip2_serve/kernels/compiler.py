@@ -11,9 +11,18 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+from torch import Tensor
 
 # The threads that torch computes with, where it can be: a second set would compete with them.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+
+Bits = NDArray[Any]  # what numpy can hold of a tensor: 16-bit floats as integers
+BITS = {
+    torch.float32: (torch.float32, types.float32),
+    torch.bfloat16: (torch.int16, types.int16),
+    torch.float16: (torch.int16, types.int16),
+}
 
 # Sums in any order, or they could not use vector instructions.
 REORDERED = frozenset({"reassoc", "contract", "nsz"})
@@ -66,6 +75,12 @@ class BFloat16Type(ir.Type):  # type: ignore[misc]
 
     def __str__(self) -> str:
         return "bfloat"
+
+
+def bits(tensor: Tensor) -> Bits:
+    """The same memory for numpy."""
+    seen: Bits = tensor.view(BITS[tensor.dtype][0]).numpy()
+    return seen
 
 
 def converters(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ rows.
 
 A tile is up to TILE_ROWS rows of activations by BLOCK outputs: that many sums fit into registers.
 Weights lie as tiles want them, for each block of outputs two inputs of each one after the other:
-[blocks, inputs / 2, BLOCK, 2]. numba has no vectors: a tile's loop is written in LLVM's language.
+[blocks, inputs / 2, BLOCK, 2].
 """
 
 from __future__ import annotations
@@ -25,16 +25,26 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from blip2_serve.kernels.compiler import BFloat16Type, compiled, threads
+from blip2_serve.kernels.vectors import (
+    BYTES,
+    FLOATS,
+    LANES,
+    WORD,
+    aligned,
+    at,
+    everywhere,
+    instruction,
+    load,
+    loop,
+    number,
+    one_of,
+    store,
+    zeros,
+)
 
 TILE_ROWS = 8
-LANES = 16  # sums in a register
 BLOCK = 2 * LANES
-CACHE_LINE = 64  # bytes; as many as a register has
 
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
-_INT, _WORD = ir.IntType(64), ir.IntType(32)
-_WORDS = ir.VectorType(_WORD, LANES)
-_SUMS = ir.VectorType(ir.FloatType(), LANES)
 _PAIRS = ir.VectorType(BFloat16Type(), 2 * LANES)
 _RESULTS = ir.VectorType(BFloat16Type(), LANES)
 
@@ -45,17 +55,17 @@ def available() -> bool:
     return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
 
-def packed(weight: Tensor) -> Tensor:
-    """bfloat16 [outputs, inputs] -> the same as the kernel reads it.
-
-    Outputs must be a multiple of BLOCK, inputs of 2.
-    """
+def fits(weight: Tensor) -> bool:
+    """Whether the kernel takes weights of this shape."""
     outputs, inputs = weight.shape
-    shape = (outputs // BLOCK, inputs // 2, BLOCK, 2)
-    memory = torch.empty(weight.nbytes + CACHE_LINE, dtype=torch.uint8)
-    aligned = memory[-memory.data_ptr() % CACHE_LINE :][: weight.nbytes]
-    tiles = aligned.view(torch.bfloat16).view(shape)
-    return tiles.copy_(weight.view(shape[0], BLOCK, shape[1], 2).transpose(1, 2))
+    return outputs % BLOCK == 0 and inputs % 2 == 0
+
+
+def packed(weight: Tensor) -> Tensor:
+    """bfloat16 [outputs, inputs], of a shape that fits -> the same as the kernel reads it."""
+    outputs, inputs = weight.shape
+    tiles = aligned((outputs // BLOCK, inputs // 2, BLOCK, 2), torch.bfloat16)
+    return tiles.copy_(weight.view(outputs // BLOCK, BLOCK, inputs // 2, 2).transpose(1, 2))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Tensor:
@@ -136,21 +146,13 @@ def _tile(
     """
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        done = builder.append_basic_block("tile.done")
-        switch = builder.switch(args[0], done)
-        for rows in range(1, TILE_ROWS + 1):
-            case = builder.append_basic_block(f"tile.{rows}")
-            switch.add_case(_INT(rows), case)
-            builder.position_at_end(case)
-            _generate_tile(builder, rows, *args[1:])
-            builder.branch(done)
-        builder.position_at_end(done)
+        one_of(builder, args[0], TILE_ROWS, lambda count: _rows(builder, count, *args[1:]))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, types.float32), generate
 
 
-def _generate_tile(
+def _rows(
     builder: Any,
     rows: int,
     x: Any,
@@ -161,57 +163,31 @@ def _generate_tile(
     stride: Any,
     least: Any,
 ) -> None:
-    def number(value: int) -> Any:
-        return ir.Constant(_INT, value)
-
-    def at(address: Any, *offsets: Any) -> Any:
-        return functools.reduce(builder.add, offsets, address)
-
-    def load(kind: Any, address: Any, align: int) -> Any:
-        loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
-        loaded.align = align
-        return loaded
-
-    def everywhere(value: Any, kind: Any) -> Any:
-        first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _WORD(0))
-        return builder.shuffle_vector(first, first, ir.Constant(_WORDS, None))
-
+    dot = instruction(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [FLOATS, _PAIRS, _PAIRS])
     vectors = range(BLOCK // LANES)
-    dot_type = ir.FunctionType(_SUMS, [_SUMS, _PAIRS, _PAIRS])
-    dot = builder.module.globals.get(_DOT) or ir.Function(builder.module, dot_type, _DOT)
-    x_rows = [at(x, builder.mul(pairs, number(4 * row))) for row in range(rows)]
+    x_rows = [at(builder, x, builder.mul(pairs, number(4 * row))) for row in range(rows)]
 
-    before = builder.block
-    loop, end = builder.append_basic_block("pair"), builder.append_basic_block("end")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    pair = builder.phi(_INT)
-    sums = [[builder.phi(_SUMS) for _ in vectors] for _ in range(rows)]
-    line = at(weight, builder.mul(pair, number(4 * BLOCK)))
-    weights = [load(_PAIRS, at(line, number(CACHE_LINE * v)), CACHE_LINE) for v in vectors]
-    x_offset = builder.mul(pair, number(4))
-    new_sums = []
-    for row in range(rows):
-        two = everywhere(load(_WORD, at(x_rows[row], x_offset), 4), _WORDS)
-        two = builder.bitcast(two, _PAIRS)
-        new_sums.append([builder.call(dot, [sums[row][v], two, weights[v]]) for v in vectors])
-    next_pair = builder.add(pair, number(1))
-    pair.add_incoming(number(0), before)
-    pair.add_incoming(next_pair, loop)
-    for row in range(rows):
-        for v in vectors:
-            sums[row][v].add_incoming(ir.Constant(_SUMS, None), before)
-            sums[row][v].add_incoming(new_sums[row][v], loop)
-    builder.cbranch(builder.icmp_signed("<", next_pair, pairs), loop, end)
-
-    builder.position_at_end(end)
-    floor = everywhere(least, _SUMS)
-    for v in vectors:
-        offset = load(_SUMS, at(bias, number(CACHE_LINE * v)), 4)
+    def add_pair(pair: Any, sums: list[Any]) -> list[Any]:
+        line = at(builder, weight, builder.mul(pair, number(4 * BLOCK)))
+        weights = [
+            load(builder, _PAIRS, at(builder, line, number(BYTES * v)), BYTES) for v in vectors
+        ]
+        offset = builder.mul(pair, number(4))
+        new: list[Any] = []
         for row in range(rows):
-            result = builder.fadd(new_sums[row][v], offset)
+            two = everywhere(builder, load(builder, WORD, at(builder, x_rows[row], offset), 4))
+            two = builder.bitcast(two, _PAIRS)
+            new += [builder.call(dot, [sums[len(new) + v], two, weights[v]]) for v in vectors]
+        return new
+
+    sums = loop(builder, pairs, [zeros(FLOATS)] * rows * len(vectors), add_pair)
+    floor = everywhere(builder, least)
+    for v in vectors:
+        offset = load(builder, FLOATS, at(builder, bias, number(BYTES * v)), 4)
+        for row in range(rows):
+            result = builder.fadd(sums[row * len(vectors) + v], offset)
             # Not the other way round: what is not a number stays so.
             too_low = builder.fcmp_ordered("<", result, floor)
             result = builder.fptrunc(builder.select(too_low, floor, result), _RESULTS)
-            place = at(out, builder.mul(stride, number(row)), number(2 * LANES * v))
-            builder.store(result, builder.inttoptr(place, _RESULTS.as_pointer())).align = 2
+            place = at(builder, out, builder.mul(stride, number(row)), number(2 * LANES * v))
+            store(builder, result, place, 2)

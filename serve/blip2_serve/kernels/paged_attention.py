@@ -11,7 +11,6 @@ import functools
 import math
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numba
 import numpy as np
@@ -20,14 +19,7 @@ from numba import types
 from numpy.typing import NDArray
 from torch import Tensor
 
-from blip2_serve.kernels.compiler import compiled, converters, threads
-
-_Bits = NDArray[Any]  # what numpy can hold of a tensor: 16-bit floats as integers
-_BITS = {
-    torch.float32: (torch.float32, types.float32),
-    torch.bfloat16: (torch.int16, types.int16),
-    torch.float16: (torch.int16, types.int16),
-}
+from blip2_serve.kernels.compiler import BITS, Bits, bits, compiled, converters, threads
 
 
 def last_tokens(tables: Sequence[array[int]], kv: Tensor) -> Callable[[int, Tensor], Tensor]:
@@ -38,14 +30,14 @@ def last_tokens(tables: Sequence[array[int]], kv: Tensor) -> Callable[[int, Tens
     attend_layer = kernel(kv.dtype, kv.shape[4])
     ends = np.cumsum([0, *map(len, tables)])
     rows = np.concatenate([np.frombuffer(table, np.int64) for table in tables])
-    layers = _bits(kv)
+    layers = bits(kv)
     out = torch.empty((len(tables), *kv.shape[3:]), dtype=kv.dtype)
-    out_bits = _bits(out)
+    out_bits = bits(out)
     in_parallel = threads()
 
     def attend(layer: int, qkv: Tensor) -> Tensor:
         keys, values = layers[layer]
-        attend_layer(_bits(qkv), keys, values, rows, ends, in_parallel, out_bits)
+        attend_layer(bits(qkv), keys, values, rows, ends, in_parallel, out_bits)
         return out
 
     return attend
@@ -58,13 +50,13 @@ def kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
     scale = np.float32(head_dim**-0.5)
 
     def attend(
-        qkv: _Bits,  # [sequences, 3, heads, head_dim]
-        keys: _Bits,  # [rows, heads, head_dim]
-        values: _Bits,
+        qkv: Bits,  # [sequences, 3, heads, head_dim]
+        keys: Bits,  # [rows, heads, head_dim]
+        values: Bits,
         rows: NDArray[np.int64],  # of all sequences, one after the other
         ends: NDArray[np.int64],  # where each begins in `rows`, and where the last one ends
         threads: int,
-        out: _Bits,  # [sequences, heads, head_dim]
+        out: Bits,  # [sequences, heads, head_dim]
     ) -> None:
         sequences, _, heads, _ = qkv.shape
         # Few sequences share out their heads as well, or some threads would have nothing to do.
@@ -114,20 +106,14 @@ def kernel(dtype: torch.dtype, head_dim: int) -> Callable[..., None]:
                     for i in range(head_dim):
                         out[sequence, head, i] = narrow(attended[head, i])
 
-    bits = _BITS[dtype][1]
+    kind = BITS[dtype][1]
     signature = types.void(
-        bits[:, :, :, ::1],
-        bits[:, :, ::1],
-        bits[:, :, ::1],
+        kind[:, :, :, ::1],
+        kind[:, :, ::1],
+        kind[:, :, ::1],
         types.int64[::1],
         types.int64[::1],
         types.int64,
-        bits[:, :, ::1],
+        kind[:, :, ::1],
     )
     return compiled(attend, signature, reordered=True)
-
-
-def _bits(tensor: Tensor) -> _Bits:
-    """The same memory for numpy."""
-    bits: _Bits = tensor.view(_BITS[tensor.dtype][0]).numpy()
-    return bits

@@ -1,11 +1,13 @@
 """Linear layers with int8 weights, for x86 CPUs.
 
 A decode step reads every weight once, so at few rows half the bytes of bfloat16 are half the time.
-Weights are rounded to 8 bits with one scale for each output channel. Activations keep 14 bits, so
-in effect only the weights are quantised. The product is FBGEMM's of 8-bit integers: each row of
+Weights are rounded to 8 bits with one scale for each output channel; activations keep 14 bits or
+more, so in effect only the weights are quantised. Products are those of 8-bit integers: each row of
 activations becomes two rows of digits, high and low, that share one pass over the weights. Sums of
 integers are exact, and each row has a scale of its own, so a row's result is the same to the last
 bit whatever rows it is computed with.
+
+The product is that of `kernels/int8_product.py`; on CPUs without its instruction, FBGEMM's.
 
 This module knows which of OPT's layers are linear, and nothing of attention or of who asks.
 """
@@ -23,6 +25,7 @@ from blip2_serve.errors import StartupError
 from blip2_serve.model.opt import OptDecoder
 
 ENGINE = "fbgemm"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # A digit lies between -63 and 63, and is stored with 64 added. With 8 bits of activations, CPUs
 # without VNNI would overflow the 16-bit sums of two products; 127 * 127 * 2 fits.
@@ -31,12 +34,36 @@ _BASE = 2 * _LARGEST  # what is left of a high digit lies between -0.5 and 0.5
 _UNITS = torch.tensor([_LARGEST, _LARGEST * _BASE], dtype=torch.float32).view(2, 1, 1)
 
 
-class Int8Linear(nn.Module):
-    """An `nn.Linear` with its weight rounded to int8, for float32 activations."""
+class KernelLinear(nn.Module):
+    """An `nn.Linear` with its weight rounded to int8, and one of ACTIVATIONS behind it.
+
+    Activations may be float32 or bfloat16.
+    """
+
+    ACTIVATIONS = ("none", "relu")
+
+    def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
+        # Here, so that what runs on a GPU needs no numba.
+        from blip2_serve.kernels import int8_product
+
+        super().__init__()
+        self._linear = int8_product.linear
+        self._weight = int8_product.packed(*quantized(linear.weight.detach()))
+        zeros = torch.zeros(linear.out_features)
+        self._bias = zeros if linear.bias is None else linear.bias.detach().float()
+        self._relu = activation == "relu"
+        int8_product.kernel(linear.weight.dtype)  # or the first request would wait for it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[rows, in_features] -> [rows, out_features]."""
+        return self._linear(x, self._weight, self._bias, relu=self._relu)
+
+
+class FbgemmLinear(nn.Module):
+    """The same by FBGEMM, for float32 activations."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, scales = quantized(linear.weight.detach())
         self._weight = _packed(weight, scales / _LARGEST)
         self._bias = None if linear.bias is None else linear.bias.detach().float()
@@ -66,15 +93,15 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_decoder(decoder: OptDecoder) -> None:
     """Replaces the decoder's linear layers; each plain weight is freed before the next.
 
-    All else becomes float32, embeddings and therefore keys and values included: at one token a
-    step, changing dtypes back and forth takes a third of what int8 gains. A tied head is copied.
-    The decoder must be where `check_int8` allows it.
+    With FBGEMM, all else becomes float32, embeddings and therefore keys and values included: at
+    one token a step, changing dtypes back and forth takes a third of what int8 gains. A tied head
+    is copied. The decoder must be where `check_int8` allows it.
     """
-    for layer in decoder.layers:
-        for name in ("qkv_proj", "out_proj", "fc1", "fc2"):
-            setattr(layer, name, Int8Linear(getattr(layer, name)))
-    decoder.lm_head = Int8Linear(decoder.lm_head)  # type: ignore[assignment]
-    decoder.float()
+    if _suits_kernel(decoder):
+        decoder.pack(_kernel_linear)
+    else:
+        decoder.pack(_fbgemm_linear)
+        decoder.float()
 
 
 def check_int8(device: torch.device) -> None:
@@ -87,6 +114,24 @@ def check_int8(device: torch.device) -> None:
         raise StartupError(
             "--quantize int8 needs a torch with FBGEMM, that is, an x86 CPU: leave it out"
         )
+
+
+def _suits_kernel(decoder: OptDecoder) -> bool:
+    from blip2_serve.kernels import int8_product
+
+    return int8_product.available() and all(
+        module.weight.dtype in KERNEL_DTYPES and int8_product.fits(module.weight)
+        for module in decoder.modules()
+        if isinstance(module, nn.Linear)
+    )
+
+
+def _kernel_linear(layer: nn.Linear, activation: str) -> nn.Module | None:
+    return KernelLinear(layer, activation) if activation in KernelLinear.ACTIVATIONS else None
+
+
+def _fbgemm_linear(layer: nn.Linear, activation: str) -> nn.Module | None:
+    return FbgemmLinear(layer) if activation == "none" else None
 
 
 def _packed(weight: Tensor, scales: Tensor) -> torch.ScriptObject:

@@ -8,6 +8,8 @@ computed on the products before they are rounded and written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -59,24 +61,45 @@ class DotLinear(nn.Module):
         return self._linear(x, self._weight, self._bias, relu=self._relu)
 
 
-def pack_linears(module: nn.Module, *, few_rows: bool = False) -> None:
+# A layer and the activation behind it, "none" if there is none -> both in one, if it can be done.
+Pack = Callable[[nn.Linear, str], nn.Module | None]
+
+
+def for_many_rows(layer: nn.Linear, activation: str) -> nn.Module | None:
+    """What is best for whole images."""
+    if not packable(layer.weight) or activation not in OneDnnLinear.ACTIVATIONS:
+        return None
+    return OneDnnLinear(layer.weight, layer.bias, activation)
+
+
+def for_few_rows(layer: nn.Linear, activation: str) -> nn.Module | None:
+    """What is best for decode steps."""
+    if not packable(layer.weight) or not _fits_kernel(layer.weight):
+        return for_many_rows(layer, activation)
+    if activation not in DotLinear.ACTIVATIONS:
+        return None
+    return DotLinear(layer.weight, layer.bias, activation)
+
+
+def pack_linears(module: nn.Module, pack: Pack) -> None:
     """Replaces every linear layer inside `module`, where this build, CPU and dtype allow it.
 
-    `few_rows` takes what is best for decode steps. A weight that is shared with another module (a
-    tied head) is copied.
+    A weight that is shared with another module (a tied head) is copied.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
-            _replace(module, name, "none", few_rows)
+            setattr(module, name, pack(child, "none") or child)
         else:
-            pack_linears(child, few_rows=few_rows)
+            pack_linears(child, pack)
 
 
 def pack_with_activation(
-    module: nn.Module, linear: str, activation: str, name: str, *, few_rows: bool = False
+    module: nn.Module, linear: str, activation: str, name: str, pack: Pack
 ) -> None:
     """Makes one layer of two of `module`'s, of which the second is the activation of that name."""
-    if _replace(module, linear, name, few_rows):
+    packed = pack(getattr(module, linear), name)
+    if packed:
+        setattr(module, linear, packed)
         setattr(module, activation, nn.Identity())
 
 
@@ -90,19 +113,7 @@ def packable(weight: Tensor) -> bool:
     )
 
 
-def _replace(module: nn.Module, name: str, activation: str, few_rows: bool) -> bool:
-    layer = getattr(module, name)
-    if not packable(layer.weight):
-        return False
-    kind = DotLinear if few_rows and _fits_kernel(layer.weight) else OneDnnLinear
-    if activation not in kind.ACTIVATIONS:
-        return False
-    setattr(module, name, kind(layer.weight, layer.bias, activation))
-    return True
-
-
 def _fits_kernel(weight: Tensor) -> bool:
     from blip2_serve.kernels import dot_product
 
-    outputs, inputs = weight.shape
-    return dot_product.available() and outputs % dot_product.BLOCK == 0 and inputs % 2 == 0
+    return dot_product.available() and dot_product.fits(weight)

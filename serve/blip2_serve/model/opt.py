@@ -15,7 +15,7 @@ from transformers import OPTConfig
 from transformers.activations import ACT2FN
 
 from blip2_serve.model.checkpoint import Checkpoint
-from blip2_serve.model.linear import pack_linears, pack_with_activation
+from blip2_serve.model.linear import Pack, for_few_rows, pack_linears, pack_with_activation
 
 POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
 
@@ -81,12 +81,12 @@ class OptDecoder(nn.Module):
         checkpoint.load(decoder.checkpoint_tensors(), "language model")
         return decoder
 
-    def pack(self) -> None:
+    def pack(self, pack: Pack = for_few_rows) -> None:
         """Packs the linear layers, where this build and the decoder's dtype and device allow it."""
         name = self.config.activation_function
         for layer in self.layers:
-            pack_with_activation(layer, "fc1", "activation", name, few_rows=True)
-        pack_linears(self, few_rows=True)
+            pack_with_activation(layer, "fc1", "activation", name, pack)
+        pack_linears(self, pack)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Name in the checkpoint -> (part of) the parameter that holds it."""

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Blip2QFormerModel, Blip2VisionModel
 
-from blip2_serve.model.linear import OneDnnLinear, pack_linears, pack_with_activation, packable
+from blip2_serve.model.linear import (
+    OneDnnLinear,
+    for_many_rows,
+    pack_linears,
+    pack_with_activation,
+    packable,
+)
 
 ATTENTION = "blip2_serve_products"
 
@@ -25,12 +31,14 @@ def pack_vision(vision: Blip2VisionModel, qformer: Blip2QFormerModel) -> None:
         return
     vision.embeddings.patch_embedding = PackedPatches(convolution)
     for layer in vision.encoder.layers:
-        pack_with_activation(layer.mlp, "fc1", "activation_fn", vision.config.hidden_act)
+        name = vision.config.hidden_act
+        pack_with_activation(layer.mlp, "fc1", "activation_fn", name, for_many_rows)
     for layer in qformer.encoder.layer:
         part = layer.intermediate_query
-        pack_with_activation(part, "dense", "intermediate_act_fn", qformer.config.hidden_act)
+        name = qformer.config.hidden_act
+        pack_with_activation(part, "dense", "intermediate_act_fn", name, for_many_rows)
     for model in (vision, qformer):
-        pack_linears(model)
+        pack_linears(model, for_many_rows)
         model.set_attn_implementation(ATTENTION)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
 
 from blip2_serve.model.checkpoint import Checkpoint
-from blip2_serve.model.linear import pack_linears
+from blip2_serve.model.linear import for_many_rows, pack_linears
 from blip2_serve.model.packed_vision import pack_vision
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import upload
@@ -69,7 +69,7 @@ class ImageEncoder(nn.Module):
     def pack(self) -> None:
         """Makes it fast on a CPU, where this build and the encoder's dtype allow it."""
         pack_vision(self.vision_model, self.qformer)
-        pack_linears(self)
+        pack_linears(self, for_many_rows)
 
     def compile_layers(self, largest: int, backend: Any = "inductor") -> None:
         """Compiles every kind of layer, for batches of up to `largest` images, and runs them all.

@@ -15,10 +15,21 @@ from transformers import OPTConfig
 from blip2_serve.engine.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.errors import StartupError
+from blip2_serve.kernels import int8_product
 from blip2_serve.model import int8
-from blip2_serve.model.int8 import Int8Linear, check_int8, quantize_decoder, quantized
+from blip2_serve.model.int8 import (
+    FbgemmLinear,
+    KernelLinear,
+    check_int8,
+    quantize_decoder,
+    quantized,
+)
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.types import SamplingParams
+
+kernel_only = pytest.mark.skipif(
+    not int8_product.available(), reason="this CPU lacks AVX512's products of bytes"
+)
 
 IN, OUT = 200, 70  # no multiples of what kernels like
 
@@ -37,7 +48,7 @@ def dequantized(plain: nn.Linear) -> Tensor:
 
 def check_close(x: Tensor, plain: nn.Linear) -> None:
     """Against the exact product: each activation may be off by half a step of the low digit."""
-    y = Int8Linear(plain)(x)
+    y = FbgemmLinear(plain)(x)
     weight = dequantized(plain)
     exact = x.double() @ weight.T + (0 if plain.bias is None else plain.bias.double())
     step = x.abs().amax(1, keepdim=True).double() / (63 * 126)
@@ -64,7 +75,7 @@ def test_weights_are_off_by_half_a_step_of_their_channel(plain: nn.Linear) -> No
 def test_the_result_is_close_to_the_plain_layers(plain: nn.Linear) -> None:
     x = torch.randn(50, IN)
     expected = linear(x, plain.weight)
-    y = Int8Linear(plain)(x) - plain.bias
+    y = FbgemmLinear(plain)(x) - plain.bias
 
     assert (y - expected).norm() < 0.006 * expected.norm()
 
@@ -74,7 +85,7 @@ def test_a_layer_needs_no_bias() -> None:
 
 
 def test_a_row_gives_the_same_bits_in_any_company(plain: nn.Linear) -> None:
-    layer = Int8Linear(plain)
+    layer = FbgemmLinear(plain)
     x = torch.randn(40, IN)
     x[7] *= 1e6
     x[8] = 0
@@ -89,7 +100,7 @@ def test_a_row_of_zeros_gives_the_bias(plain: nn.Linear) -> None:
     x = torch.randn(3, IN)
     x[1] = 0
 
-    assert torch.equal(Int8Linear(plain)(x)[1], plain.bias)
+    assert torch.equal(FbgemmLinear(plain)(x)[1], plain.bias)
 
 
 def test_an_outlier_leaves_the_others_what_is_left_of_14_bits(plain: nn.Linear) -> None:
@@ -101,25 +112,28 @@ def test_an_outlier_leaves_the_others_what_is_left_of_14_bits(plain: nn.Linear) 
 def test_a_channel_of_zeros_gives_the_bias(plain: nn.Linear) -> None:
     plain.weight[5] = 0
 
-    assert torch.equal(Int8Linear(plain)(torch.randn(3, IN))[:, 5], plain.bias[5].expand(3))
+    assert torch.equal(FbgemmLinear(plain)(torch.randn(3, IN))[:, 5], plain.bias[5].expand(3))
 
 
 def test_no_rows_give_none(plain: nn.Linear) -> None:
-    assert Int8Linear(plain)(torch.empty(0, IN)).shape == (0, OUT)
+    assert FbgemmLinear(plain)(torch.empty(0, IN)).shape == (0, OUT)
 
 
 def test_numbers_that_are_none_are_not_hidden(plain: nn.Linear) -> None:
     x = torch.randn(2, IN)
     x[0, 3] = torch.nan
-    y = Int8Linear(plain)(x)
+    y = FbgemmLinear(plain)(x)
 
     assert y[0].isnan().all()
     assert y[1].isfinite().all()
 
 
-def decoder(dtype: torch.dtype, *, norm_first: bool = True) -> OptDecoder:
+ODD, WHOLE = 60, 64  # vocabularies: one that the kernel does not take, and one that it does
+
+
+def decoder(dtype: torch.dtype, vocabulary: int = ODD, *, norm_first: bool = True) -> OptDecoder:
     config = OPTConfig(
-        vocab_size=60,
+        vocab_size=vocabulary,
         hidden_size=32,
         word_embed_proj_dim=32,
         num_hidden_layers=2,
@@ -138,35 +152,74 @@ def decoder(dtype: torch.dtype, *, norm_first: bool = True) -> OptDecoder:
 def logits(model: OptDecoder, dtype: torch.dtype) -> Tensor:
     """After a prompt that begins with an image, computed in two steps."""
     image = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    vocabulary = model.config.vocab_size
     request = Request("a", [59] * 3 + [5, 6, 7, 8], image, "", SamplingParams())
     sequence = Sequence(request, table=array("q", range(1, 8)))
     runner = Runner(model, rows=10)
-    assert runner.run([Chunk(sequence, 0, 5)]).shape == (0, 60)
+    assert runner.run([Chunk(sequence, 0, 5)]).shape == (0, vocabulary)
     return runner.run([Chunk(sequence, 5, 7)])
 
 
 @pytest.mark.parametrize("norm_first", [True, False], ids=["norms first", "norms last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_decoder_computes_with_the_rounded_weights_in_float32(
+def test_without_the_kernel_a_decoder_computes_in_float32(
     dtype: torch.dtype, norm_first: bool
 ) -> None:
-    rounded, model = decoder(dtype, norm_first=norm_first), decoder(dtype, norm_first=norm_first)
-    rounded.float()
-    head = nn.Linear(32, 60, bias=False)  # tied to the embeddings, which are not rounded
-    head.weight = nn.Parameter(dequantized(rounded.lm_head).float())
-    for module in rounded.layers.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.copy_(dequantized(module))
-    rounded.lm_head = head
+    model = decoder(dtype, norm_first=norm_first)
     quantize_decoder(model)
 
+    assert isinstance(model.lm_head, FbgemmLinear)
     torch.testing.assert_close(
-        logits(model, dtype), logits(rounded, dtype), atol=2e-3, rtol=2e-3, check_dtype=True
+        logits(model, dtype),
+        logits(rounded(decoder(dtype, norm_first=norm_first)), dtype),
+        atol=2e-3,
+        rtol=2e-3,
     )
 
 
-def test_the_plain_weights_are_gone() -> None:
-    model = decoder(torch.bfloat16)
+def rounded(model: OptDecoder) -> OptDecoder:
+    """The same in float32 with the weights that int8 stands for."""
+    model.float()
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+    head = nn.Linear(hidden, vocabulary, bias=False)  # tied to the embeddings, not rounded
+    head.weight = nn.Parameter(dequantized(model.lm_head).float())
+    for module in model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(dequantized(module))
+    model.lm_head = head
+    return model
+
+
+@kernel_only
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norms first", "norms last"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=str
+)
+def test_where_the_kernel_fits_the_dtype_stays_and_activations_are_inside(
+    dtype: torch.dtype, tolerance: float, norm_first: bool
+) -> None:
+    model = decoder(dtype, WHOLE, norm_first=norm_first)
+    quantize_decoder(model)
+
+    assert isinstance(model.lm_head, KernelLinear)
+    assert all(isinstance(layer.activation, nn.Identity) for layer in model.layers)
+    assert model.embed_tokens.weight.dtype == dtype
+    expected = logits(rounded(decoder(dtype, WHOLE, norm_first=norm_first)), dtype)
+    off = (logits(model, dtype) - expected).norm() / expected.norm()
+    assert off < tolerance
+
+
+@kernel_only
+def test_float16_has_no_kernel() -> None:
+    model = decoder(torch.float16, WHOLE)
+    quantize_decoder(model)
+
+    assert isinstance(model.lm_head, FbgemmLinear)
+
+
+@pytest.mark.parametrize("vocabulary", [ODD, WHOLE])
+def test_the_plain_weights_are_gone(vocabulary: int) -> None:
+    model = decoder(torch.bfloat16, vocabulary)
     weights = [weakref.ref(m.weight) for m in model.layers.modules() if isinstance(m, nn.Linear)]
     quantize_decoder(model)
     gc.collect()
@@ -178,7 +231,7 @@ def test_the_plain_weights_are_gone() -> None:
 
 def test_packing_leaves_torchs_engine_as_it_was(plain: nn.Linear) -> None:
     before = torch.backends.quantized.engine
-    Int8Linear(plain)
+    FbgemmLinear(plain)
 
     assert torch.backends.quantized.engine == before
 

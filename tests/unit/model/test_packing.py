@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
+from blip2_serve.kernels import dot_product
 from blip2_serve.model.checkpoint import open_checkpoint
-from blip2_serve.model.linear import OneDnnLinear, pack_with_activation, packable
+from blip2_serve.model.linear import (
+    DotLinear,
+    OneDnnLinear,
+    for_few_rows,
+    for_many_rows,
+    pack_with_activation,
+    packable,
+)
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.packed_vision import PackedPatches
 from blip2_serve.model.processor import ImageProcessor
@@ -83,14 +91,14 @@ def test_an_activation_may_be_part_of_the_layer(name: str, activation: object) -
     x = torch.randn(5, 16)
     expected = activation(module["fc"](x))  # type: ignore[operator]
     module.bfloat16()
-    pack_with_activation(module, "fc", "act", name)
+    pack_with_activation(module, "fc", "act", name, for_many_rows)
     assert isinstance(module["act"], nn.Identity)
     assert error(module["fc"](x.bfloat16()), expected) < 0.01
 
 
 def test_an_activation_that_the_library_does_not_have_stays() -> None:
     module = nn.ModuleDict({"fc": nn.Linear(16, 8).bfloat16(), "act": nn.Tanh()})
-    pack_with_activation(module, "fc", "act", "tanh")
+    pack_with_activation(module, "fc", "act", "tanh", for_many_rows)
     assert isinstance(module["act"], nn.Tanh)
     assert not isinstance(module["fc"], OneDnnLinear)
 
@@ -109,3 +117,37 @@ def test_a_packed_decoder_has_its_activations_inside() -> None:
     for layer in decoder.layers:
         assert isinstance(layer.activation, nn.Identity)
         assert (layer.fc1(torch.randn(3, 32, dtype=torch.bfloat16)) >= 0).all()
+
+
+@pytest.mark.skipif(not dot_product.available(), reason="this CPU has other layers for few rows")
+@pytest.mark.parametrize(
+    ("shape", "activation", "kind"),
+    [
+        pytest.param((96, 32), "none", DotLinear, id="whole blocks"),
+        pytest.param((96, 32), "relu", DotLinear, id="whole blocks and a relu"),
+        pytest.param((90, 32), "none", OneDnnLinear, id="a block that is not whole"),
+        pytest.param((90, 32), "gelu", OneDnnLinear, id="what only oneDNN can do"),
+        pytest.param((96, 32), "gelu", type(None), id="an activation that the kernel lacks"),
+    ],
+)
+def test_few_rows_have_the_kernel_where_it_fits(
+    shape: tuple[int, int], activation: str, kind: type
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(shape[1], shape[0]).requires_grad_(False)
+    x = torch.randn(5, shape[1])
+    expected = layer(x).relu() if activation == "relu" else layer(x)
+    packed = for_few_rows(layer.bfloat16(), activation)
+    assert isinstance(packed, kind)
+    if packed and activation != "gelu":
+        assert error(packed(x.bfloat16()), expected) < 0.01
+
+
+def test_a_layer_for_few_rows_needs_no_bias() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 96, bias=False).requires_grad_(False)
+    x = torch.randn(5, 32)
+    expected = layer(x)
+    packed = for_few_rows(layer.bfloat16(), "none")
+    assert packed is not None
+    assert error(packed(x.bfloat16()), expected) < 0.01
