@@ -16,6 +16,7 @@ from blip2_serve.model.source import DEMO
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
 
 
 class _Config(BaseModel):
@@ -135,6 +136,7 @@ class AppConfig(_Config):
     served_model_name: str | None = None
     device: Device = "auto"
     dtype: Dtype = Field("auto", description="float32 on a CPU, the checkpoint's on a GPU")
+    log_format: LogFormat = Field("text", description="of the replicas' log lines")
     max_model_len: int | None = Field(
         None, ge=1, description="image, prompt and answer tokens; by default the model's positions"
     )

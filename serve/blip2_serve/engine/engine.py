@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from blip2_serve.engine.answer import Answer
 from blip2_serve.engine.beam import BeamSearch, Candidate
 from blip2_serve.engine.detokenizer import Decode
-from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.scheduler import Admission, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
 
@@ -53,6 +53,19 @@ class EngineStats:
     reused_tokens: int  # of prompts, whose KV was there already
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did."""
+
+    admitted: tuple[Admission, ...]
+    prompts: int  # sequences of which a piece of the prompt was computed
+    decodes: int  # sequences that got one token further
+
+    @property
+    def phase(self) -> str:
+        return "decode" if not self.prompts else "mixed" if self.decodes else "prompt"
+
+
 @dataclass
 class _Live:
     """A request and what is known of its answers."""
@@ -81,6 +94,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._steps = 0
+        self.last_step = StepReport((), 0, 0)
 
     @property
     def has_work(self) -> bool:
@@ -111,6 +125,10 @@ class Engine:
     def step(self) -> list[Event]:
         """One step: what is new of every answer, by request id."""
         chunks = self._scheduler.schedule()
+        decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
+        self.last_step = StepReport(
+            tuple(self._scheduler.admitted), len(chunks) - decodes, decodes
+        )
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
         self._steps += 1
