@@ -178,9 +178,7 @@ MODEL_BYTES = Gauge("blip2_model_bytes", "Its parameters as they are served.", (
 GPU_MEMORY_USED = Gauge(
     "blip2_gpu_memory_used_bytes", "Of the replica's GPU, whoever uses it.", ("stage",)
 )
-GPU_MEMORY_CAPACITY = Gauge(
-    "blip2_gpu_memory_capacity_bytes", "Of the replica's GPU.", ("stage",)
-)
+GPU_MEMORY_CAPACITY = Gauge("blip2_gpu_memory_capacity_bytes", "Of the replica's GPU.", ("stage",))
 BUILD_INFO = Gauge(
     "blip2_build_info",
     "Always 1; the labels say what is running.",

@@ -25,7 +25,7 @@ from support.monitoring import (
     prometheus,
     rule_groups,
 )
-from support.server import App, data_url, image_message, start_app, wait_until
+from support.server import App, data_url, image_message, start_app
 
 GPU_FIXTURE = Path(__file__).with_name("gpu.prom")
 CHAT = "/v1/chat/completions"

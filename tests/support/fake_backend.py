@@ -15,7 +15,14 @@ import httpx
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import Unavailable
 from blip2_serve.http.api import create_app
-from blip2_serve.types import Choice, Completion, ImagePrefix, SamplingParams, TokenEvent, TokenLogprob
+from blip2_serve.types import (
+    Choice,
+    Completion,
+    ImagePrefix,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from support.recorder import FakeRecorder
 
 PROMPT_TOKENS = 9

@@ -92,9 +92,7 @@ def measured_loading(what: str) -> Iterator[LoadReport]:
     )
 
 
-def record_model(
-    recorder: Recorder, stage: str, loading: LoadReport, device: torch.device
-) -> None:
+def record_model(recorder: Recorder, stage: str, loading: LoadReport, device: torch.device) -> None:
     """What there is to say about a stage's model and the memory that it lies in."""
     recorder.set(metrics.MODEL_LOAD_SECONDS, loading.seconds, stage=stage)
     recorder.set(metrics.MODEL_BYTES, loading.tensor_bytes, stage=stage)

@@ -8,15 +8,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import opentelemetry.context
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import context
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -58,8 +57,10 @@ class Ingress:
         self._generate = _method(generator, "generate")
         self._stream = _method(generator, "stream", stream=True)
         self._recorder = RayRecorder()
-        count = partial(self._recorder.add, metrics.PREFIX_LOOKUPS)
-        self._prefixes = PrefixCache(config.ingress.prefix_cache_entries, count)
+        self._prefixes = PrefixCache(
+            config.ingress.prefix_cache_entries,
+            lambda result: self._recorder.add(metrics.PREFIX_LOOKUPS, result=result),
+        )
         if config.ingress.images.allow_urls:
             logger.warning(
                 "image URLs are on: any client can make this server fetch https addresses, those "
@@ -137,8 +138,8 @@ def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = Fals
 class PrefixCache:
     """The last used prefixes by digest; a digest asked for twice at once is computed once."""
 
-    def __init__(self, entries: int, count: Callable[..., None] = lambda result: None) -> None:
-        """`count` is told the `result` of each look: "hit", "joined" or "miss"."""
+    def __init__(self, entries: int, count: Callable[[str], None] = lambda _: None) -> None:
+        """`count` is told the result of each look: "hit", "joined" or "miss"."""
         self._entries = entries
         self._count = count
         self._kept: OrderedDict[str, ImagePrefix] = OrderedDict()
@@ -148,10 +149,10 @@ class PrefixCache:
         """The prefix of that name, computed if need be; errors reach everyone who waits."""
         if name in self._kept:
             self._kept.move_to_end(name)
-            self._count(result="hit")
+            self._count("hit")
             return self._kept[name]
         task = self._under_way.get(name)
-        self._count(result="joined" if task else "miss")
+        self._count("joined" if task else "miss")
         if task is None:
             task = asyncio.create_task(self._run(name, compute), context=_own_context())
             self._under_way[name] = task
@@ -175,11 +176,9 @@ def _own_context() -> contextvars.Context:
     out here. Log lines and traces still say which request it was.
     """
     request = context._get_serve_request_context()
+    about: Any = context._RequestContext(request_id=request.request_id, app_name=request.app_name)
     own = contextvars.Context()
-    own.run(
-        context._serve_request_context.set,
-        context._RequestContext(request_id=request.request_id, app_name=request.app_name),
-    )
+    own.run(context._serve_request_context.set, about)
     own.run(opentelemetry.context.attach, opentelemetry.context.get_current())
     return own
 

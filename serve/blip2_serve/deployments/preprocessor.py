@@ -19,7 +19,6 @@ from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import find_folder
 
-
 STAGE = "preprocessor"  # in metrics
 
 

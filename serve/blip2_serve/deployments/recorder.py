@@ -43,11 +43,13 @@ class RayRecorder:
 
 
 def _make(metric: Metric) -> Any:
-    about = (metric.name, metric.help)
+    labels: Any = metric.labels  # Ray's annotation says one
     if isinstance(metric, Histogram):
-        return ray_metrics.Histogram(*about, boundaries=[*metric.buckets], tag_keys=metric.labels)
+        return ray_metrics.Histogram(
+            metric.name, metric.help, boundaries=[*metric.buckets], tag_keys=labels
+        )
     kind = ray_metrics.Counter if isinstance(metric, Counter) else ray_metrics.Gauge
-    return kind(*about, tag_keys=metric.labels)
+    return kind(metric.name, metric.help, tag_keys=labels)
 
 
 @contextmanager

@@ -126,9 +126,7 @@ class Engine:
         """One step: what is new of every answer, by request id."""
         chunks = self._scheduler.schedule()
         decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
-        self.last_step = StepReport(
-            tuple(self._scheduler.admitted), len(chunks) - decodes, decodes
-        )
+        self.last_step = StepReport(tuple(self._scheduler.admitted), len(chunks) - decodes, decodes)
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
         self._steps += 1

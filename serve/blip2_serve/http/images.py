@@ -78,9 +78,7 @@ async def _download(url: str, limits: ImageLimits, param: str) -> bytes:
             client.stream("GET", url) as response,
         ):
             if response.status_code != httpx.codes.OK:
-                raise InvalidImage(
-                    f"the image URL answered {response.status_code}", param, "fetch"
-                )
+                raise InvalidImage(f"the image URL answered {response.status_code}", param, "fetch")
             async for piece in response.aiter_bytes():
                 data += piece
                 if len(data) > limits.max_bytes:

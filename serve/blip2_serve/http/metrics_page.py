@@ -22,7 +22,7 @@ async def metrics_page(nodes: Mapping[str, str], accept: str) -> tuple[bytes, st
 
     In OpenMetrics where `accept` asks for it. A node that does not answer in time is marked so.
     """
-    async with httpx.AsyncClient(timeout=None, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=NODE_TIMEOUT_S, trust_env=False) as client:
         texts = await asyncio.gather(*(_page(client, url) for url in nodes.values()))
     # Parsing takes milliseconds of Python for every hundred lines.
     return await asyncio.to_thread(render, dict(zip(nodes, texts, strict=True)), accept)

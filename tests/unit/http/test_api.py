@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -19,24 +16,17 @@ from blip2_serve.errors import (
     ContextLengthExceeded,
     InvalidImage,
     Overloaded,
-    Unavailable,
 )
 from blip2_serve.http.api import create_app
 from blip2_serve.types import (
-    Choice,
-    Completion,
-    ImagePrefix,
     SamplingParams,
-    TokenEvent,
-    TokenLogprob,
 )
-
 from support.fake_backend import (
-    FakeBackend,
     PROMPT_TOKENS,
     ROUTES,
     TEXT,
     TOKEN_IDS,
+    FakeBackend,
     body_for,
     chat,
     client_of,
@@ -48,6 +38,7 @@ from support.fake_backend import (
     user,
 )
 from support.recorder import FakeRecorder
+
 
 @pytest.fixture
 def backend() -> FakeBackend:
