@@ -50,7 +50,7 @@ with open("ray.env", "w") as file:
     file.writelines(f"export {name}={value}\n" for name, value in environment.items())
 cpus = group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
 resources = ",".join(f'"{name}":{value}' for name, value in group["resources"].items())
-open("arguments", "w").write(f"--num-cpus={cpus} --resources={{{resources}}}")
+open("start-arguments", "w").write(f"--num-cpus={cpus} --resources={{{resources}}}")
 END
 
 say "user $(id -u):$(id -g), $(python --version), $(df -h / | awk 'END {print $2}') file system"
@@ -71,7 +71,7 @@ say "as a pod of KubeRay: ray start, serveConfigV2, token, HAProxy"
 # shellcheck disable=SC1091
 source ray.env
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=0123456789abcdef0123456789abcdef
-read -ra arguments <arguments
+read -ra arguments <start-arguments
 ray start --head --block --dashboard-host=0.0.0.0 --metrics-export-port=8080 \
     --dashboard-agent-listen-port=52365 "${arguments[@]}" >ray.log 2>&1 &
 ray=$!

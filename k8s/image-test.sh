@@ -77,11 +77,11 @@ python3 -m pip config list | sed -nE "s/^(global|:env:)\.(.*)='(.*)'$/\2 = \3/p"
     grep -E '^(index-url|extra-index-url|find-links|constraint|default-timeout) ' | sort -u -k1,1 |
     { echo '[global]'; cat; } >"$work/pip.conf"
 build+=(--secret "id=pip.conf,src=$work/pip.conf")
-for path in $(grep -oE '(file://)?/[^ ]+' "$work/pip.conf" | sed 's#^file://##' | sort -u); do
+while read -r path; do
     if [[ -e $path ]]; then
         build+=(--volume "$path:$path:ro")
     fi
-done
+done < <(grep -oE '(file://)?/[^ ]+' "$work/pip.conf" | sed 's#^file://##' | sort -u)
 images build "${build[@]}" -t localhost/blip2-serve . 2>&1 | tee "$work/build.log" |
     grep -E '^(STEP|\[|Successfully|COMMIT|ERROR|error|Error)' || true
 [[ ${PIPESTATUS[0]} == 0 ]] || { tail -30 "$work/build.log"; exit 1; }
