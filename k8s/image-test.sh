@@ -72,19 +72,29 @@ fi
 echo "== build"
 build=(--isolation chroot --layers -f k8s/Dockerfile --build-arg "BASE=localhost/debian:12"
     --build-arg COMPILER= --build-arg "PIP_ARGS=$PIP_ARGS")
-# What pip is told on this machine: its options in one file, the local folders at the same paths.
-python3 -m pip config list | sed -nE "s/^(global|:env:)\.(.*)='(.*)'$/\2 = \3/p" |
-    grep -E '^(index-url|extra-index-url|find-links|constraint|default-timeout) ' | sort -u -k1,1 |
-    { echo '[global]'; cat; } >"$work/pip.conf"
-build+=(--secret "id=pip.conf,src=$work/pip.conf")
+# What pip is told on this machine: its options in one file, the local folders at the same paths, and
+# its certificates, which the image's own would otherwise stand in for.
+pip_option() { python3 -m pip config list | sed -nE "s/^(global|:env:)\.$1='(.*)'$/\2/p" | tail -1; }
+echo '[global]' >"$work/pip.conf"
+for option in index-url extra-index-url find-links constraint default-timeout; do
+    value=$(pip_option "$option")
+    if [[ -n $value ]]; then echo "$option = $value" >>"$work/pip.conf"; fi
+done
 while read -r path; do
-    if [[ -e $path ]]; then
-        build+=(--volume "$path:$path:ro")
-    fi
-done < <(grep -oE '(file://)?/[^ ]+' "$work/pip.conf" | sed 's#^file://##' | sort -u)
-images build "${build[@]}" -t localhost/blip2-serve . 2>&1 | tee "$work/build.log" |
-    grep -E '^(STEP|\[|Successfully|COMMIT|ERROR|error|Error)' || true
-[[ ${PIPESTATUS[0]} == 0 ]] || { tail -30 "$work/build.log"; exit 1; }
+    if [[ -e $path ]]; then build+=(--volume "$path:$path:ro"); fi
+done < <(grep -oE '(file://)?/[^ ]+' "$work/pip.conf" | sed 's#^file://##; s#/simple/*$##' | sort -u)
+certificates=$(pip_option cert)
+if [[ -n $certificates ]]; then
+    echo "cert = /run/pip-certificates.pem" >>"$work/pip.conf"
+    build+=(--volume "$certificates:/run/pip-certificates.pem:ro")
+fi
+build+=(--secret "id=pip.conf,src=$work/pip.conf")
+if ! images build "${build[@]}" -t localhost/blip2-serve . >"$work/build.log" 2>&1; then
+    tail -n 30 "$work/build.log" >&2
+    echo "the build failed; all of it is in $work/build.log" >&2
+    exit 1
+fi
+grep -E '^(\[[0-9]/[0-9]\] )?STEP' "$work/build.log"
 
 echo "== run"
 container=$(images from localhost/blip2-serve)

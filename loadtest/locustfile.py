@@ -12,8 +12,9 @@ import io
 import itertools
 import random
 
-from blip2_serve.demo import scenes
 from locust import HttpUser, between, task
+
+from blip2_serve.demo import scenes
 
 PICTURES = 64  # different ones, so that most requests find their image encoded after a while
 
