@@ -5,6 +5,8 @@ cd /tmp
 
 PICTURE=/opt/blip2/venv/lib/python3.11/site-packages/blip2_serve/demo/picture.png
 
+trap 'echo "FAILED in line $LINENO" >&2' ERR
+
 say() { echo "-- $*"; }
 fail() {
     echo "FAILED: $*" >&2
@@ -50,7 +52,7 @@ with open("ray.env", "w") as file:
     file.writelines(f"export {name}={value}\n" for name, value in environment.items())
 cpus = group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
 resources = ",".join(f'"{name}":{value}' for name, value in group["resources"].items())
-open("start-arguments", "w").write(f"--num-cpus={cpus} --resources={{{resources}}}")
+open("start-arguments", "w").write(f"--num-cpus={cpus} --resources={{{resources}}}\n")
 END
 
 say "user $(id -u):$(id -g), $(python --version), $(df -h / | awk 'END {print $2}') file system"
