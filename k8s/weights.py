@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -89,6 +90,7 @@ def fetch(
         if found != expected:
             (under_way / name).unlink()
             sys.exit(f"{name} of {model} has the checksum {found}, not {expected}: it is not used")
+    shutil.rmtree(under_way / ".cache", ignore_errors=True)  # the hub client's notes
     under_way.rename(done)
     print(f"{done} is complete, {len(sums)} files checked")
 
