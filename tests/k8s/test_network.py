@@ -131,8 +131,16 @@ def _resolved(*names: Pod | str) -> list[Pod | str]:
     return resolved
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_one_policy_alone_closes_everything(overlay: str) -> None:
+    (closed,) = (o for o in build(overlay) if o["metadata"]["name"] == "default-deny")
+    for pod in pods(build(overlay)):
+        assert not allowed([closed], pod, INTERNET, 443)
+        assert not allowed([closed], STRANGER, pod, 8000)
+
+
 def test_image_urls_are_fetched_where_that_component_is_added_and_from_public_addresses() -> None:
-    objects = build("prod") + [{**o, "spec": o["spec"]} for o in build("components/image-urls")]
+    objects = build("prod") + build("components/image-urls")
     source = pod_of(objects, "preprocess")
     assert allowed(objects, source, INTERNET, 443)
     assert not allowed(objects, source, INTERNET, 22)
