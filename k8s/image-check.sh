@@ -31,8 +31,8 @@ caption() {
     grep -q "a large red square at the top left" answer.json || fail "a wrong caption"
 }
 
-# The probes that KubeRay gives its pods.
-probe() { wget -T 5 -q -O- "$1" | grep -q success || fail "the probe of $1"; }
+# A page has a line. Not `grep -q`: it would leave before wget has written all.
+page_has() { wget -T 5 -q -O- "$1" | grep "$2" >/dev/null || fail "$1 has no $2"; }
 
 python -c "
 import base64, json
@@ -86,10 +86,12 @@ done
 serve deploy serve.yaml --address http://127.0.0.1:8265 >deploy.log 2>&1 || fail "serve deploy"
 until_ready $ray
 caption
-probe http://127.0.0.1:52365/api/local_raylet_healthz
-probe http://127.0.0.1:8265/api/gcs_healthz
-probe http://127.0.0.1:8000/-/healthz
-tr '\0' ' ' </proc/[0-9]*/cmdline 2>/dev/null | grep -qE 'haproxy.* -dS ' || fail "no HAProxy with -dS"
-wget -q -T 5 -O- http://127.0.0.1:9101/metrics | grep -q '^haproxy_' || fail "HAProxy's metrics"
-wget -q -T 5 -O- http://127.0.0.1:8080/metrics | grep -q '^ray_' || fail "Ray's metrics"
+# The probes that KubeRay gives its pods, and what Prometheus reads.
+page_has http://127.0.0.1:52365/api/local_raylet_healthz success
+page_has http://127.0.0.1:8265/api/gcs_healthz success
+page_has http://127.0.0.1:8000/-/healthz success
+page_has http://127.0.0.1:9101/metrics '^haproxy_'
+page_has http://127.0.0.1:8080/metrics '^ray_'
+for process in /proc/[0-9]*/cmdline; do tr '\0' ' ' <"$process" 2>/dev/null || true; done >commands
+grep -E 'bin/haproxy .*-dS ' commands >/dev/null || fail "no HAProxy with -dS"
 say "all is well"

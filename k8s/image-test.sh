@@ -6,7 +6,7 @@
 # but loopback (image-check.sh). No container engine takes part: seccomp, dropped capabilities and
 # limits of a cluster are not tried.
 #
-# Needs root, 25 GB in IMAGE_TEST_DIR and some minutes, buildah and debootstrap (apt-get install
+# Needs root, 25 GB in IMAGE_TEST_DIR for a while and some minutes, buildah and debootstrap (apt-get install
 # buildah debootstrap) and kubectl. A pip.conf of this machine is used while building, with the local
 # folders that it names.
 set -euo pipefail
@@ -70,7 +70,10 @@ if ! images inspect --type image localhost/debian:12 >/dev/null 2>&1; then
 fi
 
 echo "== build"
-build=(--isolation chroot --layers -f k8s/Dockerfile --build-arg "BASE=localhost/debian:12"
+# Copies instead of layers: what is left of an earlier build only takes space.
+images rm --all >/dev/null
+images rmi --prune --force >/dev/null
+build=(--isolation chroot --layers=false -f k8s/Dockerfile --build-arg "BASE=localhost/debian:12"
     --build-arg COMPILER= --build-arg "PIP_ARGS=$PIP_ARGS")
 # What pip is told on this machine: its options in one file, the local folders at the same paths, and
 # its certificates, which the image's own would otherwise stand in for.
@@ -98,7 +101,7 @@ grep -E '^(\[[0-9]/[0-9]\] )?STEP' "$work/build.log"
 
 echo "== run"
 container=$(images from localhost/blip2-serve)
-trap 'images rm "$container" >/dev/null' EXIT
+trap 'images rm --all >/dev/null; images rmi --force localhost/blip2-serve >/dev/null' EXIT
 root=$(images mount "$container")
 images inspect --type image --format '{{range .OCIv1.Config.Env}}{{println .}}{{end}}' \
     localhost/blip2-serve >"$work/given/image.env"
