@@ -37,6 +37,11 @@ class BatchThread(Generic[Item, Result]):
         self.dropped = 0  # items whose caller had left before they were computed
         threading.Thread(target=self._run, name="batches", daemon=True).start()
 
+    @property
+    def waiting(self) -> int:
+        """Items that are not computed yet, the current batch aside."""
+        return self._waiting.qsize()
+
     async def result_of(self, item: Item) -> Result:
         """What `compute` returns for this item, or raises for its batch."""
         future: asyncio.Future[Result] = self._loop.create_future()

@@ -15,6 +15,7 @@ from blip2_serve import logs
 from blip2_serve.config import AppConfig
 from blip2_serve.deployments.batching import BatchThread
 from blip2_serve.deployments.compute import measured_loading, set_threads, size_of
+from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import download
@@ -32,6 +33,7 @@ class Encoder:
         logs.configure()
         self._images = self._batches = 0
         self._seconds = 0.0
+        self._meter = BatchMeter(config.encoder.max_batch_size)
         load = partial(self._load, config, device)
         self._batching = BatchThread(load, self._encode, config.encoder.max_batch_size)
         await self._batching.prepared
@@ -63,12 +65,18 @@ class Encoder:
             **self._loading.stats(),
         }
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        return self._meter.signals(self._batching.waiting).report()
+
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
         start = time.perf_counter()
         prefixes = download(self._model(torch.from_numpy(np.stack(pixels))))
         self._images += len(pixels)
         self._batches += 1
-        self._seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        self._meter.computed(len(pixels), seconds)
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")
         # numpy knows no bfloat16, but bytes are bytes.

@@ -24,6 +24,7 @@ from blip2_serve.deployments.compute import (
     set_threads,
     size_of,
 )
+from blip2_serve.deployments.meter import EngineMeter
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.loop import EngineLoop
@@ -67,10 +68,12 @@ class Generator:
         with ThreadPoolExecutor(1) as thread:
             parts = await asyncio.get_running_loop().run_in_executor(thread, _load, config, device)
         self._tokenizer, self._max_model_len, self._loading = parts[1:]
+        self._meter = EngineMeter(config.generator.max_running)
         self._loop = EngineLoop(
             parts[0],
             partial(set_threads, config.generator.threads),
             events_per_s=config.generator.stream_events_per_s,
+            on_step=self._meter.stepped,
         )
 
     async def generate(
@@ -111,10 +114,14 @@ class Generator:
         params = self._bounded(len(ids), params)
         request = Request(uuid.uuid4().hex, ids, _tensor(prefix), prefix.digest, params)
         events = self._loop.stream(request, whole=whole)
+        self._meter.arrived()
+        tokens = 0
         try:
             async for event in events:
+                tokens += len(event.token_ids)
                 yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))
         finally:
+            self._meter.left(tokens * request.width // params.n)
             await events.aclose()
 
     async def stats(self) -> dict[str, Any]:
@@ -124,6 +131,12 @@ class Generator:
             "engine_seconds": self._loop.seconds,
             **self._loading.stats(),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        s = self._loop.stats()
+        kv_share = min(s.kv_rows_used, s.kv_rows_reach) / s.kv_rows_total
+        return self._meter.signals(s.running, s.waiting, kv_share).report()
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine has failed is replaced."""

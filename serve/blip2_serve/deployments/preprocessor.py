@@ -13,6 +13,7 @@ from ray import serve
 
 from blip2_serve import logs
 from blip2_serve.config import AppConfig
+from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import find_folder
 
@@ -24,16 +25,24 @@ class Preprocessor:
     def __init__(self, config: AppConfig) -> None:
         logs.configure()
         self._processor = ImageProcessor.load(find_folder(config.model, config.revision))
-        self._threads = ThreadPoolExecutor(config.preprocessor.threads, "decode")
+        self._count = config.preprocessor.threads
+        self._threads = ThreadPoolExecutor(self._count, "decode")
         self._images = 0
         self._seconds = 0.0
+        self._here = 0  # images that wait or are being decoded
+        self._meter = BatchMeter(threads=self._count)
 
     async def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file -> uint8 [3, S, S]. Raises InvalidImage."""
         loop = asyncio.get_running_loop()
-        pixels, seconds = await loop.run_in_executor(self._threads, self._decode, data)
+        self._here += 1
+        try:
+            pixels, seconds = await loop.run_in_executor(self._threads, self._decode, data)
+        finally:
+            self._here -= 1
         self._images += 1
         self._seconds += seconds
+        self._meter.computed(1, seconds)
         return pixels
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float]:
@@ -44,3 +53,7 @@ class Preprocessor:
     async def stats(self) -> dict[str, Any]:
         """Images since the start, and the seconds that decoding and resizing them took."""
         return {"images": self._images, "seconds": self._seconds}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        return self._meter.signals(max(0, self._here - self._count)).report()

@@ -49,6 +49,7 @@ class EngineStats:
     kv_rows_used: int  # by requests, or by what is kept of them
     kv_rows_kept: int  # of earlier requests, for later ones
     kv_rows_total: int
+    kv_rows_reach: int  # that running requests can come to, shared ones counted for each
     steps: int
     reused_tokens: int  # of prompts, whose KV was there already
 
@@ -81,6 +82,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._steps = 0
+        self.tokens = 0  # computed, of prompts and answers
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +93,14 @@ class Engine:
         running = sum(len(request.sequences) for request in s.running)
         kept = s.kept.rows
         return EngineStats(
-            running, len(s.waiting), s.kv.used, kept, s.kv.total, self._steps, s.reused_tokens
+            running=running,
+            waiting=len(s.waiting),
+            kv_rows_used=s.kv.used,
+            kv_rows_kept=kept,
+            kv_rows_total=s.kv.total,
+            kv_rows_reach=sum(request.reach for request in s.running),
+            steps=self._steps,
+            reused_tokens=s.reused_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -114,6 +123,7 @@ class Engine:
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
         self._steps += 1
+        self.tokens += sum(chunk.end - chunk.start for chunk in chunks)
         ready = [chunk.sequence for chunk in chunks if chunk.completes]
         return [*self._choose(logits, ready), *self._search(logits, ready)]
 

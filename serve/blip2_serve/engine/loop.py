@@ -40,7 +40,8 @@ class EngineLoop:
     """Runs `engine` in a thread; used from the event loop that it is made on.
 
     All streams together are woken `events_per_s` times a second at most, or nearly so: their first
-    tokens and their ends never wait. `prepare_thread` is called first in the engine's thread.
+    tokens and their ends never wait. In the engine's thread, `prepare_thread` is called first, and
+    `on_step` after each step, with the tokens that were computed and the seconds it took.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class EngineLoop:
         prepare_thread: Callable[[], None] = lambda: None,
         *,
         events_per_s: float = math.inf,
+        on_step: Callable[[int, float], None] = lambda _tokens, _seconds: None,
     ) -> None:
         self._engine = engine
         self._prepare_thread = prepare_thread
+        self._on_step = on_step
         self._events_per_s = events_per_s
         self._asyncio = asyncio.get_running_loop()
         self._readers: dict[str, _Reader] = {}  # touched on the event loop only
@@ -120,7 +123,7 @@ class EngineLoop:
         try:
             self._prepare_thread()
             while self._receive():
-                events = self._engine.step() if self._engine.has_work else []
+                events = self._step() if self._engine.has_work else []
                 if events:
                     self._call_soon(self._deliver, events)
         except BaseException as error:
@@ -129,6 +132,12 @@ class EngineLoop:
             logger.exception("the engine failed")
             self.failure = error
             self._call_soon(self._fail_all)
+
+    def _step(self) -> list[Event]:
+        before, start = self._engine.tokens, time.perf_counter()
+        events = self._engine.step()
+        self._on_step(self._engine.tokens - before, time.perf_counter() - start)
+        return events
 
     def _receive(self) -> bool:
         """Runs what has come in, waiting while there is nothing to do; False at the end."""
