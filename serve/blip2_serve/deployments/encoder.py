@@ -17,6 +17,7 @@ from blip2_serve.config import AppConfig
 from blip2_serve.deployments import logs
 from blip2_serve.deployments.batching import Batch, BatchThread
 from blip2_serve.deployments.compute import measured_loading, record_model, set_threads, size_of
+from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
@@ -39,6 +40,7 @@ class Encoder:
         self._seconds = 0.0
         self._limit = config.encoder.max_batch_size
         self._recorder = RayRecorder()
+        self._meter = BatchMeter(self._limit)
         load = partial(self._load, config, device)
         self._batching = BatchThread(load, self._encode, self._limit, self._observe)
         await self._batching.prepared
@@ -72,7 +74,12 @@ class Encoder:
             **self._loading.stats(),
         }
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        return self._meter.signals(self._batching.waiting).report()
+
     def _observe(self, batch: Batch) -> None:
+        self._meter.computed(len(batch.waited), batch.seconds)
         record = self._recorder
         for seconds in batch.waited:
             record.observe(metrics.QUEUE_SECONDS, seconds, stage=STAGE)

@@ -28,6 +28,7 @@ from blip2_serve.deployments.compute import (
     set_threads,
     size_of,
 )
+from blip2_serve.deployments.meter import EngineMeter
 from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
@@ -71,6 +72,7 @@ class Generator:
         self._default_max_tokens = config.generator.default_max_tokens
         self._limit = config.generator.max_running
         self._recorder = RayRecorder()
+        self._meter = EngineMeter(self._limit)
         # In a thread that ends: libgomp counts the threads of every one that ever computed, and
         # where they are more than the cores, it lets none of them spin.
         with ThreadPoolExecutor(1) as thread:
@@ -124,14 +126,18 @@ class Generator:
         params = self._bounded(len(ids), params)
         request = Request(uuid.uuid4().hex, ids, _tensor(prefix), prefix.digest, params)
         events = self._loop.stream(request, whole=whole)
+        self._meter.arrived()
+        tokens = 0
         with stage_seconds(self._recorder, STAGE):
             try:
                 async for event in events:
+                    tokens += len(event.token_ids)
                     yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))
             except (asyncio.CancelledError, GeneratorExit):
                 self._recorder.add(metrics.DROPPED, stage=STAGE)
                 raise
             finally:
+                self._meter.left(tokens * request.width // params.n)
                 await events.aclose()
 
     async def stats(self) -> dict[str, Any]:
@@ -147,8 +153,15 @@ class Generator:
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        s = self._loop.stats()
+        kv_share = min(s.kv_rows_used, s.kv_rows_reach) / s.kv_rows_total
+        return self._meter.signals(s.running, s.waiting, kv_share).report()
+
     def _observe(self, step: Step) -> None:
         record, report = self._recorder, step.report
+        self._meter.stepped(report.tokens, step.seconds)
         for seconds in step.queue_seconds:
             record.observe(metrics.QUEUE_SECONDS, seconds, stage=STAGE)
         for admission in report.admitted:
@@ -157,7 +170,7 @@ class Generator:
         record.observe(metrics.STEP_SECONDS, step.seconds, phase=report.phase)
         record.observe(metrics.BATCH_SIZE, report.prompts + report.decodes, stage=STAGE)
         record.add(metrics.BATCH_PLACES, self._limit, stage=STAGE)
-        record.add(metrics.GENERATED_TOKENS, step.tokens)
+        record.add(metrics.GENERATED_TOKENS, step.answered)
 
     def _report(self) -> None:
         record, stats = self._recorder, self._loop.stats()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ray import serve
 from blip2_serve import metrics
 from blip2_serve.config import AppConfig
 from blip2_serve.deployments import logs
+from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import find_folder
@@ -33,6 +33,7 @@ class Preprocessor:
         self._limit = config.preprocessor.threads
         self._recorder = RayRecorder()
         self._here = 0  # images, waiting or being decoded
+        self._meter = BatchMeter(threads=self._limit)
         self._images = 0
         self._seconds = 0.0
         self._pulse = asyncio.create_task(pulse(self._report))
@@ -40,28 +41,39 @@ class Preprocessor:
     async def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file -> uint8 [3, S, S]. Raises InvalidImage."""
         loop = asyncio.get_running_loop()
-        decode = partial(self._decode, data, time.perf_counter())
+        submitted = time.perf_counter()
         self._recorder.observe(metrics.IMAGE_BYTES, len(data))
         self._here += 1
         try:
             with stage_seconds(self._recorder, STAGE):
-                return await loop.run_in_executor(self._threads, decode)
+                pixels, start, seconds = await loop.run_in_executor(
+                    self._threads, self._decode, data
+                )
         finally:
             self._here -= 1
-
-    def _decode(self, data: bytes, submitted: float) -> NDArray[np.uint8]:
-        start = time.perf_counter()
-        pixels = self._processor.pixels(data)
-        seconds = time.perf_counter() - start
-        self._recorder.observe(metrics.QUEUE_SECONDS, start - submitted, stage=STAGE)
-        self._recorder.observe(metrics.DECODE_SECONDS, seconds)
         self._images += 1
         self._seconds += seconds
+        self._meter.computed(1, seconds)
+        self._recorder.observe(metrics.QUEUE_SECONDS, start - submitted, stage=STAGE)
+        self._recorder.observe(metrics.DECODE_SECONDS, seconds)
         return pixels
 
+    def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float, float]:
+        """The pixels, when it began, and the seconds that it took."""
+        start = time.perf_counter()
+        pixels = self._processor.pixels(data)
+        return pixels, start, time.perf_counter() - start
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        return self._meter.signals(self._waiting).report()
+
+    @property
+    def _waiting(self) -> int:
+        return max(0, self._here - self._limit)
+
     def _report(self) -> None:
-        waiting = max(0, self._here - self._limit)
-        self._recorder.set(metrics.WAITING, waiting, stage=STAGE)
+        self._recorder.set(metrics.WAITING, self._waiting, stage=STAGE)
 
     async def stats(self) -> dict[str, Any]:
         """Images since the start, and the seconds that decoding and resizing them took."""

@@ -49,6 +49,7 @@ class EngineStats:
     kv_rows_used: int  # by requests, or by what is kept of them
     kv_rows_kept: int  # of earlier requests, for later ones
     kv_rows_total: int
+    kv_rows_reach: int  # that running requests can come to, shared ones counted for each
     steps: int
     reused_tokens: int  # of prompts, whose KV was there already
 
@@ -60,6 +61,7 @@ class StepReport:
     admitted: tuple[Admission, ...]
     prompts: int  # sequences of which a piece of the prompt was computed
     decodes: int  # sequences that got one token further
+    tokens: int  # computed, of prompts and answers
 
     @property
     def phase(self) -> str:
@@ -94,7 +96,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._steps = 0
-        self.last_step = StepReport((), 0, 0)
+        self.last_step = StepReport((), 0, 0, 0)
 
     @property
     def has_work(self) -> bool:
@@ -105,7 +107,14 @@ class Engine:
         running = sum(len(request.sequences) for request in s.running)
         kept = s.kept.rows
         return EngineStats(
-            running, len(s.waiting), s.kv.used, kept, s.kv.total, self._steps, s.reused_tokens
+            running=running,
+            waiting=len(s.waiting),
+            kv_rows_used=s.kv.used,
+            kv_rows_kept=kept,
+            kv_rows_total=s.kv.total,
+            kv_rows_reach=sum(request.reach for request in s.running),
+            steps=self._steps,
+            reused_tokens=s.reused_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -126,7 +135,12 @@ class Engine:
         """One step: what is new of every answer, by request id."""
         chunks = self._scheduler.schedule()
         decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
-        self.last_step = StepReport(tuple(self._scheduler.admitted), len(chunks) - decodes, decodes)
+        self.last_step = StepReport(
+            admitted=tuple(self._scheduler.admitted),
+            prompts=len(chunks) - decodes,
+            decodes=decodes,
+            tokens=sum(chunk.end - chunk.start for chunk in chunks),
+        )
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
         self._steps += 1

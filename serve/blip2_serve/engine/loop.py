@@ -34,7 +34,7 @@ class Step:
     report: StepReport
     seconds: float
     queue_seconds: tuple[float, ...]  # of each request that it admitted, since it was submitted
-    tokens: int  # of answers
+    answered: int  # tokens of answers that came of it
 
 
 @dataclass
@@ -151,8 +151,8 @@ class EngineLoop:
         report = self._engine.last_step
         readers = (self._readers.get(admission.request_id) for admission in report.admitted)
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
-        tokens = sum(len(event.token_ids) for _, event in events)
-        self._observe(Step(report, time.perf_counter() - start, queue_seconds, tokens))
+        answered = sum(len(event.token_ids) for _, event in events)
+        self._observe(Step(report, time.perf_counter() - start, queue_seconds, answered))
 
     def _receive(self) -> bool:
         """Runs what has come in, waiting while there is nothing to do; False at the end."""
