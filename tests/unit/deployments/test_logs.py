@@ -35,7 +35,8 @@ def loggers() -> Iterator[None]:
     """As they were, afterwards."""
     logger, serves = logging.getLogger("blip2_serve"), logging.getLogger("ray.serve")
     before = (logger.handlers, logger.level, logger.propagate, serves.filters)
-    logger.handlers, serves.filters = [], []
+    # As in a new process; to loggers that do not propagate, pytest adds handlers of its own.
+    logger.handlers, logger.propagate, serves.filters = [], True, []
     yield
     logger.handlers, logger.level, logger.propagate, serves.filters = before
 
