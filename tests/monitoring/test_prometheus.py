@@ -98,7 +98,7 @@ def gpu_page() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-async def watching(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def watching(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
     needs("prometheus")
     targets = {"blip2-serve": f"{app.url.removeprefix('http://')}/metrics"}
     folder = tmp_path_factory.mktemp("prometheus")
@@ -126,7 +126,7 @@ def test_every_metric_is_there_after_traffic(watching: Prometheus, name: str) ->
 
 def test_labels_are_those_of_the_catalogue(watching: Prometheus) -> None:
     added = {"__name__", "job", "instance", "le", "deployment", "replica", "application"}
-    added |= {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
+    added |= {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "otel_scope_name"}
     for metric in metrics.catalogue():
         for name in exported(metric):
             for sample in watching.query(f'{name}{{job="blip2-serve"}}'):

@@ -34,7 +34,7 @@ from blip2_serve.http import images, sse
 from blip2_serve.http.body import RequestBody
 from blip2_serve.http.chat import image_urls, prompt_of
 from blip2_serve.http.measure import Measure, note_error, timed
-from blip2_serve.http.metrics_page import metrics_page
+from blip2_serve.http.metrics_page import MetricsPage
 from blip2_serve.http.schema import (
     MAX_IMAGES,
     CaptionFields,
@@ -91,6 +91,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     for kind in (Exception, Blip2ServeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
+    metrics_page = MetricsPage()
     limits = config.ingress.images
     started = int(time.time())
 
@@ -168,7 +169,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     async def metrics(request: Request) -> Response:
         """What all replicas on all nodes have measured, for Prometheus."""
         urls = await backend.metrics_urls()
-        page, content_type = await metrics_page(urls, request.headers.get("accept", ""))
+        page, content_type = await metrics_page.page(urls, request.headers.get("accept", ""))
         return Response(page, headers={"Content-Type": content_type})
 
     def check_model(request: GenerationFields) -> None:

@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from blip2_serve.http.metrics_page import metrics_page, render
+from blip2_serve.http.metrics_page import MetricsPage, render
 
 ONE = """\
 # HELP ray_blip2_requests_total HTTP requests answered.
@@ -112,7 +112,7 @@ def exporter() -> Iterator[str]:
 async def test_nodes_that_are_silent_broken_or_gone_hold_up_nobody(exporter: str) -> None:
     nodes = {"good": f"{exporter}/good", "broken": f"{exporter}/broken"}
     nodes |= {"silent": f"{exporter}/silent", "gone": "http://127.0.0.1:9/metrics"}
-    page, _ = await asyncio.wait_for(metrics_page(nodes, ""), 10)
+    page, _ = await asyncio.wait_for(MetricsPage().page(nodes, ""), 10)
     found = samples(page)
 
     answered = {node: found[f"ray_blip2_node_answered[('node', '{node}')]"] for node in nodes}
