@@ -1,7 +1,8 @@
-# make serve    the server with the shipped checkpoint, on http://127.0.0.1:8000
-# make test     the whole test suite
-# make install  .venv with every extra
-# make check    ruff and mypy
+# make serve       the server with the shipped checkpoint, on http://127.0.0.1:8000
+# make test        the whole test suite
+# make install     .venv with every extra
+# make check       ruff and mypy
+# make image-test  builds k8s/Dockerfile without a container engine, and tries the image (needs root)
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test install check clean
+.PHONY: serve test install check image-test clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
@@ -32,6 +33,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+image-test:
+	PIP_ARGS="$(PIP_ARGS)" k8s/image-test.sh
 
 clean:
 	rm -rf $(VENV)

@@ -53,7 +53,7 @@ def _place(deployment: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve
     """The deployment with its replicas, limits and resources."""
     asked = stage.num_gpus if isinstance(stage, ComputeConfig) else None
     scaling = (
-        {"autoscaling_config": stage.autoscaling}
+        {"autoscaling_config": stage.autoscaling_config}
         if stage.autoscaling
         else {"num_replicas": stage.num_replicas}
     )

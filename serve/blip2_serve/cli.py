@@ -91,6 +91,13 @@ def up(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch https image URLs that clients name.")
     ] = False,
+    log_format: Annotated[str | None, typer.Option(help="text or json.")] = None,
+    trace: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of requests to trace, besides those that ask to be traced."
+        ),
+    ] = None,
     fast: Annotated[
         bool,
         typer.Option("--fast", help="Ray Serve's throughput mode, behind HAProxy; Linux only."),
@@ -106,6 +113,7 @@ def up(
         "served_model_name": served_model_name,
         "revision": revision,
         "max_model_len": max_model_len,
+        "log_format": log_format,
         "generator": None if quantize is None else {"quantize": quantize},
     }
     app_config = read_config(config, {k: v for k, v in flags.items() if v is not None})
@@ -119,7 +127,7 @@ def up(
     signals = StopSignals()
     signals.install()
     mode = fast_mode.profile(app_config) if fast else contextlib.nullcontext()
-    running = _running(app_config, host, port, address, signals)
+    running = _running(app_config, host, port, address, signals, trace)
     with contextlib.suppress(KeyboardInterrupt), mode, running:
         _wait_until_ready(url)
         if fast:
@@ -217,7 +225,12 @@ class StopSignals:
 
 @contextlib.contextmanager
 def _running(
-    config: AppConfig, host: str, port: int, address: str | None, signals: StopSignals
+    config: AppConfig,
+    host: str,
+    port: int,
+    address: str | None,
+    signals: StopSignals,
+    trace: float | None,
 ) -> Iterator[None]:
     """Ray with the application on it; both are gone afterwards, a foreign Ray stays."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -232,9 +245,10 @@ def _running(
     os.environ.setdefault("RAY_AUTH_MODE", "token" if address is None else "disabled")
     import ray
     from ray import serve
-    from ray.serve.schema import LoggingConfig
+    from ray.serve.schema import LoggingConfig, TracingConfig
 
     from blip2_serve.app import build
+    from blip2_serve.tracing import OTLP, OTLP_ENDPOINT
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:
@@ -244,9 +258,19 @@ def _running(
         else:
             ray.init(address=address, logging_level=logging.WARNING)
         signals.install()
-        quiet = LoggingConfig(log_level="WARNING")
+        encoding = "JSON" if config.log_format == "json" else "TEXT"
+        quiet = LoggingConfig(log_level="WARNING", encoding=encoding)
         logging.getLogger("ray.serve").setLevel("WARNING")
-        serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+        serve.start(
+            http_options={"host": host, "port": port},
+            logging_config=quiet,
+            tracing_config=TracingConfig(
+                enabled=trace is not None,
+                # Without a collector, Serve writes files beside its logs.
+                exporter_import_path=OTLP if os.environ.get(OTLP_ENDPOINT) else "",
+                sampling_ratio=trace or 0,
+            ),
+        )
         err.print(f"loading {config.model}")
         try:
             serve.run(build(config), name=APP_NAME, route_prefix="/", logging_config=quiet)

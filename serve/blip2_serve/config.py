@@ -7,7 +7,9 @@ written back here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,10 +18,50 @@ from blip2_serve.model.source import DEMO
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+LogFormat = Literal["text", "json"]
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# Serve's keys for stages that scale by this package's policy, where `autoscaling` does not say
+# otherwise. Its own delays are for a policy that overshoots.
+AUTOSCALING_DEFAULTS: Mapping[str, float] = MappingProxyType(
+    {
+        "metrics_interval_s": 2,
+        "look_back_period_s": 4,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 45,
+    }
+)
+
+
+class ScalingConfig(_Config):
+    """The policy in `autoscaling.py`. Bounds and delays are Serve's own keys, in `autoscaling`."""
+
+    target_utilization: float = Field(
+        0.7, gt=0, le=1, description="of what replicas can do: the offered load that they get"
+    )
+    drain_s: float = Field(10.0, gt=0, description="in which a backlog is to be worked off")
+    slack: float = Field(
+        0.15,
+        ge=0,
+        description="share by which the replicas that remain must be more than enough before "
+        "any is stopped",
+    )
+    target_occupancy: float = Field(
+        0.9, gt=0, le=1, description="of a generator's places: sequences at once, and KV rows"
+    )
+    max_step_s: float | None = Field(
+        0.1, gt=0, description="of a generator: the time between two tokens; null: any"
+    )
+    ongoing_requests: float = Field(
+        4.0,
+        gt=0,
+        description="per replica, while no replica has measured what it can do; Serve's "
+        "target_ongoing_requests has no effect",
+    )
 
 
 class StageConfig(_Config):
@@ -30,12 +72,26 @@ class StageConfig(_Config):
 
     num_replicas: int = Field(1, ge=1)
     autoscaling: dict[str, Any] | None = Field(
-        None, description="Ray Serve's autoscaling_config; instead of num_replicas"
+        None,
+        description="Ray Serve's autoscaling_config, instead of num_replicas; with a `policy` of "
+        "its own, or by `scaling`. min_replicas: 0 lets an idle stage go",
     )
+    scaling: ScalingConfig = ScalingConfig()
     num_cpus: float = Field(0.1, ge=0)
     resources: dict[str, float] = {}
     max_ongoing_requests: int = Field(256, ge=1, description="per replica")
     max_queued_requests: int = Field(1024, ge=1, description="per caller, beyond the ongoing ones")
+
+    @property
+    def autoscaling_config(self) -> dict[str, Any] | None:
+        """Serve's, with this package's policy unless there is another; None: no autoscaling."""
+        if not self.autoscaling or "policy" in self.autoscaling:
+            return self.autoscaling or None
+        policy = {
+            "policy_function": "blip2_serve.autoscaling:StagePolicy",
+            "policy_kwargs": self.scaling.model_dump(),
+        }
+        return {**AUTOSCALING_DEFAULTS, **self.autoscaling, "policy": policy}
 
 
 class ComputeConfig(StageConfig):
@@ -135,6 +191,7 @@ class AppConfig(_Config):
     served_model_name: str | None = None
     device: Device = "auto"
     dtype: Dtype = Field("auto", description="float32 on a CPU, the checkpoint's on a GPU")
+    log_format: LogFormat = Field("text", description="of the replicas' log lines")
     max_model_len: int | None = Field(
         None, ge=1, description="image, prompt and answer tokens; by default the model's positions"
     )

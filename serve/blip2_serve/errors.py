@@ -46,7 +46,14 @@ class InvalidRequest(Blip2ServeError):
 
 
 class InvalidImage(InvalidRequest):
+    """`kind` is for metrics: what is wrong with the image, in a word."""
+
     code = "invalid_image"
+
+    def __init__(self, message: str, param: str | None = None, kind: str = "broken") -> None:
+        super().__init__(message, param)
+        self.args = (message, param, kind)  # what pickle calls the class with
+        self.kind = kind
 
 
 class ContextLengthExceeded(InvalidRequest):

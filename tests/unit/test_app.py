@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from ray.serve._private.autoscaling_state import _resolve_policy_callable
+from ray.serve.config import AutoscalingConfig
 
 from blip2_serve import app
-from blip2_serve.config import AppConfig
+from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig
 from blip2_serve.deployments.compute import library_environment
 
 
@@ -79,6 +81,71 @@ def test_each_stage_takes_replicas_or_autoscaling_and_resources_of_its_own(
     assert placed["Encoder"].num_replicas == 1
     scaling = placed["Generator"]._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+
+
+def scaling_of(stage: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Serve's AutoscalingConfig of a stage that is configured so."""
+    placed = placements({stage: values}, 0, monkeypatch)
+    return placed[stage.capitalize()]._deployment_config.autoscaling_config
+
+
+@pytest.mark.parametrize("stage", ["ingress", "preprocessor", "encoder", "generator"])
+def test_autoscaling_without_a_policy_of_its_own_goes_by_ours(
+    stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"autoscaling": {"max_replicas": 4}, "scaling": {"drain_s": 3}}
+    scaling = scaling_of(stage, values, monkeypatch)
+
+    policy = _resolve_policy_callable(scaling.policy)  # as Serve's controller does
+    assert type(policy).__name__ == "StagePolicy"
+    assert scaling.policy.policy_kwargs["drain_s"] == 3
+    assert scaling.look_back_period_s == AUTOSCALING_DEFAULTS["look_back_period_s"]
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+
+
+def test_delays_and_bounds_can_be_chosen_with_our_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"autoscaling": {"min_replicas": 0, "downscale_delay_s": 7, "max_replicas": 2}}
+    scaling = scaling_of("encoder", values, monkeypatch)
+
+    assert (scaling.min_replicas, scaling.downscale_delay_s) == (0, 7)
+    assert not scaling.policy.is_default_policy_function()
+
+
+def test_a_policy_of_ones_own_and_its_delays_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
+    scaling = scaling_of("encoder", {"autoscaling": {"policy": own}}, monkeypatch)
+
+    assert scaling.policy.policy_function == own["policy_function"]
+    assert scaling.upscale_delay_s == AutoscalingConfig().upscale_delay_s
+
+
+def test_serves_controller_can_run_our_policy_without_this_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve pickles the policy's module by value: its working directory may be elsewhere."""
+    values = {"autoscaling": {"max_replicas": 4}}
+    policy = scaling_of("generator", values, monkeypatch).policy
+    code = f"""
+import sys
+sys.modules["blip2_serve"] = None  # importing it fails
+from types import SimpleNamespace
+from ray import cloudpickle
+policy = cloudpickle.loads({policy.get_serialized_policy_def()!r})(**{policy.policy_kwargs!r})
+ctx = SimpleNamespace(
+    aggregated_metrics={{"finished": {{"a": 7.0}}, "capacity": {{"a": 1.0}}}},
+    running_replicas=["a"], current_num_replicas=1, target_num_replicas=1,
+    total_num_requests=1.0, total_queued_requests=0.0,
+    capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=50,
+    current_time=0.0, config=SimpleNamespace(metrics_interval_s=2),
+)
+print(policy(ctx)[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert int(done.stdout) == 10  # at seven tenths of what they can do
 
 
 COMPILES_FOR_512_SHAPES = """

@@ -41,6 +41,10 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param({"max_model_len": 0}, id="no positions"),
         pytest.param({"encoder": {"num_replicas": 0}}, id="no replicas"),
         pytest.param({"encoder": {"max_batch_size": 0}}, id="empty batches"),
+        pytest.param({"encoder": {"scaling": {"drain_s": 0}}}, id="a backlog drained in no time"),
+        pytest.param(
+            {"encoder": {"scaling": {"target_utilization": 1.2}}}, id="more than replicas can do"
+        ),
         pytest.param({"generator": {"max_step_tokens": 1}}, id="steps of one token"),
         pytest.param({"generator": {"kv_memory_fraction": 1.5}}, id="more than all memory"),
         pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),

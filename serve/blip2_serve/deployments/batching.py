@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
@@ -16,10 +18,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A batch that was computed."""
+
+    seconds: float
+    waited: tuple[float, ...]  # seconds, of each item
+    dropped: int  # items before it that nobody wanted any more
+
+
+@dataclass
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    since: float  # as time.perf_counter() counts
+    result: asyncio.Future[Result]
+
+
 class BatchThread(Generic[Item, Result]):
     """Calls `compute` with whatever is waiting, up to `limit` items; never waits for a second one.
 
-    `prepare` is called first, in the same thread. Used from the event loop that it is made on.
+    `prepare` is called first, in the same thread, and `observe` there after each batch. Used from
+    the event loop that it is made on.
     """
 
     def __init__(
@@ -27,20 +46,26 @@ class BatchThread(Generic[Item, Result]):
         prepare: Callable[[], None],
         compute: Callable[[list[Item]], list[Result]],
         limit: int,
+        observe: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         self._prepare = prepare
         self._compute = compute
         self._limit = limit
+        self._observe = observe
         self._loop = asyncio.get_running_loop()
-        self._waiting: SimpleQueue[tuple[Item, asyncio.Future[Result]]] = SimpleQueue()
+        self._waiting: SimpleQueue[_Waiting[Item, Result]] = SimpleQueue()
         self.prepared: asyncio.Future[None] = self._loop.create_future()
-        self.dropped = 0  # items whose caller had left before they were computed
         threading.Thread(target=self._run, name="batches", daemon=True).start()
+
+    @property
+    def waiting(self) -> int:
+        """How many items no batch has taken yet."""
+        return self._waiting.qsize()
 
     async def result_of(self, item: Item) -> Result:
         """What `compute` returns for this item, or raises for its batch."""
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.put((item, future))
+        self._waiting.put(_Waiting(item, time.perf_counter(), future))
         return await future
 
     def _run(self) -> None:
@@ -51,24 +76,29 @@ class BatchThread(Generic[Item, Result]):
             return
         self._loop.call_soon_threadsafe(_answer, [self.prepared], [None])
         while True:
-            batch = self._next_batch()
-            futures = [future for _, future in batch]
+            batch, dropped = self._next_batch()
+            futures = [waiting.result for waiting in batch]
+            start = time.perf_counter()
             try:
-                results = self._compute([item for item, _ in batch])
+                results = self._compute([waiting.item for waiting in batch])
             except Exception as error:
                 self._loop.call_soon_threadsafe(_fail, futures, error)
             else:
                 self._loop.call_soon_threadsafe(_answer, futures, results)
+            waited = tuple(start - waiting.since for waiting in batch)
+            self._observe(Batch(time.perf_counter() - start, waited, dropped))
 
-    def _next_batch(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+    def _next_batch(self) -> tuple[list[_Waiting[Item, Result]], int]:
+        """And how many were passed over, since their caller had left."""
+        batch: list[_Waiting[Item, Result]] = []
+        dropped = 0
         while not batch or (len(batch) < self._limit and not self._waiting.empty()):
-            item, future = self._waiting.get()
-            if future.cancelled():
-                self.dropped += 1
+            waiting = self._waiting.get()
+            if waiting.result.cancelled():
+                dropped += 1
             else:
-                batch.append((item, future))
-        return batch
+                batch.append(waiting)
+        return batch, dropped
 
 
 def _answer(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import ray
 import torch
 
+from blip2_serve import metrics
+from blip2_serve.metrics import Recorder
 from blip2_serve.model import memory
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ class LoadReport:
     tensor_bytes: int = 0
     seconds: float = 0.0
     rss_anon_before: int = 0
+    dtype: str = ""
 
     def stats(self) -> dict[str, float]:
         """Bytes of the tensors, seconds, and growth of this process's memory since before, now."""
@@ -87,6 +90,16 @@ def measured_loading(what: str) -> Iterator[LoadReport]:
         report.seconds,
         report.stats()["rss_anon_growth"] / 1e9,
     )
+
+
+def record_model(recorder: Recorder, stage: str, loading: LoadReport, device: torch.device) -> None:
+    """What there is to say about a stage's model and the memory that it lies in."""
+    recorder.set(metrics.MODEL_LOAD_SECONDS, loading.seconds, stage=stage)
+    recorder.set(metrics.MODEL_BYTES, loading.tensor_bytes, stage=stage)
+    if device.type == "cuda":
+        free, capacity = torch.cuda.mem_get_info(device)
+        recorder.set(metrics.GPU_MEMORY_USED, capacity - free, stage=stage)
+        recorder.set(metrics.GPU_MEMORY_CAPACITY, capacity, stage=stage)
 
 
 def size_of(module: torch.nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from functools import partial
 from typing import Any
@@ -11,15 +12,20 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from blip2_serve import logs
+from blip2_serve import metrics
 from blip2_serve.config import AppConfig
-from blip2_serve.deployments.batching import BatchThread
-from blip2_serve.deployments.compute import measured_loading, set_threads, size_of
+from blip2_serve.deployments import logs
+from blip2_serve.deployments.batching import Batch, BatchThread
+from blip2_serve.deployments.compute import measured_loading, record_model, set_threads, size_of
+from blip2_serve.deployments.meter import BatchMeter
+from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import download
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import ImagePrefix
+
+STAGE = "encoder"  # in metrics
 
 _Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImagePrefix
 
@@ -29,16 +35,20 @@ class Encoder:
     """Encodes whatever is waiting, up to a limit, in one forward pass; never waits for more."""
 
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
-        logs.configure()
+        logs.configure(config.log_format)
         self._images = self._batches = 0
         self._seconds = 0.0
+        self._limit = config.encoder.max_batch_size
+        self._recorder = RayRecorder()
+        self._meter = BatchMeter(self._limit)
         load = partial(self._load, config, device)
-        self._batching = BatchThread(load, self._encode, config.encoder.max_batch_size)
+        self._batching = BatchThread(load, self._encode, self._limit, self._observe)
         await self._batching.prepared
+        self._pulse = asyncio.create_task(pulse(self._report))
 
     def _load(self, config: AppConfig, device_name: str) -> None:
         set_threads(config.encoder.threads)
-        device = torch.device(device_name)
+        self._device = device = torch.device(device_name)
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
         dtype = resolve_dtype(config.dtype, device, checkpoint.config)
@@ -51,7 +61,8 @@ class Encoder:
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""
-        data, shape, dtype = await self._batching.result_of(pixels)
+        with stage_seconds(self._recorder, STAGE):
+            data, shape, dtype = await self._batching.result_of(pixels)
         return ImagePrefix(digest, data, shape, dtype)
 
     async def stats(self) -> dict[str, Any]:
@@ -62,6 +73,24 @@ class Encoder:
             "seconds": self._seconds,
             **self._loading.stats(),
         }
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        return self._meter.signals(self._batching.waiting).report()
+
+    def _observe(self, batch: Batch) -> None:
+        self._meter.computed(len(batch.waited), batch.seconds)
+        record = self._recorder
+        for seconds in batch.waited:
+            record.observe(metrics.QUEUE_SECONDS, seconds, stage=STAGE)
+        record.observe(metrics.STEP_SECONDS, batch.seconds, phase="encode")
+        record.observe(metrics.BATCH_SIZE, len(batch.waited), stage=STAGE)
+        record.add(metrics.BATCH_PLACES, self._limit, stage=STAGE)
+        record.add(metrics.DROPPED, batch.dropped, stage=STAGE)
+
+    def _report(self) -> None:
+        self._recorder.set(metrics.WAITING, self._batching.waiting, stage=STAGE)
+        record_model(self._recorder, STAGE, self._loading, self._device)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
         start = time.perf_counter()

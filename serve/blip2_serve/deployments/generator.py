@@ -11,22 +11,28 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import ray
 import torch
+import transformers
 from ray import serve
 from torch import Tensor
 
-from blip2_serve import logs
+from blip2_serve import __version__, metrics
 from blip2_serve.config import AppConfig, GeneratorConfig
+from blip2_serve.deployments import logs
 from blip2_serve.deployments.compute import (
     LoadReport,
     free_memory,
     measured_loading,
+    record_model,
     set_threads,
     size_of,
 )
+from blip2_serve.deployments.meter import EngineMeter
+from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
-from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.loop import EngineLoop, Step
 from blip2_serve.engine.runner import Runner, row_bytes
 from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
@@ -52,6 +58,8 @@ from blip2_serve.types import (
 
 logger = logging.getLogger(__name__)
 
+STAGE = "generator"  # in metrics
+
 USUAL_LENGTH = 512  # tokens: more than a chat of ten turns about an image has
 
 
@@ -60,8 +68,11 @@ class Generator:
     """Tokenises, submits to the engine, passes its events on, cancels, reports health."""
 
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
-        logs.configure()
+        logs.configure(config.log_format)
         self._default_max_tokens = config.generator.default_max_tokens
+        self._limit = config.generator.max_running
+        self._recorder = RayRecorder()
+        self._meter = EngineMeter(self._limit)
         # In a thread that ends: libgomp counts the threads of every one that ever computed, and
         # where they are more than the cores, it lets none of them spin.
         with ThreadPoolExecutor(1) as thread:
@@ -70,8 +81,12 @@ class Generator:
         self._loop = EngineLoop(
             parts[0],
             partial(set_threads, config.generator.threads),
+            observe=self._observe,
             events_per_s=config.generator.stream_events_per_s,
         )
+        self._device = torch.device(device)
+        self._build = _build_info(config, self._device, self._loading)
+        self._pulse = asyncio.create_task(pulse(self._report))
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
@@ -111,11 +126,19 @@ class Generator:
         params = self._bounded(len(ids), params)
         request = Request(uuid.uuid4().hex, ids, _tensor(prefix), prefix.digest, params)
         events = self._loop.stream(request, whole=whole)
-        try:
-            async for event in events:
-                yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))
-        finally:
-            await events.aclose()
+        self._meter.arrived()
+        tokens = 0
+        with stage_seconds(self._recorder, STAGE):
+            try:
+                async for event in events:
+                    tokens += len(event.token_ids)
+                    yield replace(event, logprobs=tuple(map(self._with_bytes, event.logprobs)))
+            except (asyncio.CancelledError, GeneratorExit):
+                self._recorder.add(metrics.DROPPED, stage=STAGE)
+                raise
+            finally:
+                self._meter.left(tokens * request.width // params.n)
+                await events.aclose()
 
     async def stats(self) -> dict[str, Any]:
         """The engine's state, seconds of finished requests in it, and what loading cost."""
@@ -129,6 +152,35 @@ class Generator:
         """Called by Serve: a replica whose engine has failed is replaced."""
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for the autoscaling policy."""
+        s = self._loop.stats()
+        kv_share = min(s.kv_rows_used, s.kv_rows_reach) / s.kv_rows_total
+        return self._meter.signals(s.running, s.waiting, kv_share).report()
+
+    def _observe(self, step: Step) -> None:
+        record, report = self._recorder, step.report
+        self._meter.stepped(report.tokens, step.seconds)
+        for seconds in step.queue_seconds:
+            record.observe(metrics.QUEUE_SECONDS, seconds, stage=STAGE)
+        for admission in report.admitted:
+            record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
+            record.add(metrics.REUSED_TOKENS, admission.reused_tokens)
+        record.observe(metrics.STEP_SECONDS, step.seconds, phase=report.phase)
+        record.observe(metrics.BATCH_SIZE, report.prompts + report.decodes, stage=STAGE)
+        record.add(metrics.BATCH_PLACES, self._limit, stage=STAGE)
+        record.add(metrics.GENERATED_TOKENS, step.answered)
+
+    def _report(self) -> None:
+        record, stats = self._recorder, self._loop.stats()
+        record.set(metrics.WAITING, stats.waiting, stage=STAGE)
+        record.set(metrics.SEQUENCES_RUNNING, stats.running)
+        record.set(metrics.KV_ROWS_USED, stats.kv_rows_used)
+        record.set(metrics.KV_ROWS_KEPT, stats.kv_rows_kept)
+        record.set(metrics.KV_ROWS_CAPACITY, stats.kv_rows_total)
+        record.set(metrics.BUILD_INFO, 1, **self._build)
+        record_model(record, STAGE, self._loading, self._device)
 
     def _with_bytes(self, logprob: TokenLogprob) -> TokenLogprob:
         return replace(
@@ -153,6 +205,18 @@ class Generator:
         return replace(params, max_tokens=max_tokens)
 
 
+def _build_info(config: AppConfig, device: torch.device, loading: LoadReport) -> dict[str, str]:
+    return {
+        "version": __version__,
+        "model": config.model_name,
+        "dtype": loading.dtype,
+        "device": device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "ray": ray.__version__,
+    }
+
+
 def _choice(event: TokenEvent) -> Choice:
     assert event.finish_reason is not None
     return Choice(event.token_ids, event.text, event.finish_reason, event.logprobs)
@@ -171,6 +235,7 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     with measured_loading("language model") as report:
         decoder = OptDecoder.load(checkpoint, device, dtype)
         report.tensor_bytes = size_of(decoder)
+        report.dtype = str(dtype).removeprefix("torch.")
         if own.quantize:
             quantize_decoder(decoder)
         else:

@@ -10,14 +10,19 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import opentelemetry.context
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve import context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from blip2_serve import logs
+from blip2_serve import metrics
 from blip2_serve.config import AppConfig
+from blip2_serve.deployments import logs
+from blip2_serve.deployments.recorder import RayRecorder
 from blip2_serve.errors import Blip2ServeError, Overloaded, Unavailable
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
@@ -44,14 +49,18 @@ class Ingress:
         encoder: DeploymentHandle[Any],
         generator: DeploymentHandle[Any],
     ) -> None:
-        logs.configure()
+        logs.configure(config.log_format)
         self._config = config
         # Made once: a handle's method is a new handle each time, and costs as much as a small call.
         self._pixels = _method(preprocessor, "pixels")
         self._encode_pixels = _method(encoder, "encode")
         self._generate = _method(generator, "generate")
         self._stream = _method(generator, "stream", stream=True)
-        self._prefixes = PrefixCache(config.ingress.prefix_cache_entries)
+        self._recorder = RayRecorder()
+        self._prefixes = PrefixCache(
+            config.ingress.prefix_cache_entries,
+            lambda result: self._recorder.add(metrics.PREFIX_LOOKUPS, result=result),
+        )
         if config.ingress.images.allow_urls:
             logger.warning(
                 "image URLs are on: any client can make this server fetch https addresses, those "
@@ -61,7 +70,7 @@ class Ingress:
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self, self._config)
+        return create_app(self, self._config, self._recorder)
 
     async def prefix(self, image: bytes) -> ImagePrefix:
         """The image's prefix: from the cache, from an encode under way, or encoded now."""
@@ -95,6 +104,14 @@ class Ingress:
                 if not finished:
                     events.cancel()
 
+    async def metrics_urls(self) -> dict[str, str]:
+        """Of each node, where Ray exports its metrics."""
+        nodes = await asyncio.to_thread(ray.nodes)
+        places = (
+            f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in nodes if n["Alive"]
+        )
+        return {place: f"http://{place}/metrics" for place in places}
+
     async def _warm_up(self) -> None:
         """Sends one request through every stage, until it succeeds: then the replica is ready."""
         image = DEMO_PICTURE.read_bytes()
@@ -121,8 +138,10 @@ def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = Fals
 class PrefixCache:
     """The last used prefixes by digest; a digest asked for twice at once is computed once."""
 
-    def __init__(self, entries: int) -> None:
+    def __init__(self, entries: int, count: Callable[[str], None] = lambda _: None) -> None:
+        """`count` is told the result of each look: "hit", "joined" or "miss"."""
         self._entries = entries
+        self._count = count
         self._kept: OrderedDict[str, ImagePrefix] = OrderedDict()
         self._under_way: dict[str, asyncio.Task[ImagePrefix]] = {}
 
@@ -130,12 +149,12 @@ class PrefixCache:
         """The prefix of that name, computed if need be; errors reach everyone who waits."""
         if name in self._kept:
             self._kept.move_to_end(name)
+            self._count("hit")
             return self._kept[name]
         task = self._under_way.get(name)
+        self._count("joined" if task else "miss")
         if task is None:
-            # In a context of its own: Serve cancels what a request started when its client
-            # leaves, but others may be waiting for this by then.
-            task = asyncio.create_task(self._run(name, compute), context=contextvars.Context())
+            task = asyncio.create_task(self._run(name, compute), context=_own_context())
             self._under_way[name] = task
         return await asyncio.shield(task)
 
@@ -148,6 +167,20 @@ class PrefixCache:
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)
         return prefix
+
+
+def _own_context() -> contextvars.Context:
+    """A context for work that others than this request may be waiting for before it is done.
+
+    Serve cancels what a request has started when its client leaves, and knows it by what is left
+    out here. Log lines and traces still say which request it was.
+    """
+    request = context._get_serve_request_context()
+    about: Any = context._RequestContext(request_id=request.request_id, app_name=request.app_name)
+    own = contextvars.Context()
+    own.run(context._serve_request_context.set, about)
+    own.run(opentelemetry.context.attach, opentelemetry.context.get_current())
+    return own
 
 
 @contextmanager

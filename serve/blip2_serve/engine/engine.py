@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from blip2_serve.engine.answer import Answer
 from blip2_serve.engine.beam import BeamSearch, Candidate
 from blip2_serve.engine.detokenizer import Decode
-from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.scheduler import Admission, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
 
@@ -49,8 +49,23 @@ class EngineStats:
     kv_rows_used: int  # by requests, or by what is kept of them
     kv_rows_kept: int  # of earlier requests, for later ones
     kv_rows_total: int
+    kv_rows_reach: int  # that running requests can come to, shared ones counted for each
     steps: int
     reused_tokens: int  # of prompts, whose KV was there already
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did."""
+
+    admitted: tuple[Admission, ...]
+    prompts: int  # sequences of which a piece of the prompt was computed
+    decodes: int  # sequences that got one token further
+    tokens: int  # computed, of prompts and answers
+
+    @property
+    def phase(self) -> str:
+        return "decode" if not self.prompts else "mixed" if self.decodes else "prompt"
 
 
 @dataclass
@@ -81,6 +96,7 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._steps = 0
+        self.last_step = StepReport((), 0, 0, 0)
 
     @property
     def has_work(self) -> bool:
@@ -91,7 +107,14 @@ class Engine:
         running = sum(len(request.sequences) for request in s.running)
         kept = s.kept.rows
         return EngineStats(
-            running, len(s.waiting), s.kv.used, kept, s.kv.total, self._steps, s.reused_tokens
+            running=running,
+            waiting=len(s.waiting),
+            kv_rows_used=s.kv.used,
+            kv_rows_kept=kept,
+            kv_rows_total=s.kv.total,
+            kv_rows_reach=sum(request.reach for request in s.running),
+            steps=self._steps,
+            reused_tokens=s.reused_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -111,6 +134,13 @@ class Engine:
     def step(self) -> list[Event]:
         """One step: what is new of every answer, by request id."""
         chunks = self._scheduler.schedule()
+        decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
+        self.last_step = StepReport(
+            admitted=tuple(self._scheduler.admitted),
+            prompts=len(chunks) - decodes,
+            decodes=decodes,
+            tokens=sum(chunk.end - chunk.start for chunk in chunks),
+        )
         logits = self._runner.run(chunks)
         self._scheduler.advance(chunks)
         self._steps += 1

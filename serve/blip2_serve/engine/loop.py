@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from blip2_serve.engine.engine import Engine, EngineStats, Event
+from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.types import TokenEvent
@@ -27,10 +27,21 @@ logger = logging.getLogger(__name__)
 _Item = TokenEvent | Blip2ServeError
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of the engine, measured."""
+
+    report: StepReport
+    seconds: float
+    queue_seconds: tuple[float, ...]  # of each request that it admitted, since it was submitted
+    answered: int  # tokens of answers that came of it
+
+
 @dataclass
 class _Reader:
     """Who waits for a request's events, and from when on they are worth waking him."""
 
+    submitted: float  # as time.perf_counter() counts
     due: float  # in seconds of the event loop
     waiting: list[_Item] = field(default_factory=list)
     woken: asyncio.Queue[list[_Item]] = field(default_factory=asyncio.Queue)
@@ -40,7 +51,8 @@ class EngineLoop:
     """Runs `engine` in a thread; used from the event loop that it is made on.
 
     All streams together are woken `events_per_s` times a second at most, or nearly so: their first
-    tokens and their ends never wait. `prepare_thread` is called first in the engine's thread.
+    tokens and their ends never wait. `prepare_thread` is called first in the engine's thread, and
+    `observe` there after each step.
     """
 
     def __init__(
@@ -48,10 +60,12 @@ class EngineLoop:
         engine: Engine,
         prepare_thread: Callable[[], None] = lambda: None,
         *,
+        observe: Callable[[Step], None] = lambda _: None,
         events_per_s: float = math.inf,
     ) -> None:
         self._engine = engine
         self._prepare_thread = prepare_thread
+        self._observe = observe
         self._events_per_s = events_per_s
         self._asyncio = asyncio.get_running_loop()
         self._readers: dict[str, _Reader] = {}  # touched on the event loop only
@@ -78,9 +92,9 @@ class EngineLoop:
         """
         if self.failure:
             raise self._unavailable()
-        reader = self._readers[request.id] = _Reader(due=math.inf if whole else 0.0)
+        reader = _Reader(time.perf_counter(), due=math.inf if whole else 0.0)
+        self._readers[request.id] = reader
         self._streams += not whole
-        submitted = time.perf_counter()
         self._post(partial(self._add, request))
         finished = False
         try:
@@ -88,7 +102,7 @@ class EngineLoop:
                 events, failure = await _next(reader.woken)
                 finished = failure is not None or events[-1].last
                 if finished:
-                    self.seconds += time.perf_counter() - submitted
+                    self.seconds += time.perf_counter() - reader.submitted
                 for event in _merged(events):
                     yield event
                 if failure is not None:
@@ -120,15 +134,25 @@ class EngineLoop:
         try:
             self._prepare_thread()
             while self._receive():
-                events = self._engine.step() if self._engine.has_work else []
-                if events:
-                    self._call_soon(self._deliver, events)
+                if self._engine.has_work:
+                    self._step()
         except BaseException as error:
             # Nothing can be trusted now: everyone is told, and the health check asks for a
             # new replica.
             logger.exception("the engine failed")
             self.failure = error
             self._call_soon(self._fail_all)
+
+    def _step(self) -> None:
+        start = time.perf_counter()
+        events = self._engine.step()
+        if events:
+            self._call_soon(self._deliver, events)
+        report = self._engine.last_step
+        readers = (self._readers.get(admission.request_id) for admission in report.admitted)
+        queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
+        answered = sum(len(event.token_ids) for _, event in events)
+        self._observe(Step(report, time.perf_counter() - start, queue_seconds, answered))
 
     def _receive(self) -> bool:
         """Runs what has come in, waiting while there is nothing to do; False at the end."""

@@ -11,11 +11,21 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from dataclasses import dataclass
 
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.prefix_tree import PrefixTree
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A request that waited and now runs."""
+
+    request_id: str
+    prompt_tokens: int
+    reused_tokens: int  # of them, whose keys and values were there
 
 
 class Scheduler:
@@ -37,6 +47,7 @@ class Scheduler:
         self.kept = PrefixTree(kv)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
+        self.admitted: list[Admission] = []  # by the last `schedule`
         self.reused_tokens = 0  # of prompts, since the start
         self._max_running = max_running  # sequences
         self._max_waiting = max_waiting  # requests
@@ -78,6 +89,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's work: decodes first, then prompts, oldest first."""
+        self.admitted = []
         self._admit()
         sequences = [s for request in self.running for s in request.sequences]
         chunks = [Chunk(s, s.computed, s.length) for s in sequences if s.output]
@@ -145,6 +157,7 @@ class Scheduler:
             request.sequences = [
                 Sequence(request, table=request.held[: len(request.prompt)], computed=len(known))
             ]
+            self.admitted.append(Admission(request.id, len(request.prompt), len(known)))
             self.reused_tokens += len(known)
 
     def _keep(self, sequence: Sequence) -> None:

@@ -33,6 +33,8 @@ from blip2_serve.errors import (
 from blip2_serve.http import images, sse
 from blip2_serve.http.body import RequestBody
 from blip2_serve.http.chat import image_urls, prompt_of
+from blip2_serve.http.measure import Measure, note_error, timed
+from blip2_serve.http.metrics_page import MetricsPage
 from blip2_serve.http.schema import (
     MAX_IMAGES,
     CaptionFields,
@@ -42,6 +44,7 @@ from blip2_serve.http.schema import (
     GenerationFields,
 )
 from blip2_serve.http.validation import explain
+from blip2_serve.metrics import Recorder
 from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
 
 LIMITATIONS = (
@@ -66,14 +69,29 @@ class Backend(Protocol):
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
+    async def metrics_urls(self) -> dict[str, str]:
+        """Of each node, where its own metrics are."""
 
-def create_app(backend: Backend, config: AppConfig) -> FastAPI:
+
+def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastAPI:
     """The application of one ingress replica."""
+
+    def as_answer(error: Exception) -> Blip2ServeError:
+        own = _as_own_error(error)
+        note_error(recorder, own)
+        return own
+
+    async def answer_error(_: Request, error: Exception) -> Response:
+        own = as_answer(error)
+        headers = getattr(error, "headers", None)
+        return JSONResponse(own.body(), status_code=own.status, headers=headers)
+
     app = FastAPI(title="blip2-serve", version=__version__)
+    app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
-    app.add_exception_handler(Exception, _answer_error)
-    for kind in (Blip2ServeError, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, _answer_error)
+    for kind in (Exception, Blip2ServeError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer_error)
+    metrics_page = MetricsPage()
     limits = config.ingress.images
     started = int(time.time())
 
@@ -117,7 +135,10 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
 
         results = await asyncio.gather(*map(caption_one, sources))
         errors = [r for r in results if isinstance(r, Blip2ServeError)]
-        if len(errors) == len(results):
+        all_failed = len(errors) == len(results)
+        for error in errors[all_failed:]:  # the first of them is the answer then
+            note_error(recorder, error, answers=False)
+        if all_failed:
             raise errors[0]
         return JSONResponse(_caption_list(config.model_name, results, fields))
 
@@ -143,6 +164,13 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
         if not backend.is_ready:
             raise Unavailable("not ready: the stages are still loading or warming up")
         return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """What all replicas on all nodes have measured, for Prometheus."""
+        urls = await backend.metrics_urls()
+        page, content_type = await metrics_page.page(urls, request.headers.get("accept", ""))
+        return Response(page, headers={"Content-Type": content_type})
 
     def check_model(request: GenerationFields) -> None:
         if request.model is not None and request.model != config.model_name:
@@ -197,7 +225,7 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
                 completion = await backend.generate(prefix, prompt, params)
             return JSONResponse(sse.body(shape, head, completion, bool(request.return_token_ids)))
         # The first event comes before the headers: an early failure is a status, not a broken 200.
-        events = backend.stream(prefix, prompt, params)
+        events = timed(backend.stream(prefix, prompt, params), recorder)
         with _named_as_in(request):
             first = await anext(events)
         return _Stream(
@@ -208,7 +236,7 @@ def create_app(backend: Backend, config: AppConfig) -> FastAPI:
                 _chain(first, events),
                 return_token_ids=bool(request.return_token_ids),
                 include_usage=request.include_usage,
-                report=_as_own_error,
+                report=as_answer,
             ),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
@@ -338,11 +366,6 @@ def _caption_list(
 
 
 # -- errors ----------------------------------------------------------------------------------------
-
-
-async def _answer_error(_: Request, error: Exception) -> Response:
-    own = _as_own_error(error)
-    return JSONResponse(own.body(), status_code=own.status, headers=getattr(error, "headers", None))
 
 
 def _as_own_error(error: Exception) -> Blip2ServeError:

@@ -49,21 +49,23 @@ def digest(data: bytes, preprocessing: int) -> str:
 def _decode_data_url(url: str, param: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise InvalidImage('a data URL must read "data:<media type>;base64,<data>"', param)
+        raise InvalidImage('a data URL must read "data:<media type>;base64,<data>"', param, "url")
     try:
         with contextlib.suppress(binascii.Error):
             return pybase64.b64decode(payload, validate=True)
         return pybase64.b64decode("".join(payload.split()), validate=True)  # it was wrapped
     except (binascii.Error, ValueError) as error:
-        raise InvalidImage(f"the data URL's base64 is broken: {error}", param) from None
+        raise InvalidImage(f"the data URL's base64 is broken: {error}", param, "base64") from None
 
 
 def _check_size(data: bytes, limits: ImageLimits, param: str) -> bytes:
     if not data:
-        raise InvalidImage("the image is empty", param)
+        raise InvalidImage("the image is empty", param, "empty")
     if len(data) > limits.max_bytes:
         raise InvalidImage(
-            f"the image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted", param
+            f"the image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted",
+            param,
+            "bytes",
         )
     return data
 
@@ -76,11 +78,11 @@ async def _download(url: str, limits: ImageLimits, param: str) -> bytes:
             client.stream("GET", url) as response,
         ):
             if response.status_code != httpx.codes.OK:
-                raise InvalidImage(f"the image URL answered {response.status_code}", param)
+                raise InvalidImage(f"the image URL answered {response.status_code}", param, "fetch")
             async for piece in response.aiter_bytes():
                 data += piece
                 if len(data) > limits.max_bytes:
                     break
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise InvalidImage(f"the image URL cannot be fetched: {error}", param) from None
+        raise InvalidImage(f"the image URL cannot be fetched: {error}", param, "fetch") from None
     return _check_size(bytes(data), limits, param)

@@ -93,7 +93,8 @@ class ImageProcessor:
                 if image.width * image.height > MAX_PIXELS:
                     raise InvalidImage(
                         f"the image has {image.width} x {image.height} pixels; at most "
-                        f"{MAX_PIXELS:,} are accepted"
+                        f"{MAX_PIXELS:,} are accepted",
+                        kind="pixels",
                     )
                 if image.format == "JPEG" and image.mode in ("RGB", "L"):
                     height, width = self.size
@@ -103,10 +104,12 @@ class ImageProcessor:
         except InvalidImage:
             raise
         except Image.DecompressionBombError as error:
-            raise InvalidImage(f"the image is too large: {error}") from error
+            raise InvalidImage(f"the image is too large: {error}", kind="pixels") from error
         except UnidentifiedImageError:
             accepted = ", ".join(FORMATS)
-            raise InvalidImage(f"not an image that can be read; accepted are {accepted}") from None
+            raise InvalidImage(
+                f"not an image that can be read; accepted are {accepted}", kind="format"
+            ) from None
         # Pillow's decoders raise whatever their parsing trips over (SyntaxError, struct.error,
         # IndexError, zlib.error, ...): each of them means that the file is broken.
         except Exception as error:
@@ -123,7 +126,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InvalidImage(
-            "images of floating-point values have no defined white; send 8 or 16 bits"
+            "images of floating-point values have no defined white; send 8 or 16 bits",
+            kind="format",
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")

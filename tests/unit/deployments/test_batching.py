@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from blip2_serve.deployments.batching import BatchThread
+from blip2_serve.deployments.batching import Batch, BatchThread
 
 
 class Doubling:
@@ -20,7 +20,10 @@ class Doubling:
         self.started = threading.Semaphore(0)
         self.gate = threading.Event()
         self.gate.set()
-        self.batching = BatchThread(prepare or self._note_thread, self._compute, limit)
+        self.observed: list[Batch] = []
+        self.batching = BatchThread(
+            prepare or self._note_thread, self._compute, limit, self.observed.append
+        )
 
     def _note_thread(self) -> None:
         self.threads.append(threading.current_thread())
@@ -45,6 +48,35 @@ class Doubling:
         tasks = [asyncio.create_task(self.batching.result_of(number)) for number in numbers]
         await asyncio.sleep(0)  # each has put its number into the queue
         return tasks
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def test_a_batch_is_observed_with_how_long_each_item_waited() -> None:
+    doubling = Doubling()
+    first = await doubling.blocked_by(1)
+    others = await doubling.wait(2, 3)
+    assert doubling.batching.waiting == 2
+    doubling.gate.set()
+    await asyncio.gather(first, *others)
+    await until(lambda: len(doubling.observed) == 2)
+    first_batch, second = doubling.observed
+    assert len(first_batch.waited) == 1
+    assert len(second.waited) == 2
+    # They waited for as long as the first was computed, or nearly so.
+    assert all(0 < waited < first_batch.seconds for waited in second.waited)
+    assert doubling.batching.waiting == 0
+
+
+async def test_a_batch_that_fails_is_observed_too() -> None:
+    doubling = Doubling()
+    with pytest.raises(ArithmeticError):
+        await doubling.batching.result_of(13)
+    await until(lambda: len(doubling.observed) == 1)
+    assert doubling.observed[0].seconds > 0
 
 
 async def test_what_came_meanwhile_is_one_batch_up_to_the_limit() -> None:
@@ -74,7 +106,8 @@ async def test_what_nobody_waits_for_any_more_is_dropped_and_counted() -> None:
     assert await stayed == 6
     assert await first == 2
     assert doubling.batches == [[1], [3]]
-    assert doubling.batching.dropped == 1
+    await until(lambda: len(doubling.observed) == 2)
+    assert [batch.dropped for batch in doubling.observed] == [0, 1]
 
 
 async def test_a_caller_who_leaves_during_its_batch_takes_nothing_from_the_others() -> None:

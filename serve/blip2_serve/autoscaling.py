@@ -1,0 +1,158 @@
+"""How many replicas a stage needs: a function of what its replicas measure.
+
+Serve's default policy divides the ongoing requests by a target. A queue is not linear in the load:
+near saturation a little more load makes it many times as long, so the quotient overshoots, and far
+from it says little. This policy divides the offered load by what a replica can do, both measured,
+and adds what it takes to drain the backlog. The offered load is what replicas finish and, on top,
+the growth of what is ongoing: a backlog that moves from callers to new replicas is no load.
+
+Serve applies its own delays, factors and bounds around the policy. It pickles this module by value
+into its controller, which need not have this package: only the standard library is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one replica reports. None: not known yet.
+
+    Items are images in preprocessor and encoder, requests in the generator.
+    """
+
+    finished: float = 0.0  # items, a second
+    waiting: float = 0.0  # items whose turn has not come
+    capacity: float | None = None  # items a second, at its largest batch
+    occupancy: float | None = None  # of its places (sequences, KV rows), 0 to 1
+    step_s: float | None = None  # seconds of an engine step, lately
+    least_step_s: float | None = None  # of them, those that less load would not save
+
+    def report(self) -> dict[str, float]:
+        """What `record_autoscaling_stats` returns: Serve wants numbers, and averages each."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage at one moment."""
+
+    replicas: tuple[Signals, ...]  # of those that run and have reported
+    running: int
+    target: int  # replicas that are to run, as decided before
+    ongoing: float  # requests, those included that wait at callers
+    growth: float = 0.0  # of them, a second
+    queued: float = 0.0  # requests that wait at callers
+    least: int = 1
+    most: int = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`ScalingConfig` says what they mean, and has the defaults."""
+
+    target_utilization: float
+    drain_s: float
+    slack: float
+    target_occupancy: float
+    max_step_s: float | None
+    ongoing_requests: float
+
+
+def desired_replicas(stage: Stage, settings: Settings) -> int:
+    """Replicas that the stage should have.
+
+    Between the number that is too small and the number that is too large with `slack`, the target
+    stays as it is: a load that wavers around a whole number of replicas moves nothing.
+    """
+    if stage.running == 0:  # they are starting, or there is no work; a first request is Serve's
+        return _bounded(stage.target, stage)
+    needed = replicas_needed(stage, settings)
+    enough, ample = _ceil(needed), _ceil(needed * (1 + settings.slack))
+    desired = max(enough, min(ample, stage.target))
+    return _bounded(max(desired, 1 if stage.ongoing > 0 else 0), stage)
+
+
+def replicas_needed(stage: Stage, settings: Settings) -> float:
+    """Before rounding: what keeps up, what drains the backlog, what the places are enough for."""
+    capacities = [r.capacity for r in stage.replicas if r.capacity]
+    if not capacities:
+        return stage.ongoing / settings.ongoing_requests
+    capacity = sum(capacities) / len(capacities)
+    load = max(0.0, stage.growth + sum(r.finished for r in stage.replicas))
+    backlog = stage.queued + sum(r.waiting for r in stage.replicas)
+    keep_up = load / settings.target_utilization
+    drain = load + backlog / settings.drain_s
+    crowded = sum(_crowding(r, settings) for r in stage.replicas)
+    return max(keep_up / capacity, drain / capacity, crowded)
+
+
+def _crowding(replica: Signals, settings: Settings) -> float:
+    """How many replicas this one's sequences should be spread over, by places and step time."""
+    crowding = (replica.occupancy or 0.0) / settings.target_occupancy
+    limit, step, least = settings.max_step_s, replica.step_s, replica.least_step_s
+    if limit is None or step is None or least is None or least >= limit:
+        return crowding  # no limit, or one that no number of replicas would keep
+    return max(crowding, (step - least) / (limit - least))
+
+
+def _ceil(number: float) -> int:
+    return math.ceil(number - 1e-9)  # 0.6 / 0.2 is a little more than 3
+
+
+def _bounded(replicas: int, stage: Stage) -> int:
+    return max(stage.least, min(stage.most, replicas))
+
+
+class Trend:
+    """How fast a number grows, over the last `seconds`."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, float]] = deque()  # times and numbers
+
+    def growth(self, now: float, number: float, seconds: float) -> float:
+        """A second. 0 until the number has been seen for so long."""
+        self._seen.append((now, number))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - seconds:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        return (number - before) / (now - then) if now - then >= seconds else 0.0
+
+
+class StagePolicy:
+    """For `AutoscalingPolicy(policy_function="blip2_serve.autoscaling:StagePolicy")`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self._settings = Settings(**settings)
+        self._ongoing = Trend()
+
+    def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
+        """`ctx` is Serve's AutoscalingContext; nothing is kept in its state."""
+        # Reports of callers come in steps; over two of them there are always two.
+        window_s = 2 * ctx.config.metrics_interval_s
+        growth = self._ongoing.growth(ctx.current_time, ctx.total_num_requests, window_s)
+        return desired_replicas(stage_of(ctx, growth), self._settings), {}
+
+
+def stage_of(ctx: Any, growth: float) -> Stage:
+    """What the policy needs of Serve's context; `growth` is that of the ongoing requests."""
+    metrics = ctx.aggregated_metrics or {}
+    names = [field.name for field in fields(Signals) if field.name in metrics]
+    reported = [r for r in ctx.running_replicas if r in metrics.get("finished", {})]
+    return Stage(
+        replicas=tuple(
+            Signals(**{n: metrics[n][replica] for n in names if replica in metrics[n]})
+            for replica in reported
+        ),
+        running=ctx.current_num_replicas,
+        target=ctx.target_num_replicas,
+        ongoing=ctx.total_num_requests,
+        growth=growth,
+        queued=ctx.total_queued_requests or 0.0,
+        least=ctx.capacity_adjusted_min_replicas,
+        most=ctx.capacity_adjusted_max_replicas,
+    )

@@ -1,0 +1,63 @@
+"""Log lines of a replica: to standard error, from where Ray brings them to files and terminals.
+
+Each line has the id of the request that it is about, which is also the answer's `x-request-id`; "-"
+where it is about none, or about several.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+from ray import serve
+from ray.serve import context
+
+from blip2_serve.config import LogFormat
+from blip2_serve.errors import Blip2ServeError
+
+TEXT = "%(asctime)s %(levelname)s %(request_id)s %(message)s"
+
+
+def configure(log_format: LogFormat) -> None:
+    """Called once by every replica."""
+    logger = logging.getLogger("blip2_serve")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.addFilter(_add_request_id)
+        handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        logging.getLogger("ray.serve").addFilter(is_news)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of Serve's is worth a traceback: a client's own mistake is not."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, Blip2ServeError) or error.status >= 500
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line, with the names that Serve's own JSON logs use."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        replica = serve.get_replica_context()
+        line = {
+            "asctime": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03}Z",
+            "levelname": record.levelname,
+            "message": record.getMessage(),
+            "request_id": record.__dict__["request_id"],
+            "application": replica.app_name,
+            "deployment": replica.deployment,
+            "replica": replica.replica_id.unique_id,
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _add_request_id(record: logging.LogRecord) -> bool:
+    record.request_id = context._get_serve_request_context().request_id or "-"
+    return True

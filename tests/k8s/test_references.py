@@ -1,0 +1,319 @@
+"""What the objects say about each other fits: names, ports, selectors, times, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from blip2_serve.config import AppConfig
+from support.manifests import (
+    K8S,
+    OVERLAYS,
+    Object,
+    Pod,
+    build,
+    matches,
+    name_of,
+    of_kind,
+    pods,
+    ray_environment,
+    ray_service,
+    serve_config,
+)
+
+BUILT = (*OVERLAYS, "loadtest")
+OF_EVERY_NAMESPACE = {"kube-root-ca.crt": {"ca.crt"}}
+
+
+def values_of(thing: Any, key: str) -> Iterator[Any]:
+    """Everything that stands under this key, however deep."""
+    if isinstance(thing, dict):
+        for name, value in thing.items():
+            if name == key:
+                yield value
+            yield from values_of(value, key)
+    elif isinstance(thing, list):
+        for value in thing:
+            yield from values_of(value, key)
+
+
+@pytest.mark.parametrize("overlay", BUILT)
+def test_containers_mount_the_volumes_of_their_pod_and_leave_none_out(overlay: str) -> None:
+    for pod in pods(build(overlay)):
+        mounted = {
+            mount["name"] for mount in values_of(pod.containers, "volumeMounts") for mount in mount
+        }
+        volumes = {volume["name"] for volume in pod.spec.get("volumes", [])}
+        claimed = {"data"} if pod.name.startswith("StatefulSet") else set()
+        assert mounted == volumes | claimed, pod.name
+
+
+@pytest.mark.parametrize("overlay", BUILT)
+def test_configmaps_claims_and_accounts_are_there(overlay: str) -> None:
+    objects = build(overlay)
+    configmaps = {name_of(o): set(o["data"]) for o in of_kind(objects, "ConfigMap")}
+    configmaps |= OF_EVERY_NAMESPACE
+    claims = {name_of(o) for o in of_kind(objects, "PersistentVolumeClaim")}
+    accounts = {name_of(o) for o in of_kind(objects, "ServiceAccount")}
+    used = {"configmaps": 0, "accounts": 0}
+    for pod in pods(objects):
+        for reference in values_of(pod.spec, "configMapRef"):
+            assert reference["name"] in configmaps, pod.name
+            used["configmaps"] += 1
+        for volume in values_of(pod.spec, "configMap"):
+            keys = {item["key"] for item in volume["items"]}
+            assert keys <= configmaps[volume["name"]], pod.name
+        for claim in values_of(pod.spec, "persistentVolumeClaim"):
+            assert claim["claimName"] in claims, pod.name
+        if account := pod.spec.get("serviceAccountName"):
+            assert account in accounts, pod.name
+            used["accounts"] += 1
+    assert used["accounts"]
+    assert used["configmaps"] or overlay == "loadtest"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_readme_tells_how_to_make_every_secret_with_its_key(overlay: str) -> None:
+    readme = (K8S / "README.md").read_text()
+    objects = build(overlay)
+    wanted = {(r["name"], r["key"]) for r in values_of(objects, "secretKeyRef")}
+    for options in values_of(objects, "authOptions"):
+        if "secretName" in options:
+            wanted.add((options["secretName"], "auth_token"))
+    for name, key in wanted:
+        assert re.search(rf"create secret generic {name} [^\n]*--from-literal={key}=", readme), name
+    for ingress in of_kind(objects, "Ingress"):
+        for tls in ingress["spec"]["tls"]:
+            assert f"create secret tls {tls['secretName']}" in readme
+
+
+@pytest.mark.parametrize("overlay", BUILT)
+def test_services_reach_pods_at_ports_they_have(overlay: str) -> None:
+    objects = build(overlay)
+    for service in of_kind(objects, "Service"):
+        selected = [
+            p
+            for p in pods(objects)
+            if matches({"matchLabels": service["spec"]["selector"]}, p.labels)
+        ]
+        assert selected, name_of(service)
+        for port in service["spec"]["ports"]:
+            assert all(pod.ports[port["targetPort"]] == port["port"] for pod in selected)
+
+
+def test_the_ingress_leads_to_the_service_that_kuberay_makes() -> None:
+    objects = build("prod")
+    (ingress,) = of_kind(objects, "Ingress")
+    (backend,) = values_of(ingress, "backend")
+    service = ray_service(objects)
+    assert backend["service"]["name"] == f"{name_of(service)}-serve-svc"
+    # KubeRay gives that service the port that the head's container calls "serve".
+    (head,) = (pod for pod in pods(objects) if pod.labels.get("ray.io/node-type") == "head")
+    assert head.ports[backend["service"]["port"]["name"]] == 8000
+
+
+def test_locust_asks_the_service_that_kuberay_makes() -> None:
+    service = name_of(ray_service(build("prod")))
+    settings = {e["name"]: e.get("value") for e in next(values_of(build("loadtest"), "env"))}
+    assert settings["LOCUST_HOST"] == f"http://{service}-serve-svc:8000"
+    workers = next(j for j in of_kind(build("loadtest"), "Job") if "worker" in name_of(j))
+    assert settings["LOCUST_EXPECT_WORKERS"] == str(workers["spec"]["parallelism"])
+
+
+def test_prometheus_finds_every_ray_pod_and_its_ports() -> None:
+    objects = build("prod")
+    (monitor,) = of_kind(objects, "PodMonitor")
+    selected = [p for p in pods(objects) if matches(monitor["spec"]["selector"], p.labels)]
+    assert len(selected) == 4
+    ports = [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]]
+    assert [[pod.ports[port] for port in ports] for pod in selected] == [[8080, 9101]] * 4
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_pods_keep_the_name_that_kuberays_services_select_by(overlay: str) -> None:
+    for pod in pods(build(overlay)):
+        if "ray.io/cluster" in pod.labels:
+            assert pod.labels["app.kubernetes.io/name"] == "kuberay"
+
+
+@pytest.mark.parametrize("overlay", ["prod", "prod-incremental"])
+def test_disruption_budgets_leave_room_to_drain_a_node(overlay: str) -> None:
+    objects = build(overlay)
+    groups = {
+        group["groupName"]: group["minReplicas"]
+        for group in ray_service(objects)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    }
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    assert {name_of(budget) for budget in budgets} == set(groups)
+    for budget in budgets:
+        selected = [p for p in pods(objects) if matches(budget["spec"]["selector"], p.labels)]
+        assert [pod.labels["ray.io/group"] for pod in selected] == [name_of(budget)]
+        # Of pods that a custom resource owns, Kubernetes takes nothing else.
+        assert isinstance(budget["spec"]["minAvailable"], int)
+        assert budget["spec"]["minAvailable"] < groups[name_of(budget)]
+    assert not any(
+        matches(budget["spec"]["selector"], pod.labels)
+        for budget in build_budgets("gpu") + build_budgets("dev-cpu")
+        for pod in pods(objects)
+    )
+
+
+def build_budgets(overlay: str) -> list[Object]:
+    return of_kind(build(overlay), "PodDisruptionBudget")
+
+
+def test_pods_of_each_group_of_prod_are_spread() -> None:
+    workers = [p for p in pods(build("prod")) if p.labels.get("ray.io/node-type") == "worker"]
+    assert len(workers) == 3
+    for pod in workers:
+        spread = pod.spec["topologySpreadConstraints"]
+        assert {s["topologyKey"] for s in spread} == {
+            "kubernetes.io/hostname",
+            "topology.kubernetes.io/zone",
+        }
+        assert all(matches(s["labelSelector"], pod.labels) for s in spread)
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "prod"])
+def test_pods_with_gpus_go_to_gpu_nodes_and_others_need_none(overlay: str) -> None:
+    workers = [p for p in pods(build(overlay)) if p.labels.get("ray.io/node-type") == "worker"]
+    for pod in workers:
+        wants = "nvidia.com/gpu" in pod.spec["containers"][0]["resources"]["limits"]
+        assert wants == (pod.labels["ray.io/group"] != "preprocess")
+        tolerated = {toleration["key"] for toleration in pod.spec.get("tolerations", [])}
+        assert tolerated == ({"nvidia.com/gpu"} if wants else set())
+        products = [*values_of(pod.spec.get("affinity", {}), "values")]
+        assert bool(products and products[0]) == wants
+
+
+# -- times and sizes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_whoever_waits_for_a_request_waits_longer_than_it_may_take(overlay: str) -> None:
+    objects, config = build(overlay), serve_config(overlay)
+    service = ray_service(objects)["spec"]
+    request = config["http_options"]["request_timeout_s"]
+    drain = float(ray_environment(objects)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    deployments = {d["name"]: d for d in config["applications"][0]["deployments"]}
+    assert deployments.keys() >= {"Ingress", "Generator"}
+    for deployment in deployments.values():
+        assert request < deployment["graceful_shutdown_timeout_s"] < drain
+    assert request < service["rayClusterDeletionDelaySeconds"]
+    ray_pods = [pod for pod in pods(objects) if "ray.io/cluster" in pod.labels]
+    for pod in ray_pods:
+        assert drain < pod.spec["terminationGracePeriodSeconds"]
+        assert not [*values_of(pod.spec, "preStop")]  # `ray stop` would end what is under way
+
+
+def test_the_ingress_takes_what_the_application_takes_and_waits_as_long() -> None:
+    (ingress,) = of_kind(build("prod"), "Ingress")
+    annotations = ingress["metadata"]["annotations"]
+    largest = AppConfig().ingress.max_body_bytes
+    request = serve_config("prod")["http_options"]["request_timeout_s"]
+    sizes = [v for k, v in annotations.items() if "body-size" in k]
+    assert [int(size.removesuffix("m")) << 20 for size in sizes] == [largest] * 2
+    timeouts = [v for k, v in annotations.items() if "timeout" in k]
+    assert len(timeouts) == 4
+    assert all(int(timeout.removesuffix("s")) > request for timeout in timeouts)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_message_between_stages_may_be_as_large_as_a_request(overlay: str) -> None:
+    config = AppConfig.model_validate(serve_config(overlay)["applications"][0]["args"])
+    limit = int(ray_environment(build(overlay))["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
+    assert limit > max(config.ingress.max_body_bytes, config.ingress.images.max_bytes)
+
+
+# -- rights ----------------------------------------------------------------------------------------
+
+
+def security_violations(pod: Pod) -> list[str]:
+    """What the Pod Security Standard "restricted" refuses, and what this project adds to it."""
+    own = pod.spec.get("securityContext", {})
+    wrong = [key for key in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(key)]
+    wrong += [v["name"] for v in pod.spec.get("volumes", []) if "hostPath" in v]
+    if not own.get("runAsNonRoot") or not own.get("runAsUser"):
+        wrong.append("may run as root")
+    if own.get("seccompProfile") != {"type": "RuntimeDefault"}:
+        wrong.append("no seccomp profile")
+    for container in pod.containers:
+        context = container.get("securityContext", {})
+        if (
+            context.get("allowPrivilegeEscalation") is not False
+            or context.get("capabilities") != {"drop": ["ALL"]}
+            or context.get("readOnlyRootFilesystem") is not True
+            or context.keys() & {"privileged", "runAsUser", "seccompProfile"}
+        ):
+            wrong.append(f"{container['name']}: {context}")
+        if not container["resources"].get("requests") or not container["resources"].get("limits"):
+            wrong.append(f"{container['name']} has no requests or no limits")
+    return wrong
+
+
+@pytest.mark.parametrize("overlay", BUILT)
+def test_every_pod_keeps_to_restricted_pod_security(overlay: str) -> None:
+    objects = build(overlay)
+    for namespace in of_kind(objects, "Namespace"):
+        labels = namespace["metadata"]["labels"]
+        assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    assert {pod.name: security_violations(pod) for pod in pods(objects)} == {
+        pod.name: [] for pod in pods(objects)
+    }
+
+
+@pytest.mark.parametrize(
+    ("overlay", "expected"),
+    [
+        ("dev-cpu", set()),
+        ("gpu", {"autoscaler"}),
+        ("prod", {"autoscaler"}),
+        ("prod-incremental", {"autoscaler"}),
+        ("loadtest", set()),
+    ],
+)
+def test_only_the_autoscaler_has_a_token_for_kubernetes(overlay: str, expected: set[str]) -> None:
+    objects = build(overlay)
+    for account in of_kind(objects, "ServiceAccount"):
+        assert account["automountServiceAccountToken"] is False
+    assert not of_kind(objects, "Role") + of_kind(objects, "ClusterRole")
+    holders = set()
+    for pod in pods(objects):
+        assert pod.spec["automountServiceAccountToken"] is False, pod.name
+        tokens = {v["name"] for v in pod.spec.get("volumes", []) if "projected" in v}
+        for container in pod.containers:
+            if tokens & {mount["name"] for mount in container.get("volumeMounts", [])}:
+                holders.add(container["name"])
+    assert holders == expected
+
+
+@pytest.mark.parametrize("overlay", ["gpu", "prod", "prod-incremental"])
+def test_the_autoscaler_is_version_two_and_restarts_no_pod(overlay: str) -> None:
+    cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    assert all(
+        "restartPolicy" not in p.spec for p in pods(build(overlay)) if "ray.io/group" in p.labels
+    )
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_asks_for_a_token(overlay: str) -> None:
+    options = ray_service(build(overlay))["spec"]["rayClusterConfig"]["authOptions"]
+    assert options["mode"] == "token"
+
+
+def test_upgrades_start_a_new_cluster_at_once_or_in_steps() -> None:
+    strategies = [
+        ray_service(build(o))["spec"]["upgradeStrategy"] for o in ("prod", "prod-incremental")
+    ]
+    assert strategies[0] == {"type": "NewCluster"}
+    assert strategies[1]["type"] == "NewClusterWithIncrementalUpgrade"
+    options = strategies[1]["clusterUpgradeOptions"]
+    assert options["gatewayClassName"]
+    assert 0 < options["stepSizePercent"] <= options["maxSurgePercent"] <= 100
+    # KubeRay takes it only where the cluster can grow and shrink.
+    cluster = ray_service(build("prod-incremental"))["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"]

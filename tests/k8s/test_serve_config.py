@@ -1,0 +1,211 @@
+"""serveConfigV2: what Ray and the application read in it, and that its replicas find room."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import ServeDeploySchema
+
+from blip2_serve import app
+from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
+from support.manifests import OVERLAYS, Object, build, ray_service, serve_config
+
+Resources = dict[str, float]
+
+STAGES = ("ingress", "preprocessor", "encoder", "generator")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_ray_takes_the_config_and_knows_every_key_of_it(overlay: str) -> None:
+    config = serve_config(overlay)
+    assert unknown_keys(config, ServeDeploySchema.model_validate(config)) == []
+
+
+def unknown_keys(given: Any, parsed: Any) -> list[str]:
+    """Keys that Ray's models have no field for; most of them pass over such."""
+    if isinstance(parsed, list):
+        return [key for pair in zip(given, parsed, strict=True) for key in unknown_keys(*pair)]
+    if not isinstance(parsed, BaseModel):
+        return []
+    found = []
+    for key, value in given.items():
+        known = key in type(parsed).model_fields
+        found += unknown_keys(value, getattr(parsed, key)) if known else [key]
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(("http_option",), id="at the top"),
+        pytest.param(("http_options", "request_timeout"), id="within options"),
+        pytest.param(("applications", 0, "import_pat"), id="of the application"),
+    ],
+)
+def test_an_unknown_key_would_be_found(path: tuple[Any, ...]) -> None:
+    config = serve_config("prod")
+    inner: Any = config
+    for part in path[:-1]:
+        inner = inner[part]
+    inner[path[-1]] = 1
+    assert unknown_keys(config, ServeDeploySchema.model_validate(config)) == [path[-1]]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_import_path_is_the_builder_and_it_takes_the_arguments(overlay: str) -> None:
+    (application,) = serve_config(overlay)["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert getattr(importlib.import_module(module), name) is app.build
+    AppConfig.model_validate(application["args"])  # unknown keys are errors there
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_deployments_that_are_named_exist(
+    overlay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (application,) = serve_config(overlay)["applications"]
+    built = deployments(AppConfig.model_validate(application["args"]), monkeypatch)
+    assert {deployment["name"] for deployment in application["deployments"]} <= set(built)
+
+
+def deployments(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(app, "visible_gpus", lambda: 0)  # as on the head, where it is built
+    placed: dict[str, Any] = {}
+    original = app._place
+
+    def recording(*args: Any) -> Any:
+        deployment = original(*args)
+        placed[deployment.name] = deployment
+        return deployment
+
+    monkeypatch.setattr(app, "_place", recording)
+    app.build(config)
+    return placed
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_stage_says_how_many_replicas_it_has_and_what_they_get(overlay: str) -> None:
+    (application,) = serve_config(overlay)["applications"]
+    for stage in STAGES:
+        given = application["args"][stage]
+        assert ("num_replicas" in given) != ("autoscaling" in given)
+        assert given.keys() >= {"num_cpus", "resources"}
+        if "autoscaling" in given:
+            AutoscalingConfig.model_validate(given["autoscaling"])
+            # What decides between these bounds is the application's own.
+            assert given["autoscaling"].keys() == {
+                "min_replicas",
+                "max_replicas",
+                "upscale_delay_s",
+                "downscale_delay_s",
+            }
+
+
+# -- room ------------------------------------------------------------------------------------------
+
+
+def stages(overlay: str) -> dict[str, StageConfig]:
+    config = AppConfig.model_validate(serve_config(overlay)["applications"][0]["args"])
+    return {stage: getattr(config, stage) for stage in STAGES}
+
+
+def wants(stage: StageConfig) -> Resources:
+    gpus = stage.num_gpus if isinstance(stage, ComputeConfig) else 0
+    assert gpus is not None
+    return {"CPU": stage.num_cpus, "GPU": gpus, **stage.resources}
+
+
+def groups(overlay: str) -> dict[str, tuple[Resources, Object]]:
+    """What a pod of each group has, as Ray's autoscaler reads it; "" is the head."""
+    cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
+    head = _get_ray_resources_from_group_spec(cluster["headGroupSpec"], True)
+    return {"": (head, {"minReplicas": 1, "maxReplicas": 1})} | {
+        group["groupName"]: (_get_ray_resources_from_group_spec(group, False), group)
+        for group in cluster["workerGroupSpecs"]
+    }
+
+
+def fits(wanted: Resources, free: Resources) -> bool:
+    return all(free.get(name, 0) >= amount - 1e-9 for name, amount in wanted.items())
+
+
+def homeless(wanted: list[Resources], nodes: list[Resources]) -> list[Resources]:
+    """Those that find no node, the largest first and each on the first node that has room."""
+    left = []
+    for want in sorted(wanted, key=lambda want: (-want["GPU"], -want["CPU"])):
+        node = next((node for node in nodes if fits(want, node)), None)
+        if node is None:
+            left.append(want)
+            continue
+        for name, amount in want.items():
+            node[name] = node.get(name, 0) - amount
+    return left
+
+
+@pytest.mark.parametrize(
+    ("overlay", "pools"),
+    [
+        ("dev-cpu", dict.fromkeys(STAGES, "all")),
+        (
+            "gpu",
+            {
+                "ingress": "preprocess",
+                "preprocessor": "preprocess",
+                "encoder": "gpu",
+                "generator": "gpu",
+            },
+        ),
+        (
+            "prod",
+            {
+                "ingress": "preprocess",
+                "preprocessor": "preprocess",
+                "encoder": "encode",
+                "generator": "generate",
+            },
+        ),
+    ],
+)
+def test_each_stage_fits_the_pods_of_one_group_only(overlay: str, pools: dict[str, str]) -> None:
+    available = groups(overlay)
+    found = {
+        name: [group for group, (free, _) in available.items() if fits(wants(stage), free)]
+        for name, stage in stages(overlay).items()
+    }
+    assert found == {stage: [group] for stage, group in pools.items()}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("bound", ["min", "max"])
+def test_the_replicas_at_either_bound_find_room_in_the_pods_at_that_bound(
+    overlay: str, bound: str
+) -> None:
+    wanted = []
+    for stage in stages(overlay).values():
+        scaling = stage.autoscaling or {}
+        wanted += [wants(stage)] * scaling.get(f"{bound}_replicas", stage.num_replicas)
+    nodes = [
+        dict(free)
+        for free, group in groups(overlay).values()
+        for _ in range(group[f"{bound}Replicas"])
+    ]
+    assert homeless(wanted, nodes) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_head_has_no_room_for_work(overlay: str) -> None:
+    free, _ = groups(overlay)[""]
+    assert free["CPU"] == 0
+    assert not {name for name, amount in free.items() if amount} - {"memory"}
+
+
+def test_a_replica_too_many_would_be_found() -> None:
+    free = {"CPU": 4.0, "GPU": 1.0, "pool": 1.0}
+    want = {"CPU": 2.0, "GPU": 0.5, "pool": 0.5}
+    assert homeless([want] * 2, [dict(free)]) == []
+    assert homeless([want] * 3, [dict(free)]) == [want]

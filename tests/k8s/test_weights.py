@@ -1,0 +1,96 @@
+"""k8s/weights.py: nothing is served that has not the checksum that was pinned."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from support.manifests import K8S
+
+FILES = {"config.json": b"{}", "model.safetensors": b"weights"}
+SUMS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
+
+
+@pytest.fixture(scope="module")
+def weights() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("weights", K8S / "weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Hub:
+    """Has FILES, or others in their place."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.asked: list[str] = []
+
+    def __call__(self, model: str, name: str, revision: str, folder: Path) -> None:
+        self.asked.append(f"{model} {name} {revision}")
+        (folder / name).write_bytes(self.files[name])
+
+
+def test_files_appear_under_their_revision_when_all_are_right(
+    weights: ModuleType, tmp_path: Path
+) -> None:
+    hub = Hub(FILES)
+    weights.fetch("a/b", "r1", SUMS, tmp_path, hub)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r1").iterdir()} == FILES
+    assert hub.asked == ["a/b config.json r1", "a/b model.safetensors r1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r1"]
+
+
+def test_what_is_there_is_not_fetched_again(weights: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "r1").mkdir()
+    weights.fetch("a/b", "r1", SUMS, tmp_path, Hub({}))
+
+
+def test_a_wrong_file_is_refused_and_the_revision_does_not_appear(
+    weights: ModuleType, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"model\.safetensors of a/b has the checksum"):
+        weights.fetch("a/b", "r1", SUMS, tmp_path, Hub({**FILES, "model.safetensors": b"evil"}))
+    assert not (tmp_path / "r1").exists()
+    assert not (tmp_path / ".r1" / "model.safetensors").exists()
+    weights.fetch("a/b", "r1", SUMS, tmp_path, Hub(FILES))  # the next attempt can succeed
+    assert (tmp_path / "r1").is_dir()
+
+
+def test_checksums_are_read_as_sha256sum_writes_them(weights: ModuleType) -> None:
+    text = "\n".join(f"  {value}  {name}" for name, value in SUMS.items())
+    assert weights.read_sums(text) == SUMS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("fill-in", id="not filled in"),
+        pytest.param("", id="none at all"),
+        pytest.param(f"{'a' * 63}  config.json", id="one digit short"),
+        pytest.param(f"{'a' * 64}  ../config.json", id="outside the folder"),
+        pytest.param(f"{'a' * 64}  /etc/passwd", id="an absolute path"),
+    ],
+)
+def test_anything_else_is_refused_before_something_is_fetched(
+    text: str, weights: ModuleType
+) -> None:
+    with pytest.raises(SystemExit):
+        weights.read_sums(text)
+
+
+def test_waiting_ends_when_the_revision_is_there(weights: ModuleType, tmp_path: Path) -> None:
+    waiting = threading.Thread(target=weights.wait, args=(tmp_path / "r1", 0.01), daemon=True)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    (tmp_path / "r1").mkdir()
+    waiting.join(5)
+    assert not waiting.is_alive()

@@ -1,0 +1,173 @@
+"""A real Prometheus scrapes a real run: every metric is there, every panel and rule has data."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from blip2_serve import metrics
+from blip2_serve.demo import scenes
+from blip2_serve.metrics import Histogram
+from support.monitoring import (
+    Prometheus,
+    dashboard_expressions,
+    needs,
+    prometheus,
+    rule_groups,
+)
+from support.server import App, data_url, image_message, start_app
+
+GPU_FIXTURE = Path(__file__).with_name("gpu.prom")
+CHAT = "/v1/chat/completions"
+ANSWERS_WITHIN_S = 0.3
+
+
+@pytest.fixture(scope="module")
+def app(base_url: str) -> App:
+    """With replicas that scale, so that there is something to say about it."""
+    stage = {"autoscaling": {"min_replicas": 1, "max_replicas": 2}}
+    config: dict[str, Any] = {
+        "dtype": "float32",
+        "preprocessor": stage,
+        "generator": {"kv_rows": 400},
+    }
+    return start_app(base_url, "watched", config)
+
+
+def picture(seed: int) -> Image.Image:
+    return scenes.sample(seed).image
+
+
+async def traffic(app: App) -> None:
+    """Something for every metric to measure."""
+    async with app.client() as client:
+        same = [client.post(CHAT, json=chat(1, "what is there?")) for _ in range(4)]
+        streams = [client.post(CHAT, json=chat(seed, stream=True)) for seed in range(2, 6)]
+        await asyncio.gather(*same, *streams)
+        await client.post(CHAT, json=chat(1, "what is there?"))  # a prefix and keys known by now
+        await client.post(CHAT, json=chat(1, max_tokens=2000))  # more than the KV holds
+        await client.post("/v1/caption", json={"image": data_url(b"no image")})
+        for seed in range(10, 13):
+            await leave(client, seed)
+
+
+def chat(seed: int, question: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"messages": [image_message(picture(seed), question)], **more}
+
+
+async def leave(client: httpx.AsyncClient, seed: int) -> None:
+    """Begins to read a long answer, and goes."""
+    body = chat(seed, stream=True, max_tokens=300, ignore_eos=True)
+    async with client.stream("POST", CHAT, json=body) as response:
+        async for _ in response.aiter_bytes():
+            break
+
+
+@contextlib.contextmanager
+def gpu_page() -> Iterator[str]:
+    """host:port of a server that has the recorded metrics of a GPU."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(GPU_FIXTURE.read_bytes())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def watching(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    needs("prometheus")
+    targets = {"blip2-serve": f"{app.url.removeprefix('http://')}/metrics"}
+    folder = tmp_path_factory.mktemp("prometheus")
+    with gpu_page() as gpu, prometheus(folder, {**targets, "gpu": f"{gpu}/metrics"}) as watching:
+        asyncio.run(traffic(app))
+        watching.wait_for('ray_blip2_requests_total{outcome="cancelled"}')
+        # Twice, since a rate needs a second value.
+        asyncio.run(traffic(app))
+        watching.wait_for('ray_blip2_requests_total{outcome="cancelled"} > 3')
+        yield watching
+
+
+def exported(metric: metrics.Metric) -> list[str]:
+    if isinstance(metric, Histogram):
+        return [f"{metric.exported}_{part}" for part in ("bucket", "count")]
+    return [metric.exported]
+
+
+@pytest.mark.parametrize(
+    "name", [name for metric in metrics.catalogue() for name in exported(metric)]
+)
+def test_every_metric_is_there_after_traffic(watching: Prometheus, name: str) -> None:
+    watching.wait_for(name)
+
+
+def test_labels_are_those_of_the_catalogue(watching: Prometheus) -> None:
+    added = {"__name__", "job", "instance", "le", "deployment", "replica", "application"}
+    added |= {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "otel_scope_name"}
+    for metric in metrics.catalogue():
+        for name in exported(metric):
+            for sample in watching.query(f'{name}{{job="blip2-serve"}}'):
+                assert {*sample["metric"]} - added == {*metric.labels} - {"deployment"}, name
+
+
+def test_the_sums_beside_histograms_are_exact(watching: Prometheus) -> None:
+    """Sizes of files are known: the same pictures were sent."""
+    (total,) = watching.query("sum(ray_blip2_image_bytes_exact_total)")
+    (count,) = watching.query("sum(ray_blip2_image_bytes_count)")
+    assert float(total["value"][1]) > 0
+    assert float(count["value"][1]) > 0
+
+
+@pytest.mark.parametrize("panel", dashboard_expressions())
+def test_every_panel_has_data(watching: Prometheus, panel: str) -> None:
+    watching.wait_for(dashboard_expressions()[panel].replace("$__rate_interval", "1m"))
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [rule["expr"] for group in rule_groups() for rule in group["rules"] if "record" in rule],
+)
+def test_every_recording_rule_has_data(watching: Prometheus, expression: str) -> None:
+    watching.wait_for(expression)
+
+
+def test_the_page_is_there_in_time(app: App) -> None:
+    """Not a benchmark: what a scraper that gives up after as long would miss."""
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        response = httpx.get(f"{app.url}/metrics", timeout=30)
+        taken.append(time.perf_counter() - start)
+        assert response.status_code == httpx.codes.OK
+    assert "ray_blip2_node_answered" in response.text
+    print(f"/metrics took {sorted(taken)[2] * 1e3:.0f} ms (median of 5), limit {ANSWERS_WITHIN_S}")
+
+
+def test_an_answer_and_a_log_line_have_the_requests_id(app: App) -> None:
+    response = app.post(CHAT, json=chat(1), headers={"x-request-id": "asked-by-a-test"})
+
+    assert response.headers["x-request-id"] == "asked-by-a-test"
+    assert app.post(CHAT, json=chat(1)).headers["x-request-id"] not in ("", "asked-by-a-test")

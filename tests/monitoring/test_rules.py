@@ -1,0 +1,42 @@
+"""Alerts and recording rules by Prometheus' own tool: they are well formed, and each can fire."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from support.monitoring import ALERTS_TEST, needs, rule_groups, write_rules
+
+
+@pytest.fixture
+def rules(tmp_path: Path) -> Path:
+    needs("promtool")
+    shutil.copy(ALERTS_TEST, tmp_path)
+    return write_rules(tmp_path / "rules.yaml")
+
+
+def test_rules_are_well_formed(rules: Path) -> None:
+    done = subprocess.run(["promtool", "check", "rules", rules], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_fires_when_it_should_and_not_before(rules: Path) -> None:
+    test = rules.with_name(ALERTS_TEST.name)
+    done = subprocess.run(["promtool", "test", "rules", test], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tested_and_says_what_to_do() -> None:
+    alerts = {
+        rule["alert"]: rule for group in rule_groups() for rule in group["rules"] if "alert" in rule
+    }
+    fired = re.findall(r'alertname="(\w+)", alertstate="firing"', ALERTS_TEST.read_text())
+
+    assert {*fired} == alerts.keys()
+    for alert in alerts.values():
+        assert alert["annotations"].keys() == {"summary", "runbook"}
+        assert alert["labels"]["severity"] in ("critical", "warning")

@@ -1,0 +1,98 @@
+"""Several Ray nodes on this machine, and a Serve that is told what to do as KubeRay tells it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import httpx
+from ray._private.node import Node
+from ray.cluster_utils import Cluster
+
+from support.server import free_port, wait_until
+
+READY_WITHIN_S = 120
+
+
+@dataclass(frozen=True)
+class RayNodes:
+    """A head without work, and the workers that are added."""
+
+    cluster: Cluster
+    dashboard: str
+    url: str
+
+    def add(self, num_cpus: float, resources: Mapping[str, float]) -> Node:
+        return self.cluster.add_node(num_cpus=num_cpus, resources=dict(resources))
+
+    def lose(self, node: Node) -> None:
+        """As if its machine had gone: nothing of it says goodbye."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Sends serveConfigV2 to the dashboard, as KubeRay's operator does.
+
+        HTTP is at a free port, and of the head only: nodes on one machine would want the same port.
+        """
+        port = int(self.url.rpartition(":")[2])
+        http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
+        config = {**config, "proxy_location": "HeadOnly", "http_options": http_options}
+        httpx.put(self._applications, json=config, timeout=60).raise_for_status()
+
+    def until_ready(self) -> None:
+        wait_until(self._is_ready, READY_WITHIN_S)
+
+    def replicas(self, deployment: str) -> list[dict[str, Any]]:
+        """The running replicas of a deployment: node_id, pid and more of each."""
+        details = httpx.get(self._applications, timeout=60).json()["applications"]
+        (application,) = details.values()
+        replicas = application["deployments"].get(deployment, {}).get("replicas", [])
+        return [replica for replica in replicas if replica["state"] == "RUNNING"]
+
+    @property
+    def _applications(self) -> str:
+        return f"{self.dashboard}/api/serve/applications/"
+
+    def _is_ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=30).status_code == httpx.codes.OK
+        except httpx.TransportError:
+            return False
+
+
+@contextmanager
+def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
+    """A cluster with a head, whose nodes have this environment. Gone afterwards.
+
+    It has a folder of its own for temporary files: Ray notes there which cluster the next driver on
+    this machine should connect to.
+    """
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: sockets lie deep in it
+    own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+    port = free_port()
+    with mock.patch.dict(os.environ, {**environment, **own}):
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
+        )
+        try:
+            dashboard = f"http://127.0.0.1:{port}"
+            nodes = RayNodes(cluster, dashboard, f"http://127.0.0.1:{free_port()}")
+            wait_until(lambda: _answers(nodes._applications), READY_WITHIN_S)
+            yield nodes
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=30).is_success
+    except httpx.TransportError:
+        return False

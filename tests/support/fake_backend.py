@@ -1,0 +1,175 @@
+"""A backend without stages behind the real routes, and what tests say to it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import Unavailable
+from blip2_serve.http.api import create_app
+from blip2_serve.types import (
+    Choice,
+    Completion,
+    ImagePrefix,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
+from support.recorder import FakeRecorder
+
+PROMPT_TOKENS = 9
+PIECES = ("\n", " a", " small ", "", " red", " circle", " \n")
+TEXT = "".join(PIECES)
+TOKEN_IDS = tuple(range(10, 10 + len(PIECES)))
+ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption")
+
+
+@dataclass
+class FakeBackend:
+    """Says the same of every image; `failures` are raised for the images they belong to.
+
+    Of n answers, the first is the usual one and the others have their number at the end.
+    """
+
+    is_ready: bool = True
+    failures: dict[bytes, Exception] = field(default_factory=dict)
+    generation_failure: Exception | None = None
+    stream_fails_after: int | None = None  # so many events; None never
+    endless: bool = False
+    encoded: list[bytes] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
+    stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
+    metrics_pages: dict[str, str] = field(default_factory=dict)
+
+    async def prefix(self, image: bytes) -> ImagePrefix:
+        self.encoded.append(image)
+        if image in self.failures:
+            raise self.failures[image]
+        return ImagePrefix(image.hex(), b"", (0, 8), "float32")
+
+    async def generate(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> Completion:
+        self._record(prompt, params)
+        answers = [pieces_of(prefix, index) for index in range(params.n)]
+        choices = [
+            Choice(TOKEN_IDS, "".join(pieces), "stop", logprobs_of(pieces, params))
+            for pieces in answers
+        ]
+        return Completion(tuple(choices), PROMPT_TOKENS)
+
+    async def stream(
+        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+    ) -> AsyncGenerator[TokenEvent, None]:
+        try:
+            self._record(prompt, params)
+            answers = [pieces_of(prefix, index) for index in range(params.n)]
+            for i, token in enumerate(TOKEN_IDS):
+                if i == self.stream_fails_after:
+                    raise Unavailable("a replica was lost")
+                reason: Any = "stop" if i == len(TOKEN_IDS) - 1 else None
+                for index, pieces in enumerate(answers):
+                    logprobs = logprobs_of(pieces, params)[i : i + 1]
+                    last = reason is not None and index == params.n - 1
+                    yield TokenEvent(
+                        (token,), pieces[i], reason, PROMPT_TOKENS, index, logprobs, last
+                    )
+                while self.endless:
+                    await asyncio.sleep(0)
+                    yield TokenEvent((token,), " more", None, PROMPT_TOKENS)
+        finally:
+            self.stream_closed.set()
+
+    async def metrics_urls(self) -> dict[str, str]:
+        return self.metrics_pages
+
+    def _record(self, prompt: str, params: SamplingParams) -> None:
+        self.prompts.append(prompt)
+        self.params.append(params)
+        if self.generation_failure is not None:
+            raise self.generation_failure
+
+
+def pieces_of(prefix: ImagePrefix, index: int) -> list[str]:
+    number = f" {index}" if index else ""
+    first = f" {bytes.fromhex(prefix.digest).decode()}:{PIECES[0]}"
+    return [first, *PIECES[1:-1], f"{PIECES[-1]}{number}"]
+
+
+def logprobs_of(pieces: list[str], params: SamplingParams) -> tuple[TokenLogprob, ...]:
+    if params.top_logprobs is None:
+        return ()
+    top = tuple(TokenLogprob(i, -2.0, b"?") for i in range(params.top_logprobs))
+    tokens = zip(TOKEN_IDS, pieces, strict=True)
+    return tuple(TokenLogprob(token, -0.5, piece.encode(), top) for token, piece in tokens)
+
+
+@asynccontextmanager
+async def client_of(
+    backend: FakeBackend,
+    config: AppConfig | None = None,
+    recorder: FakeRecorder | None = None,
+) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(backend, config or AppConfig(), recorder or FakeRecorder())
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+def data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def image_part(image: bytes = b"picture", **more: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image), **more}}
+
+
+def user(*images: bytes, text: str = "what is it?") -> dict[str, Any]:
+    return {
+        "role": "user",
+        "content": [*map(image_part, images), {"type": "text", "text": text}],
+    }
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"messages": [user(b"picture")], **more}
+
+
+def body_for(route: str, **more: Any) -> dict[str, Any]:
+    """A good request to any of the three routes."""
+    return chat(**more) if "chat" in route else {"image": data_url(b"picture"), **more}
+
+
+async def post(client: httpx.AsyncClient, route: str, body: Any) -> httpx.Response:
+    """Posts what json.dumps makes of `body`, NaN included; bytes go as they are."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return await client.post(route, content=content, headers={"content-type": "application/json"})
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error of an answer in OpenAI's error shape."""
+    body = response.json()
+    assert body.keys() == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    return error
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """The server-sent events of an answer; "[DONE]" stays a string."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *events, rest = response.text.split("\n\n")
+    assert rest == ""
+    payloads = [event.removeprefix("data: ") for event in events]
+    return [p if p == "[DONE]" else json.loads(p) for p in payloads]

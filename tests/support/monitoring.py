@@ -1,0 +1,107 @@
+"""The rules and the dashboard, and a Prometheus that looks at them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from support.server import free_port, wait_until
+
+ROOT = Path(__file__).parents[2]
+MONITORING = ROOT / "k8s/monitoring"
+ALERTS_TEST = ROOT / "tests/monitoring/alerts_test.yaml"
+
+
+def needs(program: str) -> None:
+    """Skips the test where there is no such program."""
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed (apt-get install prometheus)")
+
+
+def rule_groups() -> list[dict[str, Any]]:
+    manifest = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text())
+    groups: list[dict[str, Any]] = manifest["spec"]["groups"]
+    return groups
+
+
+def write_rules(path: Path) -> Path:
+    """As Prometheus reads them."""
+    path.write_text(yaml.safe_dump({"groups": rule_groups()}))
+    return path
+
+
+def dashboard_expressions() -> dict[str, str]:
+    """By panel and number of the query."""
+    dashboard = json.loads((MONITORING / "dashboards/blip2-serve.json").read_text())
+    return {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    }
+
+
+class Prometheus:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The samples of an instant query."""
+        response = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=30)
+        answer = response.json()
+        assert answer["status"] == "success", f"{expression}: {answer['error']}"
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
+
+    def wait_for(self, expression: str, within_s: float = 60) -> None:
+        wait_until(lambda: bool(self.query(expression)), within_s)
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
+    """One that scrapes every second: by job, host:port/path."""
+    needs("prometheus")
+    port = free_port()
+    jobs = []
+    for name, target in targets.items():
+        host, _, path = target.partition("/")
+        static = [{"targets": [host]}]
+        jobs.append({"job_name": name, "metrics_path": f"/{path}", "static_configs": static})
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(write_rules(folder / "rules.yaml"))],
+        "scrape_configs": jobs,
+    }
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: _answers(f"{url}/-/ready"), 60)
+        yield Prometheus(url)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(url, timeout=10).status_code == httpx.codes.OK
+    return False

@@ -1,0 +1,31 @@
+"""A `Recorder` that remembers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from blip2_serve.metrics import Counter, Gauge, Histogram, Metric
+
+
+class FakeRecorder:
+    """By metric and the values of its labels, in their order."""
+
+    def __init__(self) -> None:
+        self.counted: dict[tuple[str, ...], float] = defaultdict(float)
+        self.observed: dict[tuple[str, ...], list[float]] = defaultdict(list)
+
+    def add(self, metric: Counter, value: float = 1, **labels: str) -> None:
+        assert value >= 0
+        if value:
+            self.counted[_key(metric, labels)] += value
+
+    def set(self, metric: Gauge, value: float, **labels: str) -> None:
+        self.counted[_key(metric, labels)] = value
+
+    def observe(self, metric: Histogram, value: float, **labels: str) -> None:
+        self.observed[_key(metric, labels)].append(value)
+
+
+def _key(metric: Metric, labels: dict[str, str]) -> tuple[str, ...]:
+    assert labels.keys() == {*metric.labels}, f"{metric.name} has the labels {metric.labels}"
+    return metric.name, *(labels[name] for name in metric.labels)

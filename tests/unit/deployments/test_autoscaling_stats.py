@@ -1,0 +1,67 @@
+"""What each stage's replicas report for autoscaling, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import blip2_serve
+from blip2_serve.config import AppConfig
+from blip2_serve.deployments.encoder import Encoder
+from blip2_serve.deployments.generator import Generator
+from blip2_serve.deployments.preprocessor import Preprocessor
+from blip2_serve.types import ImagePrefix, SamplingParams
+
+CONFIG = AppConfig.model_validate({"dtype": "float32", "encoder": {"compile": False}})
+PICTURE = Path(blip2_serve.__file__).parent / "demo" / "picture.png"
+
+
+def replica(deployment: Any, *args: Any) -> Any:
+    """An instance as Serve makes it, before its __init__ has been awaited."""
+    cls = deployment.func_or_class
+    instance = object.__new__(cls)
+    return instance, cls.__init__(instance, CONFIG, *args)
+
+
+def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> None:
+    engine = {"occupancy", "step_s", "least_step_s"} if of_an_engine else set()
+    assert set(stats) == {"finished", "waiting", "capacity"} | engine
+    assert all(isinstance(value, int | float) for value in stats.values())
+    assert stats["finished"] > 0
+    assert stats["capacity"] > 0
+    assert stats["waiting"] == 0
+
+
+async def test_a_preprocessor_reports_images() -> None:
+    preprocessor, loaded = replica(Preprocessor)
+    await loaded
+    assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting"}
+
+    await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
+
+    assert_reported(await preprocessor.record_autoscaling_stats())
+
+
+async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
+    preprocessor, loaded = replica(Preprocessor)
+    await loaded
+    pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
+    encoder, loaded = replica(Encoder, "cpu")
+    await loaded
+    prefix: ImagePrefix = await encoder.encode(pixels, "digest")
+    while not encoder._meter._cost.known:  # it is told after the answer
+        await asyncio.sleep(0)
+    assert_reported(await encoder.record_autoscaling_stats())
+
+    generator, loaded = replica(Generator, "cpu")
+    await loaded
+    await generator.generate(prefix, "", SamplingParams(max_tokens=8))
+    async for _ in generator.stream(prefix, "a photo of", SamplingParams(max_tokens=8)):
+        pass
+
+    stats = await generator.record_autoscaling_stats()
+    assert_reported(stats, of_an_engine=True)
+    assert stats["occupancy"] == 0

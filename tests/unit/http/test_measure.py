@@ -1,0 +1,208 @@
+"""What is measured of HTTP exchanges, over a fake backend."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from blip2_serve import metrics
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import (
+    Blip2ServeError,
+    ContextLengthExceeded,
+    InvalidImage,
+    Overloaded,
+    Unavailable,
+)
+from blip2_serve.http.api import create_app
+from support.fake_backend import (
+    ROUTES,
+    TOKEN_IDS,
+    FakeBackend,
+    body_for,
+    chat,
+    client_of,
+    data_url,
+    post,
+)
+from support.recorder import FakeRecorder
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def recorder() -> FakeRecorder:
+    return FakeRecorder()
+
+
+async def ask(
+    recorder: FakeRecorder, route: str, body: object, backend: FakeBackend | None = None
+) -> httpx.Response:
+    async with client_of(backend or FakeBackend(), recorder=recorder) as client:
+        return await post(client, route, body)
+
+
+def counted(recorder: FakeRecorder, metric: metrics.Counter) -> dict[tuple[str, ...], float]:
+    """By the values of its labels."""
+    return {key[1:]: value for key, value in recorder.counted.items() if key[0] == metric.name}
+
+
+def observed(recorder: FakeRecorder, metric: metrics.Histogram, *labels: str) -> list[float]:
+    return recorder.observed[metric.name, *labels]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+async def test_an_answer_is_counted_under_its_route_and_timed(
+    recorder: FakeRecorder, route: str
+) -> None:
+    await ask(recorder, route, body_for(route))
+
+    assert counted(recorder, metrics.REQUESTS) == {(route, "ok"): 1}
+    (seconds,) = observed(recorder, metrics.REQUEST_SECONDS, route)
+    assert 0 < seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome", "reason"),
+    [
+        pytest.param(Overloaded("full"), "overloaded", "overloaded", id="a queue is full"),
+        pytest.param(Unavailable("lost"), "unavailable", "unavailable", id="a replica is lost"),
+        pytest.param(
+            ContextLengthExceeded("long"), "invalid", "context_length_exceeded", id="too long"
+        ),
+        pytest.param(ZeroDivisionError(), "error", None, id="a bug"),
+    ],
+)
+async def test_a_failure_is_counted_by_what_it_means(
+    recorder: FakeRecorder, failure: Exception, outcome: str, reason: str | None
+) -> None:
+    await ask(recorder, CHAT, chat(), FakeBackend(generation_failure=failure))
+
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, outcome): 1}
+    assert counted(recorder, metrics.REJECTIONS) == ({(reason,): 1} if reason else {})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "route"),
+    [
+        pytest.param(CHAT, chat(nonsense=1), CHAT, id="an unknown field"),
+        pytest.param(CHAT, b"{", CHAT, id="broken JSON"),
+        pytest.param("/v1/nothing/here", {}, "other", id="an unknown path"),
+        pytest.param(CHAT, chat(model="another"), CHAT, id="another model"),
+    ],
+)
+async def test_a_clients_mistake_is_invalid_and_no_rejection(
+    recorder: FakeRecorder, path: str, body: object, route: str
+) -> None:
+    await ask(recorder, path, body)
+
+    assert counted(recorder, metrics.REQUESTS) == {(route, "invalid"): 1}
+    assert counted(recorder, metrics.REJECTIONS) == {}
+
+
+async def test_names_of_models_make_no_new_labels(recorder: FakeRecorder) -> None:
+    async with client_of(FakeBackend(), recorder=recorder) as client:
+        for name in ("a", "b/c"):
+            await client.get(f"/v1/models/{name}")
+
+    assert counted(recorder, metrics.REQUESTS) == {("/v1/models/{name:path}", "invalid"): 2}
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        pytest.param("data:image/png,x", "url", id="a data URL without base64"),
+        pytest.param("data:image/png;base64,?", "base64", id="broken base64"),
+        pytest.param("data:image/png;base64,", "empty", id="no bytes"),
+        pytest.param(data_url(b"odd"), "format", id="what the preprocessor cannot read"),
+    ],
+)
+async def test_images_that_cannot_be_used_are_counted_by_kind(
+    recorder: FakeRecorder, url: str, kind: str
+) -> None:
+    backend = FakeBackend(failures={b"odd": InvalidImage("odd", kind="format")})
+    await ask(recorder, "/v1/caption", {"image": url}, backend)
+
+    assert counted(recorder, metrics.INPUT_FAILURES) == {(kind,): 1}
+
+
+async def test_of_several_images_each_failure_counts_once(recorder: FakeRecorder) -> None:
+    bad = {name: InvalidImage("bad", kind="broken") for name in (b"1", b"2")}
+    for images, failures in (((b"1", b"2", b"good"), 2), ((b"1", b"2"), 4)):
+        body = {"images": [data_url(image) for image in images]}
+        await ask(recorder, "/v1/caption", body, FakeBackend(failures={**bad}))
+        assert counted(recorder, metrics.INPUT_FAILURES) == {("broken",): failures}
+
+    assert counted(recorder, metrics.REQUESTS) == {
+        ("/v1/caption", "ok"): 1,
+        ("/v1/caption", "invalid"): 1,
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_stream_has_one_first_token_and_a_time_between_the_others(
+    recorder: FakeRecorder, n: int
+) -> None:
+    body = chat(stream=True, n=n, temperature=1.0 if n > 1 else 0.0)
+    await ask(recorder, CHAT, body)
+
+    assert len(observed(recorder, metrics.TIME_TO_FIRST_TOKEN, CHAT)) == 1
+    assert len(observed(recorder, metrics.INTER_TOKEN, CHAT)) == n * (len(TOKEN_IDS) - 1)
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "ok"): 1}
+
+
+async def test_a_whole_answer_has_neither(recorder: FakeRecorder) -> None:
+    await ask(recorder, CHAT, chat())
+
+    assert observed(recorder, metrics.TIME_TO_FIRST_TOKEN, CHAT) == []
+    assert observed(recorder, metrics.INTER_TOKEN, CHAT) == []
+
+
+async def test_a_stream_that_breaks_is_no_success(recorder: FakeRecorder) -> None:
+    response = await ask(recorder, CHAT, chat(stream=True), FakeBackend(stream_fails_after=2))
+
+    assert response.status_code == 200
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "unavailable"): 1}
+
+
+async def test_a_client_that_leaves_is_counted_as_such(recorder: FakeRecorder) -> None:
+    backend = FakeBackend(endless=True)
+    app = create_app(backend, AppConfig(), recorder)
+    begun = asyncio.Event()
+
+    async def call() -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            begun.set()
+            await client.post(CHAT, json=chat(stream=True))
+
+    task = asyncio.create_task(call())
+    await begun.wait()
+    while not observed(recorder, metrics.INTER_TOKEN, CHAT):
+        await asyncio.sleep(0)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
+
+
+async def test_the_page_is_what_the_nodes_say() -> None:
+    backend = FakeBackend(metrics_pages={"a": "http://127.0.0.1:9/metrics"})
+    async with client_of(backend) as client:
+        response = await client.get("/metrics")
+
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert 'ray_blip2_node_answered{node="a"} 0.0' in response.text
+
+
+def test_an_images_kind_of_failure_survives_the_way_between_processes() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(InvalidImage("bad", "image", kind="pixels")))
+
+    assert (error.message, error.param, error.kind) == ("bad", "image", "pixels")
+    assert isinstance(error, Blip2ServeError)
