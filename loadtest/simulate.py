@@ -26,7 +26,7 @@ from simulation.profile import Profile
 from simulation.report import plot, table, write_section
 from simulation.run import STAGES, Outcome, Simulation
 from simulation.traces import WARM_UP_S, compared, thousand, training
-from simulation.tuning import LATE_COSTS, Config, Tried, grid, own_policy, tried
+from simulation.tuning import LATE_COSTS, Config, alone, own_policy, together
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "simulation" / "results"
@@ -45,14 +45,17 @@ def main() -> None:
 
 
 def tune(profile: Profile) -> None:
-    """Every point of the grid is kept, so that other prices of lateness can be tried."""
-    results: dict[str, list[Any]] = {}
+    """Serve's default policy for each price of lateness."""
+    found = {}
     for stage in STAGES:
-        results[stage] = [
-            asdict(tried(profile, stage, config)) for config in grid(getattr(profile, stage))
-        ]
-        print(f"{profile.name} {stage}: {len(results[stage])} configurations", flush=True)
-    _write(f"{profile.name}-tuned", results)
+        found[stage] = alone(profile, stage)
+        print(f"{profile.name} {stage}: {len(found[stage])} configurations", flush=True)
+    chosen = {}
+    for late_costs in LATE_COSTS:
+        chosen[_default_name(late_costs)] = together(profile, found, late_costs)
+        print(f"{profile.name} {late_costs:.0f}: {chosen[_default_name(late_costs)]}", flush=True)
+    tried = {stage: [asdict(one) for one in ones] for stage, ones in found.items()}
+    _write(f"{profile.name}-tuned", {"chosen": chosen, "alone": tried})
 
 
 def compare(profile: Profile) -> None:
@@ -92,13 +95,7 @@ def record(profile: Profile) -> None:
 def policies(profile: Profile) -> dict[str, dict[str, Config]]:
     """The own one with its default settings; Serve's default one, tuned for three tastes."""
     tuned = json.loads((RESULTS / f"{profile.name}-tuned.json").read_text())
-    found: dict[str, dict[str, Config]] = {"own": own_policy()}
-    for late_costs in LATE_COSTS:
-        found[_default_name(late_costs)] = {
-            stage: min((Tried(**t) for t in tuned[stage]), key=lambda t: t.cost(late_costs)).config
-            for stage in STAGES
-        }
-    return found
+    return {"own": own_policy(), **tuned["chosen"]}
 
 
 def run(

@@ -100,8 +100,10 @@ class Controller:
     def _decide(self) -> None:
         context = self._context()
         if self._recording is not None:
-            window_s = 2 * self._config.metrics_interval_s
-            growth = self._trend.growth(context.current_time, context.total_num_requests, window_s)
+            interval_s = self._config.metrics_interval_s
+            growth = self._trend.growth(
+                context.current_time, context.total_num_requests, interval_s
+            )
             self._recording.append(stage_of(context, growth))
         decision, self._state = self._policy(context)
         bounds = (self._config.min_replicas, self._config.max_replicas)

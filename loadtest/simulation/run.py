@@ -44,7 +44,11 @@ class Series:
 
 
 class Simulation:
-    """`configs`: Serve's autoscaling_config of each stage; one without has `fixed` replicas."""
+    """`configs`: Serve's autoscaling_config of each stage; one without keeps its replicas.
+
+    Nobody lets an autoscaler have all there is: `max_replicas` is twice what the trace's peak takes
+    if it is not given.
+    """
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class Simulation:
         self._controllers = [
             Controller(
                 self.pools[name],
-                serve_config(dict(config)),
+                serve_config({"max_replicas": self._most(name), **config}),
                 self.events,
                 None if recording is None else recording.setdefault(name, []),
             )
@@ -111,6 +115,10 @@ class Simulation:
                 events.run(events.now + 10)
         hours = {name: (after[name] - before[name]) / 3600 for name in self.pools}
         return self._outcome(hours)
+
+    def _most(self, stage: str) -> int:
+        capacity: float = getattr(self.profile, stage).capacity
+        return math.ceil(2 * self.trace.peak * self.profile.generator.capacity / capacity)
 
     def _end(self, request: Request) -> None:
         self.ended += 1

@@ -57,6 +57,7 @@ class Settings:
 
     target_utilization: float
     drain_s: float
+    surge: float
     slack: float
     target_occupancy: float
     max_step_s: float | None
@@ -83,10 +84,11 @@ def replicas_needed(stage: Stage, settings: Settings) -> float:
     if not capacities:
         return stage.ongoing / settings.ongoing_requests
     capacity = sum(capacities) / len(capacities)
-    load = max(0.0, stage.growth + sum(r.finished for r in stage.replicas))
+    finished = sum(r.finished for r in stage.replicas)
+    load = max(0.0, finished + stage.growth)
     backlog = stage.queued + sum(r.waiting for r in stage.replicas)
     keep_up = load / settings.target_utilization
-    drain = load + backlog / settings.drain_s
+    drain = min(load + backlog / settings.drain_s, settings.surge * max(load, finished))
     crowded = sum(_crowding(r, settings) for r in stage.replicas)
     return max(keep_up / capacity, drain / capacity, crowded)
 
@@ -132,9 +134,9 @@ class StagePolicy:
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         """`ctx` is Serve's AutoscalingContext; nothing is kept in its state."""
-        # Reports of callers come in steps; over two of them there are always two.
-        window_s = 2 * ctx.config.metrics_interval_s
-        growth = self._ongoing.growth(ctx.current_time, ctx.total_num_requests, window_s)
+        # Callers report in steps: each of them once in this time.
+        interval_s = ctx.config.metrics_interval_s
+        growth = self._ongoing.growth(ctx.current_time, ctx.total_num_requests, interval_s)
         return desired_replicas(stage_of(ctx, growth), self._settings), {}
 
 

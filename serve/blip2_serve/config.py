@@ -26,26 +26,36 @@ class _Config(BaseModel):
 
 
 # Serve's keys for stages that scale by this package's policy, where `autoscaling` does not say
-# otherwise. Its own delays are for a policy that overshoots.
+# otherwise. Serve's own delays are for a policy that overshoots. `look_back_period_s` must be above
+# `metrics_interval_s`.
 AUTOSCALING_DEFAULTS: Mapping[str, float] = MappingProxyType(
     {
         "metrics_interval_s": 2,
-        "look_back_period_s": 4,
+        "look_back_period_s": 2.5,
         "upscale_delay_s": 0,
-        "downscale_delay_s": 45,
+        "downscale_delay_s": 20,
+        "downscale_to_zero_delay_s": 600,  # only where min_replicas is 0
     }
 )
 
 
 class ScalingConfig(_Config):
-    """The policy in `autoscaling.py`. Bounds and delays are Serve's own keys, in `autoscaling`."""
+    """The policy in `autoscaling.py`. Bounds and delays are Serve's own keys, in `autoscaling`.
+
+    The defaults come from simulations (`loadtest/README.md`).
+    """
 
     target_utilization: float = Field(
-        0.7, gt=0, le=1, description="of what replicas can do: the offered load that they get"
+        0.5, gt=0, le=1, description="of what replicas can do: the offered load that they get"
     )
-    drain_s: float = Field(10.0, gt=0, description="in which a backlog is to be worked off")
+    drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
+    surge: float = Field(
+        5.0,
+        ge=1,
+        description="times the replicas that the load alone would fill: what a backlog may ask for",
+    )
     slack: float = Field(
-        0.15,
+        0.1,
         ge=0,
         description="share by which the replicas that remain must be more than enough before "
         "any is stopped",
@@ -124,7 +134,14 @@ class ChatConfig(_Config):
     preamble: str = Field("{text} ", description="system and developer messages, put first")
 
 
+class IngressScaling(ScalingConfig):
+    """It measures nothing of its own: what is ongoing decides."""
+
+    ongoing_requests: float = Field(64.0, gt=0)
+
+
 class IngressConfig(StageConfig):
+    scaling: IngressScaling = IngressScaling()
     images: ImageLimits = ImageLimits()
     chat: ChatConfig = ChatConfig()
     max_body_bytes: int = Field(64 << 20, ge=1, description="of one request")
@@ -136,7 +153,13 @@ class PreprocessorConfig(StageConfig):
     threads: int = Field(2, ge=1, description="images decoded at once in one replica")
 
 
+class EncoderScaling(ScalingConfig):
+    target_utilization: float = Field(0.65, gt=0, le=1)
+    ongoing_requests: float = Field(8.0, gt=0)
+
+
 class EncoderConfig(ComputeConfig):
+    scaling: EncoderScaling = EncoderScaling()
     num_cpus: float = Field(0.3, ge=0)
     max_batch_size: int = Field(8, ge=1, description="images of one forward pass")
     compile: bool | None = Field(
@@ -144,7 +167,13 @@ class EncoderConfig(ComputeConfig):
     )
 
 
+class GeneratorScaling(ScalingConfig):
+    target_utilization: float = Field(0.38, gt=0, le=1)
+    ongoing_requests: float = Field(32.0, gt=0)
+
+
 class GeneratorConfig(ComputeConfig):
+    scaling: GeneratorScaling = GeneratorScaling()
     num_cpus: float = Field(0.4, ge=0)
     default_max_tokens: int = Field(64, ge=1, description="for requests that name no limit")
     max_running: int = Field(64, ge=1, description="sequences generated at once")

@@ -9,7 +9,7 @@ import pytest
 from simulation.profile import EngineProfile, PoolProfile, Profile
 from simulation.run import STAGES, Simulation
 from simulation.traces import Trace, steady, step
-from simulation.tuning import BOUNDS, Config, own_policy
+from simulation.tuning import Config, own_policy
 
 CPU = Profile.load("cpu")
 SHORT = step("step", 0.5, 2, at=20, until=80, end=120, seed=1)
@@ -20,7 +20,6 @@ def default_policy(**others: float) -> dict[str, Config]:
     targets = {"preprocessor": 0.7, "encoder": 2.7, "generator": 21}
     return {
         stage: {
-            **BOUNDS,
             "target_ongoing_requests": target,
             "metrics_interval_s": 2,
             "look_back_period_s": 10,

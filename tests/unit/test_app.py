@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -15,7 +16,7 @@ from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve.config import AutoscalingConfig
 
 from blip2_serve import app
-from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig
+from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig, GeneratorConfig
 from blip2_serve.deployments.compute import library_environment
 
 
@@ -145,7 +146,8 @@ print(policy(ctx)[0])
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
     )
-    assert int(done.stdout) == 10  # at seven tenths of what they can do
+    target = GeneratorConfig().scaling.target_utilization
+    assert int(done.stdout) == math.ceil(7 / target)
 
 
 COMPILES_FOR_512_SHAPES = """

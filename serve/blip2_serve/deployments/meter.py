@@ -129,6 +129,7 @@ class BatchMeter:
 class EngineMeter:
     """For the generator, whose requests share steps."""
 
+    BUSY = 0.5
     # A running request has its prompt and half of its answer behind it, in the mean.
     RUNNING_IS_DONE = 0.75
 
@@ -176,14 +177,28 @@ class EngineMeter:
         self._answer_tokens.add(grown["answered"], grown["ended"])
         occupancy = max(running / self._max_running, kv_share)
         steps = grown["steps"]
+        capacity = self._capacity(running / occupancy if running else self._max_running)
         return Signals(
             finished=_rate(grown["left"], seconds),
-            waiting=waiting,
-            capacity=self._capacity(running / occupancy if running else self._max_running),
+            waiting=waiting + self._surplus(running, capacity),
+            capacity=capacity,
             occupancy=occupancy,
             step_s=grown["seconds"] / steps if steps else None,
             least_step_s=self._cost.fixed_and_each[0] if self._cost.known else None,
         )
+
+    def _surplus(self, running: int, capacity: float | None) -> float:
+        """Running sequences that are there because others are in their way.
+
+        More than the `BUSY` share of the capacity takes: so many requests a second have
+        1 / (BUSY * capacity) seconds each, which their tokens and their parts of `fixed` fill.
+        """
+        answer_tokens, tokens = self._answer_tokens.value, self._request_tokens.value
+        if capacity is None or answer_tokens is None or tokens is None:
+            return 0.0
+        fixed, each = self._cost.fixed_and_each
+        left_s = 1 / (self.BUSY * capacity) - each * tokens
+        return max(0.0, running - fixed * answer_tokens / left_s)
 
     def _capacity(self, places: float) -> float | None:
         """Requests a second with so many sequences at once.

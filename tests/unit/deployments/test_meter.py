@@ -139,12 +139,28 @@ def test_a_generator_reports_the_requests_that_its_places_make() -> None:
     clock.now += 5
     signals = meter.signals(running=5, waiting=3, kv_share=0.1)
 
-    assert (signals.finished, signals.waiting) == (2, 3)
+    assert (signals.finished, signals.waiting) == (2, pytest.approx(3 + 2.5, abs=0.1))
     # 20 answer tokens, each in a step that it shares with 19 others, and 60 tokens of its own.
     assert signals.capacity == pytest.approx(1 / (20 * 0.010 / 20 + 60 * 0.001), rel=0.01)
     assert signals.occupancy == pytest.approx(5 / 20)
     assert signals.least_step_s == pytest.approx(0.010, rel=0.01)
     assert signals.step_s == pytest.approx((0.05 + 10 * 0.012) / 11)
+
+
+@pytest.mark.parametrize(
+    ("running", "surplus"),
+    [
+        pytest.param(0, 0, id="nothing runs"),
+        pytest.param(2, 0, id="as many as half of the capacity takes"),
+        pytest.param(20, 17.5, id="all places are taken"),
+    ],
+)
+def test_sequences_that_hold_each_other_up_count_as_waiting(running: int, surplus: float) -> None:
+    """At half of 14.3 requests a second, each has 140 ms: 60 of its tokens, 80 of steps' 200."""
+    meter = engine_meter(Clock())
+    signals = meter.signals(running=running, waiting=0, kv_share=running / 20)
+
+    assert signals.waiting == pytest.approx(surplus, abs=0.1)
 
 
 def test_where_the_kv_is_short_there_are_fewer_places() -> None:
