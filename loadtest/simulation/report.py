@@ -7,25 +7,45 @@ from typing import Any
 
 Results = dict[str, list[dict[str, Any]]]  # of each profile, runs as `simulate.run` makes them
 
-OWN, DEFAULT = "own", "default/20"
+OWN, CAREFUL, DEFAULT = "own", "own/careful", "default/20"
 BEGIN, END = "<!-- table of the simulation -->", "<!-- end of the table -->"
-COLORS = {OWN: "#1b7837", DEFAULT: "#b35806"}
+COLORS = {DEFAULT: "#b35806", OWN: "#1b7837", CAREFUL: "#7fbf7b"}
 
 
 def table(results: Results) -> str:
-    """Markdown: default -> own, for each profile and trace."""
+    """Markdown: default -> own, own/careful; for each profile and trace."""
     lines = [
         "| profile | trace | SLO missed, s | requests too late | replica-hours | flaps |",
-        "|---|---|---:|---:|---:|---:|",
+        "|---|---|---|---|---|---|",
     ]
     for profile, runs in results.items():
         for trace in dict.fromkeys(run["trace"] for run in runs):
-            d, o = (_run(runs, trace, policy) for policy in (DEFAULT, OWN))
+            d, o, c = (_run(runs, trace, policy) for policy in COLORS)
             lines.append(
-                f"| {profile} | {trace} | {d['missed_s']:.0f} → {o['missed_s']:.0f} "
-                f"| {d['late_share']:.2%} → {o['late_share']:.2%} "
-                f"| {d['cost_hours']:.2f} → {o['cost_hours']:.2f} "
-                f"| {d['flaps']} → {o['flaps']} |"
+                f"| {profile} | {trace} "
+                f"| {d['missed_s']:.0f} → {o['missed_s']:.0f}, {c['missed_s']:.0f} "
+                f"| {d['late_share']:.2%} → {o['late_share']:.2%}, {c['late_share']:.2%} "
+                f"| {d['cost_hours']:.2f} → {o['cost_hours']:.2f}, {c['cost_hours']:.2f} "
+                f"| {d['flaps']} → {o['flaps']}, {c['flaps']} |"
+            )
+    return "\n".join(lines)
+
+
+def totals(results: Results) -> str:
+    """Markdown: all traces together, for each policy."""
+    lines = [
+        "| comparison | policy | SLO missed, s | requests too late | replica-hours | flaps |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for name, runs in results.items():
+        for policy in dict.fromkeys(run["policy"] for run in runs):
+            own = [run for run in runs if run["policy"] == policy]
+            requests = sum(run["requests"] for run in own)
+            late = sum(run["late_share"] * run["requests"] for run in own) / requests
+            lines.append(
+                f"| {name} | {policy} | {sum(run['missed_s'] for run in own):.0f} | {late:.2%} "
+                f"| {sum(run['cost_hours'] for run in own):.1f} "
+                f"| {sum(run['flaps'] for run in own)} |"
             )
     return "\n".join(lines)
 
@@ -45,7 +65,7 @@ def plot(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     runs = next(iter(results.values()))
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
     for axis, trace in zip(axes[0], ("step x8", "day with a lunch"), strict=True):
         _course(axis, runs, trace)
     _bars(axes[1][0], results, "missed_s", "seconds in which more than 5% were too late")
@@ -55,7 +75,7 @@ def plot(results: Results, path: Path) -> None:
 
 
 def _course(axis: Any, runs: list[dict[str, Any]], trace: str) -> None:
-    for policy in (DEFAULT, OWN):
+    for policy in COLORS:
         run = _run(runs, trace, policy)
         minutes = [second / 60 for second in run["series"]["seconds"]]
         axis.plot(
@@ -74,10 +94,10 @@ def _bars(axis: Any, results: Results, key: str, title: str) -> None:
         for profile, runs in results.items()
         for trace in dict.fromkeys(run["trace"] for run in runs)
     ]
-    for offset, policy in ((-0.2, DEFAULT), (0.2, OWN)):
+    for offset, policy in zip((-0.27, 0.0, 0.27), COLORS, strict=True):
         values = [_run(results[profile], trace, policy)[key] for profile, trace in names]
         places = [place + offset for place in range(len(names))]
-        axis.barh(places, values, height=0.4, color=COLORS[policy], label=policy)
+        axis.barh(places, values, height=0.27, color=COLORS[policy], label=policy)
     axis.set_yticks(range(len(names)), [f"{t} ({p})" for p, t in names], fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title)

@@ -45,12 +45,18 @@ class Tried:
         return self.replica_hours * (1 + late_costs * self.late_share)
 
 
-def own_policy() -> dict[str, Config]:
-    """This project's policy as it is configured by default, for each stage."""
-    values = {name: {"autoscaling": {"min_replicas": 1}} for name in STAGES}
-    config = AppConfig.model_validate(values)
-    stages: dict[str, StageConfig] = {name: getattr(config, name) for name in STAGES}
-    return {name: stage.autoscaling_config or {} for name, stage in stages.items()}
+def own_policy(utilization: float = 1.0) -> dict[str, Config]:
+    """This project's policy for each stage, with so many times its default target_utilization."""
+    found: dict[str, Config] = {}
+    for name in STAGES:
+        default: StageConfig = getattr(AppConfig(), name)
+        target = utilization * default.scaling.target_utilization
+        values = {
+            "autoscaling": {"min_replicas": 1},
+            "scaling": {"target_utilization": target},
+        }
+        found[name] = type(default).model_validate(values).autoscaling_config or {}
+    return found
 
 
 def grid(own: PoolProfile | EngineProfile) -> list[Config]:
