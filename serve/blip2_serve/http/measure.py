@@ -49,6 +49,17 @@ class Measure:
         exchange = Exchange(scope, time.perf_counter())
         _current.set(exchange)
         outcome = "cancelled"
+        has_left = False
+
+        async def heard() -> Message:
+            nonlocal has_left
+            try:
+                return await receive()
+            except Blip2ServeError:  # too large a body
+                raise
+            except Exception:  # whatever the server raises when the connection is gone
+                has_left = True
+                raise
 
         async def watched(message: Message) -> None:
             nonlocal outcome
@@ -57,9 +68,9 @@ class Measure:
                 outcome = _outcome(exchange.error)
 
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, heard, watched)
         except Exception as error:
-            outcome = _outcome(Blip2ServeError(str(error)))
+            outcome = "cancelled" if has_left else _outcome(Blip2ServeError(str(error)))
             raise
         finally:
             route = exchange.route

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import suppress
+from typing import Any
 
 import httpx
 import pytest
@@ -187,6 +189,42 @@ async def test_a_client_that_leaves_is_counted_as_such(recorder: FakeRecorder) -
     with suppress(asyncio.CancelledError):
         await task
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
+
+
+async def test_a_connection_that_breaks_while_it_is_listened_to_is_a_client_that_left(
+    recorder: FakeRecorder,
+) -> None:
+    """Serve raises an error of Ray's from there."""
+    body = json.dumps(chat(stream=True)).encode()
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        while not observed(recorder, metrics.INTER_TOKEN, CHAT):
+            if (message := next(messages, None)) is not None:
+                return message
+            await asyncio.sleep(0)
+        raise ConnectionError("the task was cancelled")
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    headers = [(b"content-length", str(len(body)).encode())]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1"}
+    app = create_app(FakeBackend(endless=True), AppConfig(), recorder)
+    with suppress(Exception):
+        await app(scope, receive, send)
+
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
+
+
+async def test_a_body_that_is_too_large_is_invalid(recorder: FakeRecorder) -> None:
+    config = AppConfig.model_validate({"ingress": {"max_body_bytes": 100}})
+    async with client_of(FakeBackend(), config, recorder) as client:
+        await post(client, CHAT, chat())
+
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "invalid"): 1}
+    assert counted(recorder, metrics.REJECTIONS) == {("request_too_large",): 1}
 
 
 async def test_the_page_is_what_the_nodes_say() -> None:
