@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import os
-import socket
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from bench.servers import free_port
 from blip2_serve.app import build
 from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
@@ -163,9 +163,7 @@ def start() -> str:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
     ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     quiet = serve.schema.LoggingConfig(log_level="WARNING")
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
     serve.run(build(configuration()), name=APP, logging_config=quiet)

@@ -116,7 +116,7 @@ def test_only_the_kernels_know_their_compiler(module: str) -> None:
     assert module.startswith(f"{PACKAGE}.kernels.") or not known & {"numba", "llvmlite"}
 
 
-MAY_KNOW_RAY = ("app", "metrics", "cli", "deployments")
+MAY_KNOW_RAY = ("app", "cli", "deployments")
 
 
 def test_only_the_deployments_and_what_starts_them_know_ray() -> None:

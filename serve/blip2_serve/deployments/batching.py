@@ -37,8 +37,8 @@ class _Waiting(Generic[Item, Result]):
 class BatchThread(Generic[Item, Result]):
     """Calls `compute` with whatever is waiting, up to `limit` items; never waits for a second one.
 
-    `prepare` is called first, in the same thread, and `observe` there after each batch. Used from
-    the event loop that it is made on.
+    In the same thread, `prepare` is called first, and `observe` after each batch, before its
+    results are told. Used from the event loop that it is made on.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class BatchThread(Generic[Item, Result]):
             start = time.perf_counter()
             try:
                 results = self._compute([waiting.item for waiting in batch])
+                waited = tuple(start - waiting.since for waiting in batch)
+                self._observe(Batch(time.perf_counter() - start, waited, dropped))
             except Exception as error:
                 self._loop.call_soon_threadsafe(_fail, futures, error)
             else:
                 self._loop.call_soon_threadsafe(_answer, futures, results)
-            waited = tuple(start - waiting.since for waiting in batch)
-            self._observe(Batch(time.perf_counter() - start, waited, dropped))
 
     def _next_batch(self) -> tuple[list[_Waiting[Item, Result]], int]:
         """And how many were passed over, since their caller had left."""

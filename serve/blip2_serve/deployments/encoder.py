@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from functools import partial
 from typing import Any
 
@@ -79,6 +78,9 @@ class Encoder:
         return self._meter.signals(self._batching.waiting).report()
 
     def _observe(self, batch: Batch) -> None:
+        self._images += len(batch.waited)
+        self._batches += 1
+        self._seconds += batch.seconds
         self._meter.computed(len(batch.waited), batch.seconds)
         record = self._recorder
         for seconds in batch.waited:
@@ -93,11 +95,7 @@ class Encoder:
         record_model(self._recorder, STAGE, self._loading, self._device)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
-        start = time.perf_counter()
         prefixes = download(self._model(torch.from_numpy(np.stack(pixels))))
-        self._images += len(pixels)
-        self._batches += 1
-        self._seconds += time.perf_counter() - start
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")
         # numpy knows no bfloat16, but bytes are bytes.

@@ -32,6 +32,7 @@ from blip2_serve.kernels.vectors import (
     WORD,
     aligned,
     at,
+    at_least,
     everywhere,
     instruction,
     load,
@@ -186,8 +187,6 @@ def _rows(
         offset = load(builder, FLOATS, at(builder, bias, number(BYTES * v)), 4)
         for row in range(rows):
             result = builder.fadd(sums[row * len(vectors) + v], offset)
-            # Not the other way round: what is not a number stays so.
-            too_low = builder.fcmp_ordered("<", result, floor)
-            result = builder.fptrunc(builder.select(too_low, floor, result), _RESULTS)
+            result = builder.fptrunc(at_least(builder, result, floor), _RESULTS)
             place = at(builder, out, builder.mul(stride, number(row)), number(2 * LANES * v))
             store(builder, result, place, 2)

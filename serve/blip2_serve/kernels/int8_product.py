@@ -37,6 +37,7 @@ from blip2_serve.kernels.vectors import (
     WORDS,
     aligned,
     at,
+    at_least,
     everywhere,
     instruction,
     load,
@@ -302,10 +303,7 @@ def _rows(
             result = builder.fadd(builder.fmul(upper, base), builder.sitofp(lower, FLOATS))
             unit = load(builder, FLOAT, at(builder, units, number(4 * row)), 4)
             result = builder.fmul(builder.fmul(result, scale), everywhere(builder, unit))
-            result = builder.fadd(result, offset)
-            # Not the other way round: what is not a number stays so.
-            too_low = builder.fcmp_ordered("<", result, floor)
-            result = builder.select(too_low, floor, result)
+            result = at_least(builder, builder.fadd(result, offset), floor)
             if result_type != FLOATS:
                 result = builder.fptrunc(result, result_type)
             place = at(builder, out, builder.mul(stride, number(row)))

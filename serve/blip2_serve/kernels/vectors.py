@@ -50,6 +50,11 @@ def everywhere(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, first, zeros(WORDS))
 
 
+def at_least(builder: Any, value: Any, floor: Any) -> Any:
+    """The larger of two in each lane; what is not a number stays so."""
+    return builder.select(builder.fcmp_ordered("<", value, floor), floor, value)
+
+
 def instruction(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     """One that LLVM has a name for, as a function."""
     kind = ir.FunctionType(result, arguments)

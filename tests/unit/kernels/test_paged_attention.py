@@ -38,7 +38,7 @@ def expected(kv: Tensor, layer: int, table: array[int], qkv: Tensor) -> Tensor:
     return scaled_dot_product_attention(query, keys, values)[:, 0]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "lengths",
@@ -48,26 +48,21 @@ def expected(kv: Tensor, layer: int, table: array[int], qkv: Tensor) -> Tensor:
         pytest.param([3, 90, 1, 41, 17], id="sequences of many lengths"),
     ],
 )
-def test_it_is_attention(dtype: torch.dtype, lengths: list[int], threads: int) -> None:
+def test_it_is_attention(dtype: torch.dtype, lengths: list[int]) -> None:
     torch.manual_seed(len(lengths))
     kv, tables = random_kv(dtype, 24), random_tables(lengths)
     before = kv.clone()
     qkv = torch.randn(LAYERS, len(tables), 3, HEADS, 24).to(dtype)
-    usual = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        attend = last_tokens(tables, kv)
-        for layer in range(LAYERS):
-            attended = attend(layer, qkv[layer])
-            for i, table in enumerate(tables):
-                torch.testing.assert_close(
-                    attended[i].float(),
-                    expected(before, layer, table, qkv[layer, i]),
-                    atol=TOLERANCE[dtype],
-                    rtol=TOLERANCE[dtype],
-                )
-    finally:
-        torch.set_num_threads(usual)
+    attend = last_tokens(tables, kv)
+    for layer in range(LAYERS):
+        attended = attend(layer, qkv[layer])
+        for i, table in enumerate(tables):
+            torch.testing.assert_close(
+                attended[i].float(),
+                expected(before, layer, table, qkv[layer, i]),
+                atol=TOLERANCE[dtype],
+                rtol=TOLERANCE[dtype],
+            )
     for i, table in enumerate(tables):
         own = kv[:, :, table[-1]].transpose(0, 1)
         assert torch.equal(own, qkv[:, i, 1:].transpose(0, 1))
