@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Any
 
@@ -17,7 +16,7 @@ from blip2_serve.deployments import logs
 from blip2_serve.deployments.batching import Batch, BatchThread
 from blip2_serve.deployments.compute import measured_loading, record_model, set_threads, size_of
 from blip2_serve.deployments.meter import BatchMeter
-from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
+from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.transfer import download
@@ -43,7 +42,7 @@ class Encoder:
         load = partial(self._load, config, device)
         self._batching = BatchThread(load, self._encode, self._limit, self._observe)
         await self._batching.prepared
-        self._pulse = asyncio.create_task(pulse(self._report))
+        self._recorder.report_by(self._report)
 
     def _load(self, config: AppConfig, device_name: str) -> None:
         set_threads(config.encoder.threads)

@@ -29,7 +29,7 @@ from blip2_serve.deployments.compute import (
     size_of,
 )
 from blip2_serve.deployments.meter import EngineMeter
-from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
+from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.loop import EngineLoop, Step
@@ -86,7 +86,7 @@ class Generator:
         )
         self._device = torch.device(device)
         self._build = _build_info(config, self._device, self._loading)
-        self._pulse = asyncio.create_task(pulse(self._report))
+        self._recorder.report_by(self._report)
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams

@@ -15,7 +15,7 @@ from blip2_serve import metrics
 from blip2_serve.config import AppConfig
 from blip2_serve.deployments import logs
 from blip2_serve.deployments.meter import BatchMeter
-from blip2_serve.deployments.recorder import RayRecorder, pulse, stage_seconds
+from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import find_folder
 
@@ -26,7 +26,7 @@ STAGE = "preprocessor"  # in metrics
 class Preprocessor:
     """Decodes in threads: Pillow lets go of the interpreter while it decodes and resizes."""
 
-    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]
+    def __init__(self, config: AppConfig) -> None:
         logs.configure(config.log_format)
         self._processor = ImageProcessor.load(find_folder(config.model, config.revision))
         self._threads = ThreadPoolExecutor(config.preprocessor.threads, "decode")
@@ -36,7 +36,7 @@ class Preprocessor:
         self._meter = BatchMeter(threads=self._limit)
         self._images = 0
         self._seconds = 0.0
-        self._pulse = asyncio.create_task(pulse(self._report))
+        self._recorder.report_by(self._report)
 
     async def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file -> uint8 [3, S, S]. Raises InvalidImage."""

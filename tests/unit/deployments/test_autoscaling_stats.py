@@ -36,8 +36,7 @@ def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> N
 
 
 async def test_a_preprocessor_reports_images() -> None:
-    preprocessor, loaded = replica(Preprocessor)
-    await loaded
+    preprocessor, _ = replica(Preprocessor)
     assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting"}
 
     await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
@@ -46,8 +45,7 @@ async def test_a_preprocessor_reports_images() -> None:
 
 
 async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
-    preprocessor, loaded = replica(Preprocessor)
-    await loaded
+    preprocessor, _ = replica(Preprocessor)
     pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
     encoder, loaded = replica(Encoder, "cpu")
     await loaded

@@ -1,0 +1,90 @@
+"""Measurements on their way to Ray: all arrive, in order; one that fails takes no other along."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from blip2_serve import metrics
+from blip2_serve.deployments import recorder
+from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
+from support.recorder import FakeRecorder
+
+
+class Ray:
+    """In place of Ray's metrics: notes what they are told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[Any, ...]] = []
+        self.made: list[str] = []
+        self.done = threading.Event()
+        monkeypatch.setattr(recorder, "EVERY_S", 0.01)
+        monkeypatch.setattr(recorder, "_make", self._make)
+
+    def _make(self, metric: metrics.Metric) -> Any:
+        self.made.append(metric.name)
+        told, done = self.told, self.done
+
+        class Made:
+            def inc(self, value: float, labels: dict[str, str]) -> None:
+                if value < 0:
+                    raise ValueError("counters do not fall")
+                told.append((metric.name, value, labels))
+
+            def observe(self, value: float, labels: dict[str, str]) -> None:
+                told.append((metric.name, value, labels))
+
+            def set(self, value: float, labels: dict[str, str]) -> None:
+                told.append((metric.name, value, labels))
+                done.set()
+
+        return Made()
+
+
+def test_all_arrive_in_order_and_a_histogram_has_its_exact_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, made = Ray(monkeypatch), RayRecorder()
+    made.add(metrics.REQUESTS, route="/x", outcome="ok")
+    made.add(metrics.GENERATED_TOKENS, 0)
+    made.observe(metrics.QUEUE_SECONDS, 0.5, stage="encoder")
+    made.observe(metrics.QUEUE_SECONDS, 0, stage="encoder")
+    made.set(metrics.WAITING, 3, stage="encoder")
+
+    assert ray.done.wait(10)
+    stage = {"stage": "encoder"}
+    assert ray.told == [
+        ("blip2_requests_total", 1, {"route": "/x", "outcome": "ok"}),
+        ("blip2_queue_seconds", 0.5, stage),
+        ("blip2_queue_seconds_exact_total", 0.5, stage),
+        ("blip2_queue_seconds", 0, stage),
+        ("blip2_waiting", 3, stage),
+    ]
+    assert len(ray.made) == len({*ray.made})
+
+
+def test_one_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray, made = Ray(monkeypatch), RayRecorder()
+    made.add(metrics.GENERATED_TOKENS, -1)
+    made.set(metrics.WAITING, 1, stage="x")
+
+    assert ray.done.wait(10)
+    assert [name for name, *_ in ray.told] == ["blip2_waiting"]
+
+
+def test_a_state_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    Ray(monkeypatch)
+    asked = threading.Semaphore(0)
+    RayRecorder().report_by(asked.release)
+
+    assert asked.acquire(timeout=10)
+    assert asked.acquire(timeout=10)
+
+
+def test_a_stages_time_is_measured_also_where_it_fails() -> None:
+    fake = FakeRecorder()
+    with pytest.raises(ZeroDivisionError), stage_seconds(fake, "encoder"):
+        raise ZeroDivisionError
+    assert len(fake.observed["blip2_stage_seconds", "encoder"]) == 1
