@@ -18,7 +18,7 @@ def replicas(stage: str) -> int:
 
 
 def test_the_first_request_after_a_rest_waits_and_succeeds(base_url: str) -> None:
-    soon = {"downscale_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
+    soon = {"downscale_to_zero_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
     stage = {"autoscaling": {"min_replicas": 0, "max_replicas": 1, **soon}}
     app = start_app(base_url, NAME, {"dtype": "float32", "encoder": stage, "generator": stage})
     wait_until(lambda: replicas("Generator") == replicas("Encoder") == 0)
