@@ -1,0 +1,1 @@
+"""What the locust scripts are made of."""

@@ -1,0 +1,30 @@
+"""Samples come back from their file as they went in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from load import samples
+from load.samples import Sample
+
+
+def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / samples.FILE
+    written = [
+        Sample(1.5, "caption", "latency", 0.25, tokens=12),
+        Sample(2.0, "streaming chat", "ttft", 0.1, failure='status 500: "no,\nnothing"'),
+    ]
+
+    samples.write(path, written)
+
+    assert samples.read(path) == written
+
+
+def test_another_file_is_refused_by_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+
+    with pytest.raises(ValueError, match="not a file of samples"):
+        samples.read(path)
