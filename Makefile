@@ -1,5 +1,6 @@
 # make serve       the server with the shipped checkpoint, on http://127.0.0.1:8000
 # make test        the whole test suite
+# make load        a load test of URL with loadtest/scenarios/$(SCENARIO).yaml, its report in results/$(SCENARIO)
 # make install     .venv with every extra
 # make check       ruff and mypy
 # make image-test  builds k8s/Dockerfile without a container engine, and tries the image (needs root)
@@ -14,18 +15,24 @@ MODEL ?= demo
 DTYPE ?= auto
 DEVICE ?= auto
 ARGS ?=
+URL ?= http://127.0.0.1:8000
+SCENARIO ?= mixed
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test install check image-test clean
+.PHONY: serve test load install check image-test clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+load: $(VENV)/.installed-loadtest
+	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary -H $(URL) --scenario $(SCENARIO) \
+		--output results/$(SCENARIO) $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-loadtest
 

@@ -1,49 +1,76 @@
-"""Users who ask for captions of drawn pictures, one after the other.
+"""Load tests: users of every kind, as a scenario says.
 
     locust -f loadtest/locustfile.py -H http://127.0.0.1:8000
+    locust -f loadtest/locustfile.py -H ... --headless --scenario spike --output results/spike
 
-Every answer is checked: a status of 200 with an empty caption counts as a failure.
+`--scenario` is a name in scenarios/ or a file, "mixed" by default. With `--output` a run leaves
+samples.csv, run.json, the server's own figures and a report there, is judged by `--slo`, and exits
+with 1 if an SLO was missed. Workers take the same options as their master.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
-import random
+import sys
+from argparse import ArgumentParser, Namespace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from locust import HttpUser, between, task
+from locust import events
+from locust.env import Environment
+from locust.runners import WorkerRunner
 
-from blip2_serve.demo import scenes
+sys.path.insert(0, str(Path(__file__).parent))
 
-PICTURES = 64  # different ones, so that most requests find their image encoded after a while
-
-
-def _data_url(seed: int) -> str:
-    file = io.BytesIO()
-    scenes.sample(seed).image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-URLS = [_data_url(seed) for seed in range(PICTURES)]
-_users = itertools.count()
+from load import pictures, report, scenario
+from load.recording import Recording
+from load.scenario import Scenario
+from load.shape import ScenarioShape
+from load.users import CLOSED, Generator, Visitor
 
 
-class Captioner(HttpUser):
-    """Looks at a picture for a moment, then asks for the next one's caption."""
+@events.init_command_line_parser.add_listener
+def add_options(parser: ArgumentParser) -> None:
+    add: Any = partial(parser.add_argument, include_in_web_ui=False)
+    add("--scenario", env_var="LOADTEST_SCENARIO", default="mixed")
+    add(
+        "--level",
+        env_var="LOADTEST_LEVEL",
+        type=float,
+        help="users, or requests a second, instead of the scenario's",
+    )
+    add("--seconds", env_var="LOADTEST_SECONDS", type=float, help="instead of the scenario's")
+    # Text, no paths: a master sends its options to its workers.
+    add("--output", env_var="LOADTEST_OUTPUT", help="a folder for samples and report")
+    add("--slo", env_var="LOADTEST_SLO", default=str(report.SLO_FILE))
 
-    wait_time = between(0.1, 0.5)
 
-    def on_start(self) -> None:
-        self._random = random.Random(next(_users))
+@events.init.add_listener
+def prepare(environment: Environment, **_: Any) -> None:
+    options: Any = environment.parsed_options
+    plan = planned(options)
+    output = Path(options.output) if options.output else None
+    closing = partial(report.close, slo_file=Path(options.slo))
+    recording = Recording(environment, plan, output, closing)
+    Visitor.scenario, Visitor.recording = plan, recording
+    pictures.draw_all(photographs="photograph" in plan.kinds)
+    if plan.arrivals == "closed":
+        for kind in CLOSED:
+            kind.weight = plan.weights.get(kind.kind, 0)
+        environment.user_classes = [kind for kind in CLOSED if kind.weight]
+    else:
+        environment.user_classes = [Generator]
+    if not isinstance(environment.runner, WorkerRunner):
+        environment.shape_class = ScenarioShape(plan, recording)
+        environment.shape_class.runner = environment.runner
 
-    @task
-    def caption(self) -> None:
-        body = {"image": self._random.choice(URLS), "max_tokens": 40}
-        with self.client.post("/v1/caption", json=body, catch_response=True) as response:
-            if response.status_code != 200:
-                response.failure(f"status {response.status_code}: {response.text[:200]}")
-                return
-            captions = [item.get("caption") for item in response.json()["data"]]
-            if not (len(captions) == 1 and captions[0]):
-                response.failure(f"no caption in {response.text[:200]}")
+
+def planned(options: Namespace) -> Scenario:
+    """The scenario, with what the command line says instead."""
+    plan = scenario.load(options.scenario)
+    changes: dict[str, Any] = {"seconds": options.seconds} if options.seconds else {}
+    if options.level and plan.load:
+        factor = options.level / plan.load.level
+        peak = plan.load.peak and plan.load.peak * factor
+        changes["load"] = plan.load.model_copy(update={"level": options.level, "peak": peak})
+    return plan.model_copy(update=changes)

@@ -17,12 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench import client, report, script, servers
 from bench.checkpoint import checkpoint_at
+from bench.machine import machine
 from bench.report import STREAM, Measurement
 from bench.workload import Workload
 
 WARM_UP_USERS, WARM_UP_SERIES = 4, 0
 REQUESTS_BESIDES = 6  # of each user at most, before the window opens and after it closes
-PACKAGES = ("blip2-serve", "torch", "transformers", "ray")
 
 
 def main() -> None:
@@ -112,34 +107,6 @@ def write(about: dict[str, Any], measurements: list[Measurement], output: Path) 
         "measurements": [dataclasses.asdict(m) for m in measurements],
     }
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """Where, when and with what was measured."""
-    versions = {}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    git = subprocess.run(
-        describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return {
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-        "revision": git.stdout.strip(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,10 @@ FILE = "samples.csv"
 Measure = Literal["latency", "ttft", "inter_token", "tokens_per_s"]
 
 
+class Failure(Exception):
+    """What was wrong with an answer, for locust's list of failures."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One measure of one request."""

@@ -24,6 +24,7 @@ from support.manifests import (
     serve_config,
 )
 
+LOADTEST = K8S.parent / "loadtest"
 BUILT = (*OVERLAYS, "loadtest")
 OF_EVERY_NAMESPACE = {"kube-root-ca.crt": {"ca.crt"}}
 
@@ -121,6 +122,17 @@ def test_locust_asks_the_service_that_kuberay_makes() -> None:
     assert settings["LOCUST_HOST"] == f"http://{service}-serve-svc:8000"
     workers = next(j for j in of_kind(build("loadtest"), "Job") if "worker" in name_of(j))
     assert settings["LOCUST_EXPECT_WORKERS"] == str(workers["spec"]["parallelism"])
+
+
+def test_locusts_master_and_workers_have_the_same_settings_and_a_scenario_that_there_is() -> None:
+    master, worker = values_of(build("loadtest"), "env")
+    assert master == worker
+    (scenario,) = (e["value"] for e in master if e["name"] == "LOADTEST_SCENARIO")
+    assert (LOADTEST / "scenarios" / f"{scenario}.yaml").exists()
+    locustfile = (LOADTEST / "locustfile.py").read_text()
+    variables = set(re.findall(r'env_var="(\w+)"', locustfile))
+    own = {e["name"] for e in master if not e["name"].startswith("LOCUST_")}
+    assert own <= variables
 
 
 def test_prometheus_finds_every_ray_pod_and_its_ports() -> None:

@@ -1,0 +1,122 @@
+"""The server's own figures during a run, from pages of its /metrics."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from blip2_serve import metrics
+
+FILE = "server.csv"
+STAGES = ("preprocessor", "encoder", "generator")
+
+# Names as the page has them. Occupancy is the share of a batch's places that were taken.
+STATES = {
+    "waiting": metrics.WAITING.exported,
+    "running": metrics.SEQUENCES_RUNNING.exported,
+    "KV rows used": metrics.KV_ROWS_USED.exported,
+    "KV rows": metrics.KV_ROWS_CAPACITY.exported,
+}
+QUOTIENTS = {
+    "queue seconds": (
+        metrics.QUEUE_SECONDS.exact_sum.exported,
+        f"{metrics.QUEUE_SECONDS.exported}_count",
+    ),
+    "occupancy": (metrics.BATCH_SIZE.exact_sum.exported, metrics.BATCH_PLACES.exported),
+}
+# Seconds of work; "busy" is by how much they grow in a second, all replicas and threads together.
+WORK = {
+    "preprocessor": metrics.DECODE_SECONDS.exact_sum.exported,
+    "encoder": metrics.STEP_SECONDS.exact_sum.exported,
+    "generator": metrics.STEP_SECONDS.exact_sum.exported,
+}
+REPLICA_HEALTHY = "ray_serve_deployment_replica_healthy"
+
+Totals = dict[tuple[str, str], float]  # by metric and stage, summed over replicas
+
+
+@dataclass(frozen=True)
+class Point:
+    """One figure at one time, in seconds since 1970."""
+
+    time: float
+    name: str  # such as "queue seconds"
+    stage: str
+    value: float
+
+
+@dataclass
+class ServerSeries:
+    """Made of one page after the other."""
+
+    points: list[Point] = field(default_factory=list)
+    _before: Totals = field(default_factory=dict)
+    _read_at: float = 0.0
+
+    def add(self, page: str, now: float) -> None:
+        """What a page says, compared with the one before. `now` in seconds since 1970.
+
+        Raises:
+            ValueError: it is no page of metrics.
+        """
+        self.points += self._read(page, now)
+
+    def _read(self, page: str, now: float) -> list[Point]:
+        totals, replicas = _totals(page)
+        before, self._before = self._before, totals
+        since, self._read_at = now - self._read_at, now
+
+        def grown(metric: str, stage: str) -> float:
+            return totals.get((metric, stage), 0.0) - before.get((metric, stage), 0.0)
+
+        points = [Point(now, "replicas", stage, count) for stage, count in replicas.items()]
+        for name, metric in STATES.items():
+            points += [
+                Point(now, name, stage, value)
+                for (found, stage), value in totals.items()
+                if found == metric
+            ]
+        if not before:
+            return points
+        for stage in STAGES:
+            points.append(Point(now, "busy", stage, grown(WORK[stage], stage) / since))
+            for name, (above, below) in QUOTIENTS.items():
+                if count := grown(below, stage):
+                    points.append(Point(now, name, stage, grown(above, stage) / count))
+        return points
+
+
+def _totals(page: str) -> tuple[Totals, dict[str, float]]:
+    """Sums over replicas, and how many replicas each stage has."""
+    totals: Totals = {}
+    replicas: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            deployment = sample.labels.get("deployment", "").lower()
+            if sample.name == REPLICA_HEALTHY and deployment in STAGES:
+                replicas[deployment] = replicas.get(deployment, 0.0) + sample.value
+            elif sample.name.startswith(metrics.EXPORT_PREFIX + "blip2_"):
+                key = sample.name, deployment
+                totals[key] = totals.get(key, 0.0) + sample.value
+    return totals, replicas
+
+
+def write(path: Path, points: list[Point]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("time", "name", "stage", "value"))
+        writer.writerows((p.time, p.name, p.stage, p.value) for p in points)
+
+
+def read(path: Path) -> list[Point]:
+    """Nothing, if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            Point(float(row["time"]), row["name"], row["stage"], float(row["value"]))
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,327 @@
+"""The kinds of traffic: what each sends, and what it makes of the answers.
+
+A kind is a function of a `Caller`, which sends one request after the other, checks and measures
+them. Who calls it and when is not known here: locust's users do, again and again, and arrivals of
+an open loop do, once each.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import gevent
+import requests
+
+from load import checks, pictures
+from load.checks import Expected, WrongAnswer
+from load.pictures import data_url
+from load.samples import Sample
+
+TIMEOUT_S = 300.0
+CAPTION_TOKENS, ANSWER_TOKENS, LONG_TOKENS = 40, 16, 48
+BURST = 6  # requests for one picture at once
+
+Json = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Where samples go."""
+
+    def __call__(self, sample: Sample) -> None: ...
+
+
+class Caller:
+    """Sends requests of one kind, and measures them.
+
+    Latency of the first counts from `due`, when it was to start, whenever it does.
+    """
+
+    def __init__(
+        self,
+        session: requests.Session,
+        url: str,
+        sink: Sink,
+        *,
+        seed: int,
+        knows_scenes: bool,
+        think_s: tuple[float, float] = (0.0, 0.0),
+        due: float | None = None,
+    ) -> None:
+        """`due` in seconds since 1970. Only a server that `knows_scenes` must find the words."""
+        self.random = random.Random(seed)
+        self.knows_scenes = knows_scenes
+        self._session = session
+        self._url = url
+        self._sink = sink
+        self._think_s = think_s
+        self._due = due
+
+    def think(self) -> None:
+        """As long as a person looks at an answer."""
+        gevent.sleep(self.random.uniform(*self._think_s))
+
+    def words(self, right: str) -> str | None:
+        return right if self.knows_scenes else None
+
+    def send(self, kind: str, check: Callable[[requests.Response], int], **request: Any) -> bool:
+        """POSTs to `path` and measures until `check` has the answer's tokens; whether it is right.
+
+        `check` raises WrongAnswer for a wrong one.
+        """
+        begin = self._begin()
+        tokens, failure = 0, ""
+        try:
+            with self._post(**request) as response:
+                tokens = check(response)
+        except (WrongAnswer, requests.RequestException, ValueError) as error:
+            failure = _named(error)
+        latency = time.time() - begin
+        self._sink(Sample(begin, kind, "latency", latency, tokens, failure))
+        return not failure
+
+    def stream(self, kind: str, expected: Expected, body: Json) -> str | None:
+        """A streamed chat completion, with what only its reader sees; None if it went wrong."""
+        begin = self._begin()
+        times: list[float] = []
+        answer, usage, failure = "", None, ""
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        try:
+            with self._post("/v1/chat/completions", json=asked, stream=True) as response:
+                if response.status_code != 200:
+                    checks.ok(response.status_code, response.content)
+                for event in events(response):
+                    usage = event.get("usage") or usage
+                    if piece := _delta(event):
+                        times.append(time.time())
+                        answer += piece
+            tokens = int((usage or {})["completion_tokens"])
+            checks.text(answer, tokens, expected)
+        except (WrongAnswer, requests.RequestException, ValueError, LookupError) as error:
+            tokens, failure = 0, _named(error)
+        self._sink(Sample(begin, kind, "latency", time.time() - begin, tokens, failure))
+        if failure or not times:
+            return None
+        self._sink(Sample(begin, kind, "ttft", times[0] - begin))
+        span = times[-1] - times[0]
+        if tokens > 1 and span > 0:
+            self._sink(Sample(begin, kind, "inter_token", span / (tokens - 1)))
+            self._sink(Sample(begin, kind, "tokens_per_s", (tokens - 1) / span))
+        return answer
+
+    def hang_up(self, kind: str, body: Json) -> None:
+        """Leaves in the middle of a stream, on purpose: right, if it had begun."""
+        begin, failure = self._begin(), ""
+        try:
+            with self._post(
+                "/v1/chat/completions", json={**body, "stream": True}, stream=True
+            ) as response:
+                if response.status_code != 200:
+                    checks.ok(response.status_code, response.content)
+                if not any(_delta(event) for event in events(response)):
+                    raise WrongAnswer("no text before the end")
+        except (WrongAnswer, requests.RequestException, ValueError) as error:
+            failure = _named(error)
+        self._sink(Sample(begin, kind, "latency", time.time() - begin, 0, failure))
+
+    def _begin(self) -> float:
+        begin, self._due = self._due or time.time(), None
+        return begin
+
+    def _post(self, path: str, **request: Any) -> requests.Response:
+        return self._session.post(self._url + path, timeout=TIMEOUT_S, **request)
+
+
+def events(response: requests.Response) -> Iterator[Json]:
+    """The JSON of each server-sent event, up to [DONE].
+
+    Raises:
+        WrongAnswer: the stream ended without [DONE], or has an error in it.
+    """
+    for line in response.iter_lines(chunk_size=None):
+        field, _, data = line.partition(b":")
+        if field != b"data":
+            continue  # an empty line ends an event, a line that starts with a colon is a comment
+        if data.strip() == b"[DONE]":
+            return
+        event: Json = json.loads(data)
+        if "error" in event:
+            raise WrongAnswer(f"an error in the stream: {event['error']}")
+        yield event
+    raise WrongAnswer("a stream ended without [DONE]")
+
+
+# -- the kinds -------------------------------------------------------------------------------------
+
+
+def caption(caller: Caller) -> None:
+    """A picture in JSON."""
+    number = caller.random.randrange(pictures.SCENES)
+    expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
+    body = {"image": data_url(pictures.png(number)), "max_tokens": CAPTION_TOKENS}
+    caller.send("caption", _caption_of(expected), path="/v1/caption", json=body)
+
+
+def upload(caller: Caller) -> None:
+    """A picture as a file."""
+    number = caller.random.randrange(pictures.SCENES)
+    expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
+    caller.send(
+        "upload",
+        _caption_of(expected),
+        path="/v1/caption",
+        files={"image": ("picture.png", pictures.png(number), "image/png")},
+        data={"max_tokens": str(CAPTION_TOKENS)},
+    )
+
+
+def question(caller: Caller) -> None:
+    """One question, and its short answer."""
+    number = caller.random.randrange(pictures.SCENES)
+    asked, right = caller.random.choice(pictures.scene(number).questions)
+    messages = [_user(asked, pictures.png(number))]
+    _ask(caller, "question", messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
+
+
+def chat(caller: Caller) -> None:
+    """Several turns about one picture; each sends all that was said before."""
+    for messages, expected in _turns(caller):
+        if not _ask(caller, "chat", messages, expected):
+            return
+        caller.think()
+
+
+def streaming_chat(caller: Caller) -> None:
+    """The same, read as it is written."""
+    for messages, expected in _turns(caller):
+        body = {"messages": messages, "max_tokens": expected.max_tokens}
+        if caller.stream("streaming chat", expected, body) is None:
+            return
+        caller.think()
+
+
+def long_stream(caller: Caller) -> None:
+    """As many tokens as are asked for, whatever they say: what inter-token times are taken from."""
+    number = caller.random.randrange(pictures.SCENES)
+    body = {
+        "messages": [_user("what is it?", pictures.png(number))],
+        "max_tokens": LONG_TOKENS,
+        "ignore_eos": True,
+    }
+    caller.stream("long stream", Expected(LONG_TOKENS, exactly=True), body)
+
+
+def photograph(caller: Caller) -> None:
+    """A picture of some megabytes."""
+    data = pictures.photograph(caller.random.randrange(pictures.PHOTOGRAPHS))
+    caller.send(
+        "photograph",
+        _caption_of(Expected(CAPTION_TOKENS)),
+        path="/v1/caption",
+        files={"image": ("photograph.jpg", data, "image/jpeg")},
+        data={"max_tokens": str(CAPTION_TOKENS)},
+    )
+
+
+def same_image(caller: Caller) -> None:
+    """A picture that nobody has sent before, in several requests at once: one encode is enough."""
+    image = data_url(pictures.new_png(caller.random.getrandbits(48)))
+    body = {"image": image, "max_tokens": CAPTION_TOKENS}
+    check = _caption_of(Expected(CAPTION_TOKENS))
+    gevent.joinall(
+        [
+            gevent.spawn(caller.send, "same image", check, path="/v1/caption", json=body)
+            for _ in range(BURST)
+        ]
+    )
+
+
+def bad_input(caller: Caller) -> None:
+    """Something that must be refused with a 4xx that says why; anything else is a failure."""
+    good = data_url(pictures.png(0))
+    path, wrong = caller.random.choice(
+        (
+            ("/v1/caption", {"image": "data:image/png;base64,AAAA"}),
+            ("/v1/caption", {"image": good, "max_tokens": 0}),
+            ("/v1/caption", {"image": good, "no_such_parameter": 1}),
+            ("/v1/chat/completions", {"messages": []}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "no picture"}]}),
+        )
+    )
+
+    def check(response: requests.Response) -> int:
+        checks.refusal(response.status_code, response.json())
+        return 0
+
+    caller.send("bad input", check, path=path, json=wrong)
+
+
+def hang_up(caller: Caller) -> None:
+    """A client that leaves while it is answered."""
+    number = caller.random.randrange(pictures.SCENES)
+    messages = [_user("what is it?", pictures.png(number))]
+    body = {"messages": messages, "max_tokens": LONG_TOKENS, "ignore_eos": True}
+    caller.hang_up("hang-up", body)
+
+
+Kind = Callable[[Caller], None]
+KINDS: dict[str, Kind] = {
+    "caption": caption,
+    "upload": upload,
+    "question": question,
+    "chat": chat,
+    "streaming chat": streaming_chat,
+    "long stream": long_stream,
+    "photograph": photograph,
+    "same image": same_image,
+    "bad input": bad_input,
+    "hang-up": hang_up,
+}
+
+
+# -- their parts -----------------------------------------------------------------------------------
+
+
+def _turns(caller: Caller) -> Iterator[tuple[list[Json], Expected]]:
+    number = caller.random.randrange(pictures.SCENES)
+    messages: list[Json] = []
+    for asked, right in pictures.scene(number).chat:
+        messages.append(_user(asked, None if messages else pictures.png(number)))
+        yield messages, Expected(ANSWER_TOKENS, words=caller.words(right))
+        # The right answer stands for what a person would go on with.
+        messages.append({"role": "assistant", "content": right})
+
+
+def _ask(caller: Caller, kind: str, messages: list[Json], expected: Expected) -> bool:
+    def check(response: requests.Response) -> int:
+        checks.ok(response.status_code, response.content)
+        return checks.chat(response.json(), expected)[1]
+
+    body = {"messages": messages, "max_tokens": expected.max_tokens}
+    return caller.send(kind, check, path="/v1/chat/completions", json=body)
+
+
+def _caption_of(expected: Expected) -> Callable[[requests.Response], int]:
+    def check(response: requests.Response) -> int:
+        checks.ok(response.status_code, response.content)
+        return checks.caption(response.json(), expected)
+
+    return check
+
+
+def _user(text: str, picture: bytes | None) -> Json:
+    parts: list[Json] = [{"type": "text", "text": text}]
+    if picture is not None:
+        parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
+    return {"role": "user", "content": parts}
+
+
+def _delta(event: Json) -> str:
+    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
+
+
+def _named(error: Exception) -> str:
+    return str(error) if isinstance(error, WrongAnswer) else f"{type(error).__name__}: {error}"

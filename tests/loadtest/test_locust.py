@@ -1,0 +1,147 @@
+"""The locust scripts as an operator runs them: against the real application, and against a server
+of which everything is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ceiling
+from load import report
+from load.traffic import KINDS
+from support import load
+from support.server import App, free_port
+
+# Answers after 20 ms, and stops for two seconds, two seconds after the first request.
+STALLING = ("--delay", "0.02", "--stall-at", "2", "--stall-for", "2")
+
+
+def closed(users: float, seconds: float, *kinds: str, think_s: float = 0.05) -> dict[str, Any]:
+    return {
+        "weights": dict.fromkeys(kinds, 1),
+        "load": {"level": users},
+        "seconds": seconds,
+        "think_s": [think_s, think_s],
+    }
+
+
+def poisson(rate: float, seconds: float, drain_s: float = 10) -> dict[str, Any]:
+    return {**closed(rate, seconds, "caption"), "arrivals": "poisson", "drain_s": drain_s}
+
+
+def slow(run: load.Run) -> list[float]:
+    return [sample.value for sample in run.latencies() if sample.value > 1]
+
+
+def test_every_kind_of_traffic_is_answered_rightly_by_the_real_application(
+    demo: App, tmp_path: Path
+) -> None:
+    run = load.run(tmp_path, demo.url, closed(len(KINDS), 10, *KINDS))
+
+    assert run.failures == set()
+    assert run.code == 0, run.output
+    counts = {kind: len(run.latencies(kind)) for kind in KINDS}
+    assert all(counts.values()), counts
+    streams = {(s.kind, s.measure) for s in run.samples if s.measure != "latency"}
+    assert {
+        ("long stream", "ttft"),
+        ("long stream", "inter_token"),
+        ("long stream", "tokens_per_s"),
+        ("streaming chat", "ttft"),
+    } <= streams
+    assert {s.tokens for s in run.latencies("long stream")} == {48}
+    assert "TTFT long stream" in run.output
+    assert (tmp_path / report.PAGE).exists()
+
+
+def test_wrong_answers_are_failures_and_fail_the_run(tmp_path: Path) -> None:
+    with ceiling.null_server() as url:
+        # It answers every stream with two tokens, and refuses nothing.
+        run = load.run(tmp_path, url, closed(3, 3, "long stream", "bad input", "caption"))
+
+    assert run.code == 1
+    assert not any(sample.failure for sample in run.latencies("caption"))
+    assert all(sample.failure for sample in run.latencies("bad input"))
+    assert {s.failure for s in run.latencies("long stream")} == {"2 tokens, 48 were asked for"}
+    assert "SLOs missed: error ratio" in run.output
+
+
+def test_an_open_loop_shows_a_stall_that_a_closed_one_hides(tmp_path: Path) -> None:
+    """Coordinated omission: four users wait for the stall's end, and nobody asks meanwhile."""
+    runs = {}
+    for name, scenario in (("closed", closed(4, 6, "caption")), ("open", poisson(50, 6))):
+        folder = tmp_path / name
+        folder.mkdir()
+        with ceiling.null_server(*STALLING) as url:
+            runs[name] = load.run(folder, url, scenario)
+
+    assert 1 <= len(slow(runs["closed"])) <= 4
+    assert len(slow(runs["open"])) > 20  # of some 50 that came in the stall's first second
+    assert len(slow(runs["open"])) > 0.05 * len(runs["open"].latencies())  # its p95 has it
+    assert len(slow(runs["closed"])) < 0.05 * len(runs["closed"].latencies())  # its p95 has not
+
+
+def test_open_requests_that_are_not_answered_in_the_end_are_failures(tmp_path: Path) -> None:
+    with ceiling.null_server("--stall-at", "1", "--stall-for", "60") as url:
+        run = load.run(tmp_path, url, poisson(10, 3, drain_s=1))
+
+    assert run.code == 1
+    lost = [s for s in run.latencies() if s.failure == "not answered when the run ended"]
+    assert 5 <= len(lost) < len(run.latencies())
+    assert all(sample.value >= 1 for sample in lost)
+
+
+def test_a_ramp_ends_at_the_breaking_point_and_says_where_that_is(tmp_path: Path) -> None:
+    breaks = {"latency_p95_s": 0.3}
+    scenario = poisson(20, 60)
+    scenario["load"] = {"shape": "ramp", "level": 20, "peak": 40, "breaks": breaks}
+    with ceiling.null_server("--delay", "0.5") as url:
+        run = load.run(tmp_path, url, scenario)
+
+    assert "the breaking point: 2" in run.output
+    assert "requests a second, the last requests' p95 was 0.5 s" in run.output
+    ended = json.loads((tmp_path / "run.json").read_text())
+    assert ended["ended"] - ended["started"] < 30
+
+
+def test_what_workers_measure_reaches_the_master(tmp_path: Path) -> None:
+    scenario = closed(4, 4, "streaming chat", "caption")
+    port = str(free_port())
+    with ceiling.null_server() as url:
+        asked = load.command(tmp_path, url, scenario, {"error_ratio": 0})
+        bind = ["--master", "--expect-workers", "1", "--master-bind-port", port]
+        master = load.start([*asked, *bind])
+        worker = load.start([*asked, "--worker", "--master-port", port])
+        try:
+            run = load.finished(tmp_path, master)
+        finally:
+            worker.kill()
+            worker.communicate()
+
+    assert run.code == 0, run.output
+    assert json.loads((tmp_path / "run.json").read_text())["workers"] == 1
+    assert len(run.latencies("caption")) > 5
+    measures = {s.measure for s in run.samples if s.kind == "streaming chat"}
+    assert measures >= {"latency", "ttft"}
+    assert "TTFT streaming chat" in run.output
+
+
+def test_a_trace_is_replayed_kind_by_kind_and_at_its_times(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("seconds,kind\n0.2,caption\n1.5,question\n1.5,caption\n")
+    with ceiling.null_server() as url:
+        run = load.run(
+            tmp_path, url, {"arrivals": "replay", "trace": "trace.csv", "seconds": 2, "drain_s": 5}
+        )
+
+    assert [sample.kind for sample in run.latencies()].count("caption") == 2
+    first, *others = sorted(sample.time for sample in run.latencies())
+    assert all(abs(at - first - 1.3) < 1e-3 for at in others)  # as intended, whenever sent
+
+
+def test_the_generators_own_limit_is_measured() -> None:
+    with ceiling.null_server() as url:
+        rate = ceiling.ceiling(url, "caption", users=4, seconds=2)
+
+    print(f"this load generator offers {rate:.0f} requests a second here")
+    assert rate > 10

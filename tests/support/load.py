@@ -1,0 +1,67 @@
+"""locust in a process of its own: it patches what it is imported into."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from load import samples
+from load.samples import Sample
+
+LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
+WITHIN_S = 240
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of locust that has ended."""
+
+    code: int
+    output: str
+    samples: list[Sample]
+
+    def latencies(self, kind: str | None = None) -> list[Sample]:
+        return [s for s in self.samples if s.measure == "latency" and kind in (None, s.kind)]
+
+    @property
+    def failures(self) -> set[str]:
+        return {f"{s.kind}: {s.failure}" for s in self.samples if s.failure}
+
+
+def command(folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any]) -> list[str]:
+    """Without a window, into `folder`; JSON is YAML."""
+    scenario_file, slo_file = folder / "scenario.yaml", folder / "slo.yaml"
+    scenario_file.write_text(json.dumps({"about": "a test", **scenario}))
+    slo_file.write_text(json.dumps(slos))
+    own = ["--scenario", str(scenario_file), "--slo", str(slo_file), "--output", str(folder)]
+    return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "-H", url, *own]
+
+
+def run(
+    folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any] | None = None
+) -> Run:
+    """To its end. By default no request may fail."""
+    asked = command(folder, url, scenario, {"error_ratio": 0} if slos is None else slos)
+    return finished(folder, start(asked))
+
+
+def start(asked: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def finished(folder: Path, process: subprocess.Popen[str]) -> Run:
+    try:
+        output, _ = process.communicate(timeout=WITHIN_S)
+    finally:
+        process.kill()
+    path = folder / samples.FILE
+    assert path.exists(), output
+    return Run(process.returncode, output, samples.read(path))
