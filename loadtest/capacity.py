@@ -134,9 +134,11 @@ def run(args: argparse.Namespace, rate: float) -> int:
     command += ["--level", f"{rate:g}", "--seconds", f"{args.seconds:g}"]
     command += ["--output", str(folder(args, rate))]
     print(f"{rate:.2f} requests a second", flush=True)
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    folder(args, rate).mkdir(parents=True, exist_ok=True)
+    with (folder(args, rate) / "locust.log").open("w") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     if code not in (0, 1):
-        raise SystemExit(f"locust failed: {' '.join(command)}")
+        raise SystemExit(f"locust failed: {log.name} says why")
     print("  keeps all SLOs" if code == 0 else "  misses some", flush=True)
     return code
 

@@ -16,7 +16,7 @@ FILE = "samples.csv"
 
 # "latency": from the intended start to the whole answer. "ttft": to the first text of a stream.
 # "inter_token": between a stream's texts, by the tokens of each, its mean. All three in seconds.
-# "tokens_per_s": of one stream, from its first text on.
+# "tokens_per_s": of one stream, by the time from its start to its last text.
 Measure = Literal["latency", "ttft", "inter_token", "tokens_per_s"]
 
 

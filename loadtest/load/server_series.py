@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from blip2_serve import metrics
 
 FILE = "server.csv"
 STAGES = ("preprocessor", "encoder", "generator")
+
+# A replica's figures reach its node's page every ten seconds: what has grown is compared over a
+# multiple of that, in which each replica has reported as often as any other.
+REPORTED_EVERY_S, WINDOW_S = 10.0, 20.0
 
 # Names as the page has them. Occupancy is the share of a batch's places that were taken.
 STATES = {
@@ -53,11 +58,10 @@ class ServerSeries:
     """Made of one page after the other."""
 
     points: list[Point] = field(default_factory=list)
-    _before: Totals = field(default_factory=dict)
-    _read_at: float = 0.0
+    _pages: deque[tuple[float, Totals]] = field(default_factory=deque)
 
     def add(self, page: str, now: float) -> None:
-        """What a page says, compared with the one before. `now` in seconds since 1970.
+        """What a page says, compared with one of WINDOW_S before. `now` in seconds since 1970.
 
         Raises:
             ValueError: it is no page of metrics.
@@ -66,8 +70,10 @@ class ServerSeries:
 
     def _read(self, page: str, now: float) -> list[Point]:
         totals, replicas = _totals(page)
-        before, self._before = self._before, totals
-        since, self._read_at = now - self._read_at, now
+        self._pages.append((now, totals))
+        while len(self._pages) > 1 and self._pages[1][0] <= now - WINDOW_S:
+            self._pages.popleft()
+        then, before = self._pages[0]
 
         def grown(metric: str, stage: str) -> float:
             return totals.get((metric, stage), 0.0) - before.get((metric, stage), 0.0)
@@ -79,10 +85,10 @@ class ServerSeries:
                 for (found, stage), value in totals.items()
                 if found == metric
             ]
-        if not before:
+        if now - then < REPORTED_EVERY_S:
             return points
         for stage in STAGES:
-            points.append(Point(now, "busy", stage, grown(WORK[stage], stage) / since))
+            points.append(Point(now, "busy", stage, grown(WORK[stage], stage) / (now - then)))
             for name, (above, below) in QUOTIENTS.items():
                 if count := grown(below, stage):
                     points.append(Point(now, name, stage, grown(above, stage) / count))

@@ -34,17 +34,30 @@ def test_growth_from_page_to_page_is_added_up_over_replicas() -> None:
     series = ServerSeries()
 
     series.add(page(waited=10, requests=100, worked=5, taken=50, places=640), 1000.0)
-    series.add(page(waited=16, requests=104, worked=8, taken=82, places=704), 1002.0)
+    series.add(page(waited=16, requests=104, worked=8, taken=82, places=704), 1020.0)
 
     found = {(p.time, p.name, p.stage): p.value for p in series.points}
     assert found[1000.0, "replicas", "generator"] == 2
     assert found[1000.0, "replicas", "encoder"] == 1
     assert found[1000.0, "KV rows used", "generator"] == 200
     assert (1000.0, "queue seconds", "generator") not in found  # nothing to compare with yet
-    assert found[1002.0, "queue seconds", "generator"] == pytest.approx(1.5)
-    assert found[1002.0, "occupancy", "generator"] == pytest.approx(0.5)
-    assert found[1002.0, "busy", "generator"] == pytest.approx(1.5)
-    assert (1002.0, "queue seconds", "encoder") not in found
+    assert found[1020.0, "queue seconds", "generator"] == pytest.approx(1.5)
+    assert found[1020.0, "occupancy", "generator"] == pytest.approx(0.5)
+    assert found[1020.0, "busy", "generator"] == pytest.approx(3 / 20)
+    assert (1020.0, "queue seconds", "encoder") not in found
+
+
+def test_work_that_is_reported_now_and_then_is_spread_over_the_time_that_it_took() -> None:
+    """Half a second of work a second, which the page has every ten seconds only."""
+    series = ServerSeries()
+
+    for second in range(0, 100, 2):
+        worked = 5.0 * (second // 10)
+        series.add(page(waited=0, requests=0, worked=worked, taken=0, places=0), 1000.0 + second)
+
+    busy = [p.value for p in series.points if p.name == "busy" and p.stage == "generator"]
+    assert len(busy) > 40
+    assert busy[5:] == pytest.approx([0.5] * len(busy[5:]))
 
 
 def test_a_page_of_another_server_says_nothing() -> None:
