@@ -38,8 +38,9 @@ FILE = "capacity.json"
 class Capacity:
     """What `find` found."""
 
-    rate: float  # requests a second, the highest that kept all SLOs
-    missed_at: float  # the lowest that did not
+    rate: float  # right answers a second of the best run that kept all SLOs
+    level: float  # arrivals a second of that run; a chat is one, and several requests
+    missed_at: float  # the fewest arrivals a second that did not keep them
     short: str | None  # the stage, if the server told
     replicas: dict[str, float]  # of each stage, in the mean, at `rate`
     busy: dict[str, float]  # seconds of work a second of each stage, all replicas together
@@ -89,8 +90,9 @@ def plan(found: Capacity, rate: float, utilization: float, gpus: dict[str, float
     needs = []
     for stage in STAGES:
         share = found.busy[stage] / found.replicas[stage] / full  # of what it could do
-        per_replica = found.rate / found.replicas[stage] / min(1.0, share)
-        replicas = math.ceil(rate / utilization / per_replica - 1e-9)
+        # A stage that had nothing to do is enough as it is.
+        per_replica = found.rate / found.replicas[stage] / min(1.0, share) if share else math.inf
+        replicas = max(1, math.ceil(rate / utilization / per_replica - 1e-9))
         needs.append(Need(stage, per_replica, replicas, replicas * gpus.get(stage, 0.0)))
     return needs
 
@@ -116,6 +118,7 @@ def find(args: argparse.Namespace) -> None:
     )
     result = Capacity(
         done(folder(args, low)),
+        low,
         high,
         short_stage(worse),
         _means(best, "replicas"),
@@ -123,7 +126,8 @@ def find(args: argparse.Namespace) -> None:
     )
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / FILE).write_text(json.dumps(asdict(result), indent=1) + "\n")
-    print(f"{low:.2f} requests a second keep all SLOs, {high:.2f} do not")
+    print(f"{low:.2f} arrivals a second keep all SLOs, {high:.2f} do not")
+    print(f"{result.rate:.2f} requests a second are answered then")
     print(f"short: {result.short or 'unknown, since the server has no metrics of blip2-serve'}")
 
 
@@ -133,7 +137,7 @@ def run(args: argparse.Namespace, rate: float) -> int:
     command += ["--only-summary", "--host", args.url, "--scenario", args.scenario]
     command += ["--level", f"{rate:g}", "--seconds", f"{args.seconds:g}"]
     command += ["--output", str(folder(args, rate))]
-    print(f"{rate:.2f} requests a second", flush=True)
+    print(f"{rate:.2f} arrivals a second", flush=True)
     folder(args, rate).mkdir(parents=True, exist_ok=True)
     with (folder(args, rate) / "locust.log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode

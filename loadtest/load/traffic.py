@@ -160,21 +160,19 @@ def events(response: requests.Response) -> Iterator[Json]:
 
 def caption(caller: Caller) -> None:
     """A picture in JSON."""
-    number = caller.random.randrange(pictures.SCENES)
-    expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
-    body = {"image": data_url(pictures.png(number)), "max_tokens": CAPTION_TOKENS}
+    expected, picture = _scene(caller)
+    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
     caller.send("caption", _caption_of(expected), path="/v1/caption", json=body)
 
 
 def upload(caller: Caller) -> None:
     """A picture as a file."""
-    number = caller.random.randrange(pictures.SCENES)
-    expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
+    expected, picture = _scene(caller)
     caller.send(
         "upload",
         _caption_of(expected),
         path="/v1/caption",
-        files={"image": ("picture.png", pictures.png(number), "image/png")},
+        files={"image": ("picture.png", picture, "image/png")},
         data={"max_tokens": str(CAPTION_TOKENS)},
     )
 
@@ -183,7 +181,7 @@ def question(caller: Caller) -> None:
     """One question, and its short answer."""
     number = caller.random.randrange(pictures.SCENES)
     asked, right = caller.random.choice(pictures.scene(number).questions)
-    messages = [_user(asked, pictures.png(number))]
+    messages = [_user(asked, _picture(caller, number))]
     _ask(caller, "question", messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
 
 
@@ -208,7 +206,7 @@ def long_stream(caller: Caller) -> None:
     """As many tokens as are asked for, whatever they say: what inter-token times are taken from."""
     number = caller.random.randrange(pictures.SCENES)
     body = {
-        "messages": [_user("what is it?", pictures.png(number))],
+        "messages": [_user("what is it?", _picture(caller, number))],
         "max_tokens": LONG_TOKENS,
         "ignore_eos": True,
     }
@@ -217,7 +215,8 @@ def long_stream(caller: Caller) -> None:
 
 def photograph(caller: Caller) -> None:
     """A picture of some megabytes."""
-    data = pictures.photograph(caller.random.randrange(pictures.PHOTOGRAPHS))
+    drawn = pictures.photograph(caller.random.randrange(pictures.PHOTOGRAPHS))
+    data = pictures.unseen(drawn, caller.random)
     caller.send(
         "photograph",
         _caption_of(Expected(CAPTION_TOKENS)),
@@ -229,9 +228,9 @@ def photograph(caller: Caller) -> None:
 
 def same_image(caller: Caller) -> None:
     """A picture that nobody has sent before, in several requests at once: one encode is enough."""
-    image = data_url(pictures.new_png(caller.random.getrandbits(48)))
-    body = {"image": image, "max_tokens": CAPTION_TOKENS}
-    check = _caption_of(Expected(CAPTION_TOKENS))
+    expected, picture = _scene(caller)
+    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
+    check = _caption_of(expected)
     gevent.joinall(
         [
             gevent.spawn(caller.send, "same image", check, path="/v1/caption", json=body)
@@ -263,7 +262,7 @@ def bad_input(caller: Caller) -> None:
 def hang_up(caller: Caller) -> None:
     """A client that leaves while it is answered."""
     number = caller.random.randrange(pictures.SCENES)
-    messages = [_user("what is it?", pictures.png(number))]
+    messages = [_user("what is it?", _picture(caller, number))]
     body = {"messages": messages, "max_tokens": LONG_TOKENS, "ignore_eos": True}
     caller.hang_up("hang-up", body)
 
@@ -286,11 +285,22 @@ KINDS: dict[str, Kind] = {
 # -- their parts -----------------------------------------------------------------------------------
 
 
+def _picture(caller: Caller, number: int) -> bytes:
+    return pictures.unseen(pictures.png(number), caller.random)
+
+
+def _scene(caller: Caller) -> tuple[Expected, bytes]:
+    """A picture, and the caption that it should get."""
+    number = caller.random.randrange(pictures.SCENES)
+    expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
+    return expected, _picture(caller, number)
+
+
 def _turns(caller: Caller) -> Iterator[tuple[list[Json], Expected]]:
     number = caller.random.randrange(pictures.SCENES)
     messages: list[Json] = []
     for asked, right in pictures.scene(number).chat:
-        messages.append(_user(asked, None if messages else pictures.png(number)))
+        messages.append(_user(asked, None if messages else _picture(caller, number)))
         yield messages, Expected(ANSWER_TOKENS, words=caller.words(right))
         # The right answer stands for what a person would go on with.
         messages.append({"role": "assistant", "content": right})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import capacity
@@ -10,7 +12,8 @@ from load.server_series import Point
 
 FOUND = Capacity(
     rate=10.0,
-    missed_at=11.0,
+    level=8.0,
+    missed_at=8.8,
     short="generator",
     replicas={"preprocessor": 1.0, "encoder": 1.0, "generator": 2.0},
     busy={"preprocessor": 0.2, "encoder": 0.4, "generator": 1.6},
@@ -60,6 +63,12 @@ def test_a_plan_by_hand() -> None:
     ]
 
 
+def test_a_stage_without_work_gets_the_one_replica_that_it_had() -> None:
+    idle = dataclasses.replace(FOUND, busy={**FOUND.busy, "encoder": 0.0})
+
+    assert plan(idle, rate=70, utilization=0.7, gpus={})[1].replicas == 1
+
+
 def test_a_million_requests_by_hand() -> None:
     needs = [Need("encoder", 20.0, 5, 2.5), Need("generator", 5.0, 20, 20.0)]
 
@@ -71,4 +80,4 @@ def test_a_million_requests_by_hand() -> None:
 
 def test_a_server_that_tells_nothing_cannot_be_planned_with() -> None:
     with pytest.raises(ValueError, match="has told nothing"):
-        plan(Capacity(10.0, 11.0, None, {}, {}), 70, 0.7, {})
+        plan(Capacity(10.0, 8.0, 8.8, None, {}, {}), 70, 0.7, {})
