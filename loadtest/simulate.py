@@ -24,7 +24,7 @@ from typing import Any
 
 from blip2_serve.autoscaling import Stage
 from simulation.profile import Profile
-from simulation.report import CAREFUL, DEFAULT, OWN, plot, table, totals, write_section
+from simulation.report import DEFAULT, OWN, plot, table, totals, write_section
 from simulation.run import STAGES, Outcome, Simulation
 from simulation.traces import WARM_UP_S, compared, thousand, training
 from simulation.tuning import LATE_COSTS, Config, alone, own_policy, together
@@ -106,9 +106,9 @@ def record(profile: Profile) -> None:
 
 
 def policies(profile: Profile) -> dict[str, dict[str, Config]]:
-    """The own one as it is by default and with more in reserve; Serve's, tuned for three tastes."""
+    """The own one as it is by default; Serve's, tuned for three tastes."""
     tuned = json.loads((RESULTS / f"{profile.name}-tuned.json").read_text())
-    return {OWN: own_policy(), CAREFUL: own_policy(0.7), **tuned["chosen"]}
+    return {OWN: own_policy(), **tuned["chosen"]}
 
 
 def run(

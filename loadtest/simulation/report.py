@@ -7,26 +7,26 @@ from typing import Any
 
 Results = dict[str, list[dict[str, Any]]]  # of each profile, runs as `simulate.run` makes them
 
-OWN, CAREFUL, DEFAULT = "own", "own/careful", "default/20"
+OWN, DEFAULT = "own", "default/20"
 BEGIN, END = "<!-- table of the simulation -->", "<!-- end of the table -->"
-COLORS = {DEFAULT: "#b35806", OWN: "#1b7837", CAREFUL: "#7fbf7b"}
+COLORS = {DEFAULT: "#b35806", OWN: "#1b7837"}
 
 
 def table(results: Results) -> str:
-    """Markdown: default -> own, own/careful; for each profile and trace."""
+    """Markdown: default -> own, for each profile and trace."""
     lines = [
         "| profile | trace | SLO missed, s | requests too late | replica-hours | flaps |",
         "|---|---|---|---|---|---|",
     ]
     for profile, runs in results.items():
         for trace in dict.fromkeys(run["trace"] for run in runs):
-            d, o, c = (_run(runs, trace, policy) for policy in COLORS)
+            d, o = (_run(runs, trace, policy) for policy in COLORS)
             lines.append(
                 f"| {profile} | {trace} "
-                f"| {d['missed_s']:.0f} → {o['missed_s']:.0f}, {c['missed_s']:.0f} "
-                f"| {d['late_share']:.2%} → {o['late_share']:.2%}, {c['late_share']:.2%} "
-                f"| {d['cost_hours']:.2f} → {o['cost_hours']:.2f}, {c['cost_hours']:.2f} "
-                f"| {d['flaps']} → {o['flaps']}, {c['flaps']} |"
+                f"| {d['missed_s']:.0f} → {o['missed_s']:.0f} "
+                f"| {d['late_share']:.2%} → {o['late_share']:.2%} "
+                f"| {d['cost_hours']:.2f} → {o['cost_hours']:.2f} "
+                f"| {d['flaps']} → {o['flaps']} |"
             )
     return "\n".join(lines)
 
@@ -94,10 +94,10 @@ def _bars(axis: Any, results: Results, key: str, title: str) -> None:
         for profile, runs in results.items()
         for trace in dict.fromkeys(run["trace"] for run in runs)
     ]
-    for offset, policy in zip((-0.27, 0.0, 0.27), COLORS, strict=True):
+    for offset, policy in zip((-0.2, 0.2), COLORS, strict=True):
         values = [_run(results[profile], trace, policy)[key] for profile, trace in names]
         places = [place + offset for place in range(len(names))]
-        axis.barh(places, values, height=0.27, color=COLORS[policy], label=policy)
+        axis.barh(places, values, height=0.4, color=COLORS[policy], label=policy)
     axis.set_yticks(range(len(names)), [f"{t} ({p})" for p, t in names], fontsize=7)
     axis.invert_yaxis()
     axis.set_title(title)

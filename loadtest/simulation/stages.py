@@ -63,7 +63,10 @@ class BatchReplica(Replica):
         self._profile = profile
         self._free = profile.threads
         self._waiting: deque[Request] = deque()
-        self._meter = BatchMeter(profile.limit, profile.threads, lambda: events.now)
+        self._meter = BatchMeter(
+            profile.limit, profile.threads, lambda: events.now, lambda: profile.start_s
+        )
+        self._meter.ready()
 
     def accept(self, request: Request) -> None:
         self._waiting.append(request)
@@ -108,7 +111,8 @@ class EngineReplica(Replica):
         self._running: list[tuple[float, int, Request]] = []  # a heap, by the clock at their ends
         self._clock = self._updated = self._prompts_until = 0.0
         self._admitted = self._plan = 0
-        self._meter = EngineMeter(profile.max_running, lambda: events.now)
+        self._meter = EngineMeter(profile.max_running, lambda: events.now, lambda: profile.start_s)
+        self._meter.ready()
 
     def accept(self, request: Request) -> None:
         self._meter.arrived()

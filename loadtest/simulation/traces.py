@@ -99,29 +99,37 @@ def steady(name: str, load: float, length: float, seed: int) -> Trace:
 
 
 def compared() -> list[Trace]:
-    """What policies are compared on."""
+    """What policies are compared on, once all settings are chosen."""
     return [
-        step("step x8", 1, 8, 60, 660, 1200, seed=1),
-        step("step x2", 4, 8, 60, 660, 1200, seed=2),
-        step("step x3 of few", 0.5, 1.5, 60, 660, 1200, seed=3),
-        step("spike x5, 60 s", 2, 10, 60, 120, 600, seed=4),
-        step("spike x4, 3 min", 2, 8, 60, 240, 780, seed=5),
-        spikes("four spikes x3, 30 s", 2, 6, 30, 240, seed=6),
-        day("day", 1, 10, 3600, seed=7),
-        day("day with a lunch", 1, 6, 3600, seed=8, lunch=6),
-        ramp("ramp x8 in 4 min", 1, 8, 240, seed=9),
-        bursts("bursts", 2, 7, 1800, seed=10),
-        steady("steady", 3, 900, seed=11),
+        step("step x8", 1.1, 8.8, 65, 545, 950, seed=301),
+        step("step x2", 3.2, 6.4, 80, 560, 1000, seed=302),
+        step("step x3 of few", 0.6, 1.8, 70, 610, 1100, seed=303),
+        step("spike x5, 60 s", 1.3, 6.5, 70, 130, 540, seed=304),
+        step("spike x4, 3 min", 1.9, 7.6, 60, 240, 720, seed=305),
+        spikes("four spikes x3, 30 s", 2.2, 6.6, 30, 230, seed=306),
+        day("day", 1.2, 9.5, 3000, seed=307),
+        day("day with a lunch", 0.9, 5.5, 3000, seed=308, lunch=5.5),
+        ramp("ramp x8 in 4 min", 1, 8, 230, seed=309),
+        bursts("bursts", 1.8, 7, 1300, seed=310),
+        bursts("bursts, again", 1.8, 7, 1300, seed=311),
+        bursts("large bursts", 0.9, 8, 1000, seed=312),
+        steady("steady", 3.4, 700, seed=313),
+        steady("steady, less", 1.7, 700, seed=314),
     ]
 
 
 def training() -> list[Trace]:
-    """What Serve's default policy is tuned on: other shapes, other seeds."""
+    """What all settings are chosen by, this policy's and Serve's: other shapes, other seeds."""
     return [
         step("step x4", 1.5, 6, 45, 300, 450, seed=101),
-        step("spike x3, 100 s", 2.5, 7.5, 30, 130, 300, seed=102),
-        day("short day", 1.5, 8, 700, seed=103),
-        bursts("other bursts", 1, 6, 500, seed=104),
+        step("step x6 of few", 0.6, 3.6, 45, 285, 420, seed=105),
+        step("step x2 of few", 1.5, 3, 45, 285, 420, seed=106),
+        step("spike x3, 100 s", 1.5, 4.5, 30, 130, 300, seed=102),
+        step("spike x4, 50 s", 1, 4, 30, 80, 270, seed=107),
+        spikes("four spikes x3.5, 25 s", 0.8, 2.8, 25, 110, seed=108),
+        day("short day", 1, 6, 900, seed=103),
+        bursts("other bursts", 1, 5, 500, seed=104),
+        steady("other steady load", 2.2, 240, seed=109),
     ]
 
 

@@ -45,16 +45,12 @@ class Tried:
         return self.replica_hours * (1 + late_costs * self.late_share)
 
 
-def own_policy(utilization: float = 1.0) -> dict[str, Config]:
-    """This project's policy for each stage, with so many times its default target_utilization."""
+def own_policy() -> dict[str, Config]:
+    """This project's policy for each stage, as it is by default."""
     found: dict[str, Config] = {}
     for name in STAGES:
         default: StageConfig = getattr(AppConfig(), name)
-        target = utilization * default.scaling.target_utilization
-        values = {
-            "autoscaling": {"min_replicas": 1},
-            "scaling": {"target_utilization": target},
-        }
+        values = {"autoscaling": {"min_replicas": 1}}
         found[name] = type(default).model_validate(values).autoscaling_config or {}
     return found
 

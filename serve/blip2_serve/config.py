@@ -33,7 +33,7 @@ AUTOSCALING_DEFAULTS: Mapping[str, float] = MappingProxyType(
         "metrics_interval_s": 2,
         "look_back_period_s": 2.5,
         "upscale_delay_s": 0,
-        "downscale_delay_s": 20,
+        "downscale_delay_s": 10,
         "downscale_to_zero_delay_s": 600,  # only where min_replicas is 0
     }
 )
@@ -46,7 +46,13 @@ class ScalingConfig(_Config):
     """
 
     target_utilization: float = Field(
-        0.5, gt=0, le=1, description="of what replicas can do: the offered load that they get"
+        0.9, gt=0, le=1, description="of what replicas can do: the offered load that they get"
+    )
+    reserve: float = Field(
+        1.2,
+        ge=0,
+        description="replicas on top of those: this, times the square root of the replicas that "
+        "the load fills, times the fourth root of the seconds that one takes to start",
     )
     drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
     surge: float = Field(
@@ -154,7 +160,6 @@ class PreprocessorConfig(StageConfig):
 
 
 class EncoderScaling(ScalingConfig):
-    target_utilization: float = Field(0.65, gt=0, le=1)
     ongoing_requests: float = Field(8.0, gt=0)
 
 
@@ -168,7 +173,6 @@ class EncoderConfig(ComputeConfig):
 
 
 class GeneratorScaling(ScalingConfig):
-    target_utilization: float = Field(0.38, gt=0, le=1)
     ongoing_requests: float = Field(32.0, gt=0)
 
 

@@ -16,8 +16,8 @@ SHORT = step("step", 0.5, 2, at=20, until=80, end=120, seed=1)
 
 
 def default_policy(**others: float) -> dict[str, Config]:
-    """Serve's, with targets of a third of what fills a replica."""
-    targets = {"preprocessor": 0.7, "encoder": 2.7, "generator": 21}
+    """Serve's, with targets of a sixth of what fills a replica."""
+    targets = {"preprocessor": 0.35, "encoder": 1.35, "generator": 10.5}
     return {
         stage: {
             "target_ongoing_requests": target,

@@ -25,6 +25,7 @@ from blip2_serve.config import GeneratorConfig, ScalingConfig
 
 SETTINGS = Settings(
     target_utilization=0.5,
+    reserve=0,
     drain_s=10,
     surge=5,
     slack=0.2,
@@ -81,6 +82,26 @@ def busy(finished: float, **others: Any) -> Signals:
 )
 def test_replicas_follow_the_offered_load(now: Stage, wanted: int) -> None:
     assert desired_replicas(now, SETTINGS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("replicas", "needed"),
+    [
+        pytest.param([busy(5, start_s=16)], 1 + 0.1 * 2**0.5, id="half a replica's load, 16 s"),
+        pytest.param([busy(5, start_s=256)], 1 + 0.2 * 2**0.5, id="16 times as long: twice"),
+        pytest.param([busy(10, start_s=16)] * 4, 8 + 0.4, id="8 times the load: not even thrice"),
+        pytest.param([busy(5, start_s=14), busy(5, start_s=18)], 2 + 0.2, id="the mean"),
+        pytest.param([busy(5, start_s=16), busy(0)], 1 + 0.1 * 2**0.5, id="one does not say"),
+        pytest.param([busy(5)], 1, id="none says"),
+        pytest.param([busy(0, start_s=16)], 0, id="nothing for no load"),
+    ],
+)
+def test_replicas_that_take_long_to_start_are_kept_in_reserve(
+    replicas: list[Signals], needed: float
+) -> None:
+    settings = replace(SETTINGS, reserve=0.1)
+
+    assert replicas_needed(stage(*replicas), settings) == pytest.approx(needed)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +169,7 @@ replicas = st.builds(
     finished=rates,
     waiting=rates,
     capacity=st.just(10.0),
+    start_s=st.none() | st.floats(0, 600),
     occupancy=st.none() | st.floats(0, 1),
     step_s=st.none() | st.floats(0, 10),
     least_step_s=st.none() | st.floats(0, 10),
@@ -164,9 +186,12 @@ stages = st.builds(
 )
 
 
+RESERVED = replace(SETTINGS, reserve=0.5)
+
+
 @given(stages)
 def test_there_is_always_one_and_never_more_than_allowed(now: Stage) -> None:
-    assert 1 <= desired_replicas(now, SETTINGS) <= 10_000
+    assert 1 <= desired_replicas(now, RESERVED) <= 10_000
 
 
 @given(stages, st.floats(1, 10))
@@ -181,14 +206,14 @@ def test_more_load_never_means_fewer_replicas(now: Stage, factor: float) -> None
         queued=factor * now.queued,
     )
 
-    assert desired_replicas(more, SETTINGS) >= desired_replicas(now, SETTINGS)
+    assert desired_replicas(more, RESERVED) >= desired_replicas(now, RESERVED)
 
 
 @given(stages)
 def test_what_is_decided_once_is_not_decided_otherwise_for_the_same_load(now: Stage) -> None:
-    decided = desired_replicas(now, SETTINGS)
+    decided = desired_replicas(now, RESERVED)
 
-    assert desired_replicas(replace(now, target=decided), SETTINGS) == decided
+    assert desired_replicas(replace(now, target=decided), RESERVED) == decided
 
 
 @given(st.integers(1, 90), st.floats(0, 0.19))
@@ -213,8 +238,13 @@ def test_a_recorded_step_of_load_is_followed_at_once_and_without_overshoot() -> 
         moment["second"]: desired_replicas(recorded(moment["stage"]), settings)
         for moment in RECORDED
     }
-    full = min(6 / settings.target_utilization, RECORDED[0]["stage"]["most"])
-    few = 1.5 / settings.target_utilization
+    start_s = RECORDED[0]["stage"]["replicas"][0]["start_s"]
+
+    def enough(load: float) -> float:
+        kept = settings.reserve * (load * start_s**0.5) ** 0.5
+        return min(load / settings.target_utilization + kept, RECORDED[0]["stage"]["most"])
+
+    few, full = enough(1.5), enough(6)
 
     def between(first: float, last: float) -> list[int]:
         return [count for second, count in decided.items() if first <= second < last]

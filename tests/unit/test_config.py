@@ -45,6 +45,7 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param(
             {"encoder": {"scaling": {"target_utilization": 1.2}}}, id="more than replicas can do"
         ),
+        pytest.param({"encoder": {"scaling": {"reserve": -0.1}}}, id="less than no reserve"),
         pytest.param({"generator": {"max_step_tokens": 1}}, id="steps of one token"),
         pytest.param({"generator": {"kv_memory_fraction": 1.5}}, id="more than all memory"),
         pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),

@@ -43,6 +43,7 @@ class Encoder:
         self._batching = BatchThread(load, self._encode, self._limit, self._observe)
         await self._batching.prepared
         self._recorder.report_by(self._report)
+        self._meter.ready()
 
     def _load(self, config: AppConfig, device_name: str) -> None:
         set_threads(config.encoder.threads)

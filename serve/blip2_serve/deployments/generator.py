@@ -87,6 +87,7 @@ class Generator:
         self._device = torch.device(device)
         self._build = _build_info(config, self._device, self._loading)
         self._recorder.report_by(self._report)
+        self._meter.ready()
 
     async def generate(
         self, prefix: ImagePrefix, prompt: str, params: SamplingParams

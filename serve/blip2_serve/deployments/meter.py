@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import blip2_serve
 from blip2_serve.autoscaling import Signals
 
 Clock = Callable[[], float]  # seconds
@@ -102,15 +103,39 @@ class StepCost:
         return fixed + each * items
 
 
-class BatchMeter:
+def seconds_since_import() -> float:
+    """Of this package: nearly the age of a replica's process."""
+    return time.monotonic() - blip2_serve.IMPORTED_AT
+
+
+class StageMeter:
+    """What the meters of all stages have."""
+
+    def __init__(self, clock: Clock, age: Clock) -> None:
+        self._cost = StepCost()
+        self._meter = Meter(clock)
+        self._age = age
+        self._start_s: float | None = None
+
+    def ready(self) -> None:
+        """The replica can work from now on: its age is what it took to start."""
+        self._start_s = self._age()
+
+
+class BatchMeter(StageMeter):
     """For stages that compute items in batches of up to `batch`, `threads` of them at once."""
 
-    def __init__(self, batch: int = 1, threads: int = 1, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        batch: int = 1,
+        threads: int = 1,
+        clock: Clock = time.monotonic,
+        age: Clock = seconds_since_import,
+    ) -> None:
+        super().__init__(clock, age)
         self._batch = batch
         self._threads = threads
         self._finished = 0
-        self._cost = StepCost()
-        self._meter = Meter(clock)
 
     def computed(self, items: int, seconds: float) -> None:
         """One batch, in one thread."""
@@ -123,24 +148,28 @@ class BatchMeter:
         capacity = None
         if self._cost.known:
             capacity = self._threads * self._batch / self._cost.seconds(self._batch)
-        return Signals(_rate(grown["finished"], seconds), waiting, capacity)
+        return Signals(_rate(grown["finished"], seconds), waiting, capacity, self._start_s)
 
 
-class EngineMeter:
+class EngineMeter(StageMeter):
     """For the generator, whose requests share steps."""
 
     BUSY = 0.5
     # A running request has its prompt and half of its answer behind it, in the mean.
     RUNNING_IS_DONE = 0.75
 
-    def __init__(self, max_running: int, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_running: int,
+        clock: Clock = time.monotonic,
+        age: Clock = seconds_since_import,
+    ) -> None:
+        super().__init__(clock, age)
         self._max_running = max_running
         self._arrived = self._left = self._ended = self._answered = 0
         self._steps = self._tokens = self._seconds = 0.0
-        self._cost = StepCost()
         self._request_tokens = Usual()  # computed for a request, prompt and answers
         self._answer_tokens = Usual()  # of them, of its answers
-        self._meter = Meter(clock)
 
     def arrived(self) -> None:
         self._arrived += 1
@@ -182,6 +211,7 @@ class EngineMeter:
             finished=_rate(grown["left"], seconds),
             waiting=waiting + self._surplus(running, capacity),
             capacity=capacity,
+            start_s=self._start_s,
             occupancy=occupancy,
             step_s=grown["seconds"] / steps if steps else None,
             least_step_s=self._cost.fixed_and_each[0] if self._cost.known else None,

@@ -37,6 +37,7 @@ class Preprocessor:
         self._images = 0
         self._seconds = 0.0
         self._recorder.report_by(self._report)
+        self._meter.ready()
 
     async def pixels(self, data: bytes) -> NDArray[np.uint8]:
         """An image file -> uint8 [3, S, S]. Raises InvalidImage."""

@@ -28,16 +28,17 @@ def replica(deployment: Any, *args: Any) -> Any:
 
 def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> None:
     engine = {"occupancy", "step_s", "least_step_s"} if of_an_engine else set()
-    assert set(stats) == {"finished", "waiting", "capacity"} | engine
+    assert set(stats) == {"finished", "waiting", "capacity", "start_s"} | engine
     assert all(isinstance(value, int | float) for value in stats.values())
     assert stats["finished"] > 0
     assert stats["capacity"] > 0
+    assert stats["start_s"] > 0
     assert stats["waiting"] == 0
 
 
 async def test_a_preprocessor_reports_images() -> None:
     preprocessor, _ = replica(Preprocessor)
-    assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting"}
+    assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting", "start_s"}
 
     await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
 

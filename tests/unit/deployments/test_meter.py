@@ -120,6 +120,19 @@ def test_a_reading_right_after_another_makes_no_huge_rate() -> None:
     assert meter.signals(0).finished == 8 / 0.5
 
 
+def test_a_replica_reports_how_old_it_was_when_it_was_ready() -> None:
+    age = Clock()
+    batches, engine = BatchMeter(clock=Clock(), age=age), EngineMeter(20, Clock(), age)
+    assert batches.signals(0).start_s is None
+
+    age.now = 8.0
+    batches.ready()
+    engine.ready()
+    age.now = 50.0
+
+    assert batches.signals(0).start_s == engine.signals(0, 0, 0).start_s == 8.0
+
+
 def engine_meter(clock: Clock) -> EngineMeter:
     """Ten requests of 40 prompt and 20 answer tokens; steps of 10 ms and 1 ms for each token."""
     meter = EngineMeter(max_running=20, clock=clock)
