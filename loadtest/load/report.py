@@ -89,7 +89,7 @@ def close(output: Path, slo_file: Path) -> int:
     """Writes the report into a run's folder, prints the verdicts, and returns the exit code."""
     found = samples.read(output / samples.FILE)
     verdicts = judge(found, Slos.read(slo_file))
-    write(output, verdicts)
+    write(output, found, verdicts)
     print(f"\n{output / PAGE}")
     for verdict in verdicts:
         print(verdict)
@@ -98,10 +98,9 @@ def close(output: Path, slo_file: Path) -> int:
     return int(bool(missed))
 
 
-def write(output: Path, verdicts: Sequence[Verdict]) -> None:
-    """PAGE, FIGURES and TABLE, from what the run left there."""
+def write(output: Path, found: Sequence[Sample], verdicts: Sequence[Verdict]) -> None:
+    """PAGE, FIGURES and TABLE, into the folder in which the run has left the rest."""
     run = json.loads((output / "run.json").read_text())
-    found = samples.read(output / samples.FILE)
     points = server_series.read(output / server_series.FILE)
     about = machine()
     whole = summary(run, found)

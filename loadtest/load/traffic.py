@@ -7,10 +7,13 @@ an open loop do, once each.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gevent
@@ -33,6 +36,15 @@ class Sink(Protocol):
     """Where samples go."""
 
     def __call__(self, sample: Sample) -> None: ...
+
+
+@dataclass
+class _Asked:
+    """A request that is being measured."""
+
+    begin: float
+    tokens: int = 0
+    failure: str = ""
 
 
 class Caller:
@@ -73,64 +85,57 @@ class Caller:
 
         `check` raises WrongAnswer for a wrong one.
         """
-        begin = self._begin()
-        tokens, failure = 0, ""
-        try:
-            with self._post(**request) as response:
-                tokens = check(response)
-        except (WrongAnswer, requests.RequestException, ValueError) as error:
-            failure = _named(error)
-        latency = time.time() - begin
-        self._sink(Sample(begin, kind, "latency", latency, tokens, failure))
-        return not failure
+        with self._measured(kind) as asked, self._post(**request) as response:
+            asked.tokens = check(response)
+        return not asked.failure
 
-    def stream(self, kind: str, expected: Expected, body: Json) -> str | None:
-        """A streamed chat completion, with what only its reader sees; None if it went wrong."""
-        begin = self._begin()
+    def stream(self, kind: str, expected: Expected, body: Json) -> bool:
+        """A streamed chat completion, with what only its reader sees; whether it is right."""
         times: list[float] = []
-        answer, usage, failure = "", None, ""
-        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-        try:
-            with self._post("/v1/chat/completions", json=asked, stream=True) as response:
-                if response.status_code != 200:
-                    checks.ok(response.status_code, response.content)
-                for event in events(response):
-                    usage = event.get("usage") or usage
-                    if piece := _delta(event):
-                        times.append(time.time())
-                        answer += piece
-            tokens = int((usage or {})["completion_tokens"])
-            checks.text(answer, tokens, expected)
-        except (WrongAnswer, requests.RequestException, ValueError, LookupError) as error:
-            tokens, failure = 0, _named(error)
-        self._sink(Sample(begin, kind, "latency", time.time() - begin, tokens, failure))
-        if failure or not times:
-            return None
+        answer, usage = "", {}
+        with self._measured(kind) as asked:
+            for event in self._events({**body, "stream_options": {"include_usage": True}}):
+                usage = event.get("usage") or usage
+                if piece := _delta(event):
+                    times.append(time.time())
+                    answer += piece
+            checks.text(answer, usage["completion_tokens"], expected)
+            asked.tokens = usage["completion_tokens"]
+        if asked.failure or not times:
+            return not asked.failure
+        begin, tokens = asked.begin, asked.tokens
         self._sink(Sample(begin, kind, "ttft", times[0] - begin))
         span = times[-1] - times[0]
         if tokens >= LEAST_TOKENS and span > 0:
             self._sink(Sample(begin, kind, "inter_token", span / (tokens - 1)))
             self._sink(Sample(begin, kind, "tokens_per_s", tokens / (times[-1] - begin)))
-        return answer
+        return True
 
     def hang_up(self, kind: str, body: Json) -> None:
         """Leaves in the middle of a stream, on purpose: right, if it had begun."""
-        begin, failure = self._begin(), ""
-        try:
-            with self._post(
-                "/v1/chat/completions", json={**body, "stream": True}, stream=True
-            ) as response:
-                if response.status_code != 200:
-                    checks.ok(response.status_code, response.content)
-                if not any(_delta(event) for event in events(response)):
-                    raise WrongAnswer("no text before the end")
-        except (WrongAnswer, requests.RequestException, ValueError) as error:
-            failure = _named(error)
-        self._sink(Sample(begin, kind, "latency", time.time() - begin, 0, failure))
+        with self._measured(kind), contextlib.closing(self._events(body)) as events:
+            if not any(map(_delta, events)):
+                raise WrongAnswer("no text before the end")
 
-    def _begin(self) -> float:
+    @contextmanager
+    def _measured(self, kind: str) -> Iterator[_Asked]:
+        """The block's time is the latency of a request that begins now, or was to at `due`."""
         begin, self._due = self._due or time.time(), None
-        return begin
+        asked = _Asked(begin)
+        try:
+            yield asked
+        except (WrongAnswer, requests.RequestException, ValueError, LookupError) as error:
+            asked.failure = str(error) if isinstance(error, WrongAnswer) else repr(error)
+        latency = time.time() - begin
+        self._sink(Sample(begin, kind, "latency", latency, asked.tokens, asked.failure))
+
+    def _events(self, body: Json) -> Generator[Json, None, None]:
+        """Of a streamed chat completion; closing this leaves it."""
+        path, asked = "/v1/chat/completions", {**body, "stream": True}
+        with self._post(path, json=asked, stream=True) as response:
+            if response.status_code != 200:
+                checks.ok(response.status_code, response.content)
+            yield from events(response)
 
     def _post(self, path: str, **request: Any) -> requests.Response:
         return self._session.post(self._url + path, timeout=TIMEOUT_S, **request)
@@ -197,7 +202,7 @@ def streaming_chat(caller: Caller) -> None:
     """The same, read as it is written."""
     for messages, expected in _turns(caller):
         body = {"messages": messages, "max_tokens": expected.max_tokens}
-        if caller.stream("streaming chat", expected, body) is None:
+        if not caller.stream("streaming chat", expected, body):
             return
         caller.think()
 
@@ -332,7 +337,3 @@ def _user(text: str, picture: bytes | None) -> Json:
 
 def _delta(event: Json) -> str:
     return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))
-
-
-def _named(error: Exception) -> str:
-    return str(error) if isinstance(error, WrongAnswer) else f"{type(error).__name__}: {error}"

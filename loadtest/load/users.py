@@ -117,18 +117,7 @@ class Leaver(Regular):
     kind = "hang-up"
 
 
-CLOSED: tuple[type[Regular], ...] = (
-    Captioner,
-    Uploader,
-    Questioner,
-    Chatter,
-    StreamingChatter,
-    LongReader,
-    Photographer,
-    Burst,
-    Stumbler,
-    Leaver,
-)
+CLOSED: list[type[Regular]] = Regular.__subclasses__()
 
 
 class Generator(Visitor):

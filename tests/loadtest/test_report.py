@@ -88,7 +88,6 @@ def test_the_table_has_a_row_for_each_server_and_concurrency() -> None:
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
 
     plot(medians(ROUNDS), ratios(ROUNDS), "a title", tmp_path / "plot.png")
 
