@@ -82,7 +82,7 @@ def own_decoder(reference: OPTForCausalLM) -> OptDecoder:
 def own_step(decoder: OptDecoder, batch: int) -> float:
     """Milliseconds of one decode step after the prompts."""
     reach = PROMPT + STEPS
-    runner = Runner(decoder, rows=batch * reach, slots=batch, columns=reach)
+    runner = Runner(decoder, rows=batch * reach, sequences=batch, longest=reach)
     image = torch.empty(0, decoder.config.hidden_size)
     sequences = []
     for i in range(batch):
@@ -92,7 +92,6 @@ def own_step(decoder: OptDecoder, batch: int) -> float:
     for sequence in sequences:
         runner.run([Chunk(sequence, 0, PROMPT)])
         sequence.append(7)
-    runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])  # fills the slots
     start = time.perf_counter()
     for _ in range(STEPS):
         logits = runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])

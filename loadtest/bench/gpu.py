@@ -44,8 +44,10 @@ from bench.gpu_model import (
 from bench.gpu_stages import measure_rates, measure_stages, milliseconds, profile
 from bench.shapes import real_shape, small_shape
 from blip2_serve.engine.engine import Engine
+from blip2_serve.model.recording import cuda_recorder
 
 NEW_TOKENS = 16
+IMAGES = 8  # of a batch, in the end; `encoder.max_batch_size`
 
 
 def main() -> int:
@@ -55,7 +57,6 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--images", type=int, help="captioned in the end; 512, or 16 if small")
     parser.add_argument("--running", type=int, help="sequences at once; 128, or 8 if small")
-    parser.add_argument("--no-compile", action="store_true", help="leave the ViT as it is")
     parser.add_argument("--profile", action="store_true", help="list a decode step's kernels")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
@@ -87,9 +88,9 @@ def main() -> int:
         models = make_models(
             real_shape() if full else small_shape(), device, getattr(torch, args.dtype)
         )
-        if device.type == "cuda" and not args.no_compile:
-            models.encoder.compile_layers(2)  # one image, and any number
         batches = (1, 8, 64 if full else 8)
+        if device.type == "cuda":
+            models.encoder.record(IMAGES, cuda_recorder())
         share = report["same_answers"] = compare(models, answers=4 * batches[1], batch=batches[1])
         print(f"{args.dtype}: {share['equal']} of {share['answers']} answers are the same\n")
         report["rates"] = rates = measure_rates(device, models.encoder.dtype)
@@ -132,10 +133,15 @@ def caption(models: Models, engine: Engine, pixels: Tensor, batch: int) -> list[
     """Encodes `batch` images, answers about them, and goes on to the next."""
     tokens: dict[str, list[int]] = {}
     for part in pixels.split(batch):
-        tokens |= {add(models, engine, p, NEW_TOKENS): [] for p in models.encoder(part)}
+        tokens |= {add(models, engine, p, NEW_TOKENS): [] for p in encode(models, part)}
         while engine.has_work:
             step(engine, tokens)
     return [*tokens.values()]
+
+
+def encode(models: Models, pixels: Tensor) -> Tensor:
+    """In batches as the server makes them."""
+    return torch.cat([models.encoder(part) for part in pixels.split(IMAGES)])
 
 
 def caption_overlapped(
@@ -145,12 +151,12 @@ def caption_overlapped(
     device = models.encoder.query_tokens.device
     tokens: dict[str, list[int]] = {}
 
-    def encode(part: Tensor) -> Tensor:
+    def encode_apart(part: Tensor) -> Tensor:
         with torch.inference_mode(), own_stream(device, priority=0):
-            return models.encoder(part)
+            return encode(models, part)
 
     with ThreadPoolExecutor(1) as thread, own_stream(device, priority=-1):
-        for encoding in [thread.submit(encode, part) for part in pixels.split(batch)]:
+        for encoding in [thread.submit(encode_apart, part) for part in pixels.split(batch)]:
             while engine.has_work and not encoding.done():
                 step(engine, tokens)
             tokens |= {add(models, engine, p, NEW_TOKENS): [] for p in encoding.result()}

@@ -80,7 +80,7 @@ def make_engine(decoder: OptDecoder, running: int, longest: int) -> tuple[Engine
     """An engine for `running` sequences of up to `longest` tokens, and its runner."""
     rows = running * longest
     # On a CPU too, the steps are a GPU's: what is compared there is what runs on a GPU.
-    runner = Runner(decoder, rows, slots=running, columns=longest, gpu=True)
+    runner = Runner(decoder, rows, sequences=running, longest=longest, gpu=True)
     scheduler = Scheduler(
         KvRows(rows),
         max_running=running,

@@ -66,32 +66,38 @@ Measured = tuple[str, float, float, float]
 
 
 def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Iterator[Measured]:
-    """Encoder, prompts and decode steps, at each batch."""
+    """Encoder, prompts and decode steps, at each batch; and decode steps of longer sequences."""
     config, device = models.reference.config, models.encoder.query_tokens.device
     length, element = len(models.prompt), models.decoder.embed_tokens.weight.element_size()
     weights = sum(p.numel() for p in models.encoder.parameters()) * element
-    for batch in batches:
+    for batch in sorted({*batches, 2, 4}):
         pixels = random_pixels(models, batch)
         ms = milliseconds(lambda: models.encoder(pixels), device)  # noqa: B023 (called here)
         yield f"ViT and Q-Former, {batch} images", ms, batch * encoder_flops(config), weights
+    short = length + new_tokens  # half of the answers that are timed
+    long = min(400, config.text_config.max_position_embeddings // 4)
     for batch in batches:
-        engine, runner = make_engine(models.decoder, batch, length + 2 * new_tokens)
+        engine, runner = make_engine(models.decoder, batch, max(short + new_tokens, long))
         prefixes = models.encoder(random_pixels(models, batch))
         prompts, steps = decode_times(models, engine, prefixes, 2 * new_tokens)
         flops = decoder_flops(config, batch * length, batch)
         yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
-        reached = length + new_tokens  # half of the answers that are timed
-        moved = step_bytes(models.decoder, batch, reached)
         flops = decoder_flops(config, batch, batch)
+        moved = step_bytes(models.decoder, batch, short)
         yield f"decode step of {batch}, by the engine", steps, flops, moved
-        if graphs := runner.graphs:
-            places = [reached - 1] * batch
-            ms = milliseconds(
-                lambda: graphs.run(places, places, [0] * batch, reached),  # noqa: B023
-                device,
-                50,
-            )
-            yield f"decode step of {batch}, graph alone", ms, flops, moved
+        for tokens in (short, long):
+            inputs = decode_inputs(batch, tokens)
+            assert runner.graphs is not None
+            ms = milliseconds(lambda: runner.graphs.run(inputs), device, 50)  # noqa: B023
+            moved = step_bytes(models.decoder, batch, tokens)
+            yield f"decode step of {batch} at {tokens} tokens, graph", ms, flops, moved
+
+
+def decode_inputs(batch: int, tokens: int) -> Tensor:
+    """For `DecodeGraphs.run`: sequences of so many tokens, each with rows of its own."""
+    rows = 1 + torch.randperm(batch * tokens).view(batch, tokens)
+    own = torch.tensor([[0, tokens - 1]]).expand(batch, 2)
+    return torch.cat([own, rows], 1)
 
 
 def decode_times(
@@ -108,7 +114,7 @@ def decode_times(
             engine.step()  # its tokens are on the CPU when it returns
             times.append(1000 * (time.perf_counter() - start))
         prompts.append(times[0])
-        steps += times[2:]  # the second one also fills the slots
+        steps += times[1:]
     return statistics.median(prompts), statistics.median(steps)
 
 

@@ -167,9 +167,6 @@ class EncoderConfig(ComputeConfig):
     scaling: EncoderScaling = EncoderScaling()
     num_cpus: float = Field(0.3, ge=0)
     max_batch_size: int = Field(8, ge=1, description="images of one forward pass")
-    compile: bool | None = Field(
-        None, description="compile the vision model with torch.compile; by default on a GPU"
-    )
 
 
 class GeneratorScaling(ScalingConfig):

@@ -26,6 +26,7 @@ from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.types import SamplingParams, TokenEvent
 from support.checkpoints import Recipe, write_checkpoint
+from support.device import DEVICE
 
 REQUESTS = 200  # for each checkpoint
 KV_ROWS = 1500
@@ -141,7 +142,8 @@ def run(
         KvRows(rows), max_running=24, max_waiting=1000, max_step_tokens=64, reuse=reuse
     )
     engine = Engine(
-        Runner(model.decoder, rows),
+        # On a GPU, there are more and longer sequences than steps are recorded for.
+        Runner(model.decoder, rows, sequences=20, longest=30),
         scheduler,
         Sampler(tuple(model.eos)),
         decode=decode,
@@ -245,7 +247,7 @@ def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     checkpoint = open_checkpoint(str(folder))
     whole = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     model = Model(
-        OptDecoder.load(checkpoint, torch.device("cpu"), torch.float32),
+        OptDecoder.load(checkpoint, DEVICE, torch.float32),
         whole.language_model,
         checkpoint.config.image_token_index,
     )

@@ -51,14 +51,15 @@ def test_it_reports_every_stage_against_its_floor(run: tuple[str, dict[str, obje
     _, report = run
     names = [stage["stage"] for stage in report["stages"]]
     assert names == [
-        "ViT and Q-Former, 1 images",
-        "ViT and Q-Former, 8 images",
+        *(f"ViT and Q-Former, {images} images" for images in (1, 2, 4, 8)),
         "prompts, 1 of 12",
         "decode step of 1, by the engine",
-        "decode step of 1, graph alone",
+        "decode step of 1 at 28 tokens, graph",
+        "decode step of 1 at 64 tokens, graph",
         "prompts, 8 of 12",
         "decode step of 8, by the engine",
-        "decode step of 8, graph alone",
+        "decode step of 8 at 28 tokens, graph",
+        "decode step of 8 at 64 tokens, graph",
     ]
     assert all(stage["ms"] > stage["floor_ms"] > 0 for stage in report["stages"])
     assert all(rate > 0 for rate in report["captions_per_s"].values())

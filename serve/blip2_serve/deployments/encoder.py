@@ -19,6 +19,7 @@ from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.recording import cuda_recorder
 from blip2_serve.model.transfer import download
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import ImagePrefix
@@ -55,8 +56,8 @@ class Encoder:
             self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
             self._loading.tensor_bytes = size_of(self._model)
             self._model.pack()
-            if config.encoder.compile or (config.encoder.compile is None and device.type == "cuda"):
-                self._model.compile_layers(config.encoder.max_batch_size)
+            if device.type == "cuda":
+                self._model.record(config.encoder.max_batch_size, cuda_recorder())
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImagePrefix:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""

@@ -242,14 +242,8 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
         else:
             decoder.pack()
     max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
-    rows, columns = _kv_size(own, max_model_len, free_memory(device) // row_bytes(decoder), device)
-    logger.info(
-        "KV: %d rows and %d x %d columns of decoding sequences, %.2f GB",
-        rows,
-        own.max_running,
-        columns,
-        (rows + own.max_running * columns) * row_bytes(decoder) / 1e9,
-    )
+    rows = _kv_rows(own, max_model_len, free_memory(device) // row_bytes(decoder), device)
+    logger.info("KV: %d rows, %.2f GB", rows, rows * row_bytes(decoder) / 1e9)
     scheduler = Scheduler(
         KvRows(rows),
         max_running=own.max_running,
@@ -259,7 +253,7 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     )
     eos = eos_token_ids(checkpoint.config)
     engine = Engine(
-        Runner(decoder, rows, slots=own.max_running, columns=columns),
+        Runner(decoder, rows, sequences=own.max_running, longest=max_model_len),
         scheduler,
         Sampler(eos),
         decode=tokenizer.decode,
@@ -268,23 +262,16 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
     return engine, tokenizer, max_model_len, report
 
 
-def _kv_size(
-    config: GeneratorConfig, longest: int, free_rows: int, device: torch.device
-) -> tuple[int, int]:
-    """Rows of the KV and, on a GPU, columns of each decoding sequence's copy (`engine/slots.py`).
+def _kv_rows(config: GeneratorConfig, longest: int, free_rows: int, device: torch.device) -> int:
+    """Rows of the KV: as many as `max_running` sequences need, as far as the memory allows.
 
-    As many as max_running sequences need, as far as kv_memory_fraction of the free memory allows.
-    On a GPU, whose memory nobody else wants, these are of full length, and half is for each; on a
-    CPU of USUAL_LENGTH.
+    That is `kv_memory_fraction` of what is free. Sequences are of full length on a GPU, whose
+    memory nobody else wants, and of USUAL_LENGTH on a CPU.
     """
-    allowed = int(free_rows * config.kv_memory_fraction)
-    columns = 0
-    if device.type == "cuda":
-        allowed //= 2
-        columns = min(longest, allowed // config.max_running)
-    else:
+    if device.type != "cuda":
         longest = min(longest, USUAL_LENGTH)
-    return config.kv_rows or min(config.max_running * longest, allowed), columns
+    allowed = int(free_rows * config.kv_memory_fraction)
+    return config.kv_rows or min(config.max_running * longest, allowed)
 
 
 def _tensor(prefix: ImagePrefix) -> Tensor:

@@ -9,27 +9,26 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from blip2_serve.engine import attention
-from blip2_serve.engine.graphs import DecodeGraphs, cuda_recorder, no_recorder
+from blip2_serve.engine.graphs import DecodeGraphs
 from blip2_serve.engine.sequence import Chunk
-from blip2_serve.engine.slots import DecodeSlots
 from blip2_serve.model.linear import ROW_MULTIPLE, OneDnnLinear
-from blip2_serve.model.opt import Attend, OptDecoder
+from blip2_serve.model.opt import AddNorm, Attend, OptDecoder, add_norm
+from blip2_serve.model.recording import cuda_recorder, no_recorder
 from blip2_serve.model.transfer import pinned, upload
 
 
 class Runner:
     """A decoder with a KV of `rows` rows.
 
-    On a CPU, single tokens of any number of sequences attend in one call, over the rows as they
-    lie. On a GPU, what counts is the number of kernels: steps that only decode are CUDA graphs,
-    and attention is one kernel (DESIGN.md counts them). It reads `slots` sequences of up to
-    `columns` tokens, each in a piece of its own; a column takes as much memory as a row. `gpu`
-    asks for that, by default where the decoder is on one; tests ask for it on a CPU, where
-    nothing is recorded.
+    Single tokens of any number of sequences attend in one call, over the rows as they lie: by one
+    kernel on a CPU, by another on a GPU. There, steps that only decode, up to `sequences` sequences
+    of up to `longest` tokens, are CUDA graphs. `gpu` asks for that, by default where the decoder is
+    on one; tests ask for it on a CPU, where nothing is recorded.
     """
 
     def __init__(
@@ -37,8 +36,8 @@ class Runner:
         decoder: OptDecoder,
         rows: int,
         *,
-        slots: int = 0,
-        columns: int = 0,
+        sequences: int = 0,
+        longest: int = 0,
         gpu: bool | None = None,
     ) -> None:
         self._decoder = decoder
@@ -54,28 +53,36 @@ class Runner:
         # a row is first used take longer than the row's attention, and may be missing by then.
         shape = (layers, 2, rows + 1, heads, dim)
         self._rows = torch.zeros(shape, dtype=weight.dtype, device=self._device)
-        self._slots: DecodeSlots | None = None
         self.graphs: DecodeGraphs | None = None
-        if not (on_gpu if gpu is None else gpu):
+        self._gpu = on_gpu if gpu is None else gpu
+        if not self._gpu:
             # Here, on the only CPU path, so that GPUs need no compiler for CPUs.
             from blip2_serve.kernels import paged_attention
 
             paged_attention.kernel(weight.dtype, dim)  # or the first request would wait for it
-            self._last_tokens = paged_attention.last_tokens
+            self._paged_attention = paged_attention.last_tokens
             return
+        self._attend_last = attention.last_tokens
+        self._add_norm: AddNorm = add_norm
         if on_gpu:
+            # Triton's, which only comes with torch for GPUs.
+            from blip2_serve.kernels import add_norm as add_norm_kernel
+            from blip2_serve.kernels import decode_attention
+
+            self._attend_last = decode_attention.last_tokens
+            if config.do_layer_norm_before and config.layer_norm_elementwise_affine:
+                self._add_norm = add_norm_kernel.add_norm
             # cuDNN's attention makes a plan for each new shape, and prompts come in any length.
             # torch has this switch for the whole process only.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        self._slots = DecodeSlots((layers, slots, heads, columns, dim), weight.dtype, self._device)
-        if slots and columns:
+        if sequences and longest:
             self.graphs = DecodeGraphs(
                 self._decode_step,
-                slots=slots,
-                columns=columns,
+                sequences=sequences,
+                columns=longest,
                 vocabulary=config.vocab_size,
                 device=self._device,
-                record=cuda_recorder() if on_gpu else no_recorder,
+                record=cuda_recorder(priority=-1) if on_gpu else no_recorder,
             )
 
     @torch.inference_mode()
@@ -84,17 +91,13 @@ class Runner:
 
         They are good until the next run.
         """
+        if self.graphs and self._can_be_replayed(chunks, self.graphs):
+            return self.graphs.run(self._decode_inputs(chunks))
         singles = [c for c in chunks if c.end - c.start == 1]
-        if self._slots:
-            singles = self._slots.place(singles, self._rows)
-        if self.graphs and len(singles) == len(chunks):
-            ordered, logits = singles, self._replay(self.graphs, singles)
-        else:
-            placed = {*singles}
-            others = (c for c in chunks if c not in placed)
-            # Prompts of one length together: they attend in one call.
-            ordered = [*singles, *sorted(others, key=lambda c: (c.start, c.end))]
-            logits = self._compute(ordered, len(singles))
+        # Prompts of one length together: they attend in one call.
+        others = sorted((c for c in chunks if c.end - c.start > 1), key=lambda c: (c.start, c.end))
+        ordered = [*singles, *others]
+        logits = self._compute(ordered, len(singles))
         completing = [c for c in ordered if c.completes]
         wanted = [c for c in chunks if c.completes]
         if completing == wanted:
@@ -102,19 +105,32 @@ class Runner:
         row_of = {c: row for row, c in enumerate(completing)}
         return logits[[row_of[c] for c in wanted]]
 
-    def _replay(self, graphs: DecodeGraphs, chunks: list[Chunk]) -> Tensor:
-        """One token of each sequence, all in slots -> their logits, in the same order."""
-        ids = [c.sequence.token_at(c.start) for c in chunks]
-        starts = [c.start for c in chunks]
-        rows = [c.sequence.table[c.start] for c in chunks]
-        return graphs.run(ids, starts, rows, max(starts) + 1)
+    def _can_be_replayed(self, chunks: list[Chunk], graphs: DecodeGraphs) -> bool:
+        return len(chunks) <= graphs.sequences and all(
+            c.sequence.output and c.end - c.start == 1 and c.end <= graphs.columns for c in chunks
+        )
 
-    def _decode_step(self, ids: Tensor, starts: Tensor, rows: Tensor, width: int) -> Tensor:
-        """All of a decode step that happens on a GPU; arguments but `width` are [slots]."""
-        assert self._slots
-        attend = attention.fused(self._slots.kv, starts, width, self._rows, rows)
-        hidden = self._decoder(self._decoder.embed_tokens(ids), starts, attend)
+    def _decode_step(self, inputs: Tensor) -> Tensor:
+        """All of a decode step that happens on a GPU; `inputs` as in `DecodeGraphs.run`."""
+        ids, starts, tables = inputs[:, 0], inputs[:, 1], inputs[:, 2:]
+        embeddings = self._decoder.embed_tokens(ids)
+        attend = self._last_tokens(starts, tables)
+        hidden = self._decoder(embeddings, starts, attend, self._add_norm)
         return self._decoder.logits(hidden)
+
+    def _last_tokens(self, starts: Tensor, tables: Tensor) -> Attend:
+        return lambda layer, qkv: self._attend_last(qkv, self._rows[layer], tables, starts)
+
+    def _decode_inputs(self, chunks: list[Chunk]) -> Tensor:
+        """int64 [n, 2 + longest] in main memory: of each one's token id, position and KV rows."""
+        shape = (len(chunks), 2 + max(c.end for c in chunks))
+        inputs = torch.empty(shape, dtype=torch.int64, pin_memory=self._device.type == "cuda")
+        lines = inputs.numpy()
+        for line, chunk in zip(lines, chunks, strict=True):
+            sequence, start = chunk.sequence, chunk.start
+            line[0], line[1] = sequence.token_at(start), start
+            line[2 : 3 + start] = np.frombuffer(sequence.table, np.int64, 1 + start)
+        return inputs
 
     def _compute(self, chunks: list[Chunk], singles: int) -> Tensor:
         """Any mixture, singles first -> logits of the completing ones, in the same order."""
@@ -160,13 +176,10 @@ class Runner:
         return attention.joined(parts)
 
     def _single_tokens(self, chunks: list[Chunk]) -> Attend:
-        if self._slots is None:
-            return self._last_tokens([c.sequence.table[: c.end] for c in chunks], self._rows)
-        starts = [c.start for c in chunks]
-        rows = self._tensor([c.sequence.table[c.start] for c in chunks])
-        return attention.fused(
-            self._slots.kv, self._tensor(starts), max(starts) + 1, self._rows, rows
-        )
+        if not self._gpu:
+            return self._paged_attention([c.sequence.table[: c.end] for c in chunks], self._rows)
+        inputs = self._decode_inputs(chunks).to(self._device, non_blocking=True)
+        return self._last_tokens(inputs[:, 1], inputs[:, 2:])
 
     def _padded(self, values: list[int]) -> list[int]:
         """With zeros at the end, up to a number of rows that linear layers are fast for."""

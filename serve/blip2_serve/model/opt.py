@@ -22,6 +22,15 @@ POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are ne
 # (layer, queries, keys and values as [tokens, 3, heads, head_dim]) -> [tokens, heads, head_dim]
 Attend = Callable[[int, Tensor], Tensor]
 
+# (x, more, norm) -> (x + more, its norm)
+AddNorm = Callable[[Tensor, Tensor, nn.LayerNorm], tuple[Tensor, Tensor]]
+
+
+def add_norm(x: Tensor, more: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Wherever torch runs."""
+    x = x + more
+    return x, norm(x)
+
 
 class OptLayer(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
@@ -38,15 +47,22 @@ class OptLayer(nn.Module):
         self.activation = ACT2FN[config.activation_function]
         self.fc2 = nn.Linear(config.ffn_dim, hidden, bias=bias)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        y = self.self_attn_layer_norm(x) if self.norm_first else x
+    def forward(
+        self, x: Tensor, more: Tensor, layer: int, attend: Attend, add_norm: AddNorm
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's input, and its output, in two parts that are still to be added up."""
+        if self.norm_first:
+            x, y = add_norm(x, more, self.self_attn_layer_norm)
+        else:
+            x = y = x + more
         qkv = self.qkv_proj(y).unflatten(1, (3, self.heads, -1))
-        x = x + self.out_proj(attend(layer, qkv).flatten(1))
-        if not self.norm_first:
-            x = self.self_attn_layer_norm(x)
-        y = self.final_layer_norm(x) if self.norm_first else x
-        x = x + self.fc2(self.activation(self.fc1(y)))
-        return x if self.norm_first else self.final_layer_norm(x)
+        attended = self.out_proj(attend(layer, qkv).flatten(1))
+        if self.norm_first:
+            x, y = add_norm(x, attended, self.final_layer_norm)
+            return x, self.fc2(self.activation(self.fc1(y)))
+        _, x = add_norm(x, attended, self.self_attn_layer_norm)
+        _, x = add_norm(x, self.fc2(self.activation(self.fc1(x))), self.final_layer_norm)
+        return x, torch.zeros_like(x)
 
 
 class OptDecoder(nn.Module):
@@ -103,12 +119,19 @@ class OptDecoder(nn.Module):
                 tensors[f"language_model.model.decoder.{own}"] = parameter
         return tensors
 
-    def forward(self, embeddings: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        add_norm: AddNorm = add_norm,
+    ) -> Tensor:
         """Token (or image) embeddings [T, hidden] at positions [T] -> hidden states [T, hidden]."""
-        x: Tensor = embeddings + self.embed_positions(positions + POSITION_OFFSET)
+        x: Tensor = embeddings
+        more: Tensor = self.embed_positions(positions + POSITION_OFFSET)
         for number, layer in enumerate(self.layers):
-            x = layer(x, number, attend)
-        return x
+            x, more = layer(x, more, number, attend, add_norm)
+        return x + more
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, hidden] -> float32 logits [N, vocabulary]."""

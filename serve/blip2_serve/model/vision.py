@@ -7,19 +7,29 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
 
 from blip2_serve.model.checkpoint import Checkpoint
 from blip2_serve.model.linear import for_many_rows, pack_linears
 from blip2_serve.model.packed_vision import pack_vision
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.transfer import upload
+from blip2_serve.model.recording import Record
+from blip2_serve.model.transfer import pinned, upload
 
 logger = logging.getLogger(__name__)
+
+# cuDNN's is the fastest for images, where it can be had. It plans for each shape: few are recorded.
+ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class ImageEncoder(nn.Module):
@@ -39,6 +49,7 @@ class ImageEncoder(nn.Module):
         self.language_projection = nn.Linear(
             config.qformer_config.hidden_size, config.text_config.hidden_size
         )
+        self._recorded: dict[int, Recorded] = {}  # by number of images
 
     @classmethod
     def load(
@@ -71,40 +82,54 @@ class ImageEncoder(nn.Module):
         pack_vision(self.vision_model, self.qformer)
         pack_linears(self, for_many_rows)
 
-    def compile_layers(self, largest: int, backend: Any = "inductor") -> None:
-        """Compiles every kind of layer, for batches of up to `largest` images, and runs them all.
+    def record(self, largest: int, record: Record) -> None:
+        """Records the work for each batch of 1 to `largest` images: CUDA graphs.
 
-        Layers of one kind share their code: two compilations each, for one image and for any
-        number, since batches are not padded. From one image on, arithmetic is what takes a GPU's
-        time here, and an image of padding would take as long as another. Where compiling fails
-        (it wants Triton and a C compiler), the encoder stays as it is.
+        An image or two keep a GPU busy for less time than Python takes to launch the kernels.
         """
-        stacks = (self.vision_model.encoder.layers, self.qformer.encoder.layer)
-        plain = [list(stack) for stack in stacks]
         size = self.vision_model.config.image_size
+        device = self.query_tokens.device
         start = time.monotonic()
-        for stack in stacks:
-            for number, layer in enumerate(stack):
-                stack[number] = torch.compile(layer, backend=backend, dynamic=True)
-        try:
-            for batch in range(largest, 0, -1):
-                self(torch.zeros((batch, 3, size, size), dtype=torch.uint8))
-        except Exception:  # a compiler may trip over anything
-            logger.warning("the vision model cannot be compiled, it runs as it is", exc_info=True)
-            for stack, layers in zip(stacks, plain, strict=True):
-                for number, layer in enumerate(layers):
-                    stack[number] = layer
-        else:
-            logger.info("compiled the vision model in %.0f s", time.monotonic() - start)
+        with sdpa_kernel(ATTENTION, set_priority=True):
+            for images in range(largest, 0, -1):  # the largest first: others fit into its memory
+                pixels = torch.zeros((images, 3, size, size), dtype=torch.uint8, device=device)
+                self._recorded[images] = Recorded(self._encode, pixels, record)
+        logger.info("recorded %d batches in %.1f s", largest, time.monotonic() - start)
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] on any device -> prefixes [B, queries, hidden] on the model's."""
-        pixels = upload(pixels, self.query_tokens.device).float()
-        normalised = (pixels * self.rescale - self.mean) / self.std
+        if recorded := self._recorded.get(len(pixels)):
+            return recorded.run(pixels)
+        return self._encode(upload(pixels, self.query_tokens.device))
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        normalised = (pixels.float() * self.rescale - self.mean) / self.std
         seen = self.vision_model(normalised.to(self.dtype)).last_hidden_state
         output = self.qformer(
             query_embeds=self.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=seen
         ).last_hidden_state
         prefixes: Tensor = self.language_projection(output.to(self.dtype))
         return prefixes
+
+
+class Recorded:
+    """A recorded batch, with the tensors that it reads and writes."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], example: Tensor, record: Record
+    ) -> None:
+        self._input = example
+        self._output = function(example)
+
+        def run() -> None:
+            self._output.copy_(function(self._input))
+
+        self._replay = record(run)
+
+    def run(self, values: Tensor) -> Tensor:
+        """What the function makes of `values`, of the example's shape and on any device."""
+        self._input.copy_(pinned(values, self._input.device), non_blocking=True)
+        self._replay()
+        return self._output.clone()

@@ -15,7 +15,7 @@ from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.preprocessor import Preprocessor
 from blip2_serve.types import ImagePrefix, SamplingParams
 
-CONFIG = AppConfig.model_validate({"dtype": "float32", "encoder": {"compile": False}})
+CONFIG = AppConfig.model_validate({"dtype": "float32"})
 PICTURE = Path(blip2_serve.__file__).parent / "demo" / "picture.png"
 
 

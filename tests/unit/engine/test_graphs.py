@@ -1,4 +1,4 @@
-"""Padding and choice of recorded steps. Nothing is recorded here: that takes a GPU."""
+"""Padding and choice of recorded steps. Only where there is a GPU are they really recorded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
-from blip2_serve.engine.graphs import (
-    DecodeGraphs,
-    batch_sizes,
-    cuda_recorder,
-    no_recorder,
-    widths,
-)
+from blip2_serve.engine.graphs import DecodeGraphs, batch_sizes
 from blip2_serve.engine.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.recording import cuda_recorder, no_recorder
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 50
@@ -29,7 +25,7 @@ ROWS = 64
 
 
 @pytest.mark.parametrize(
-    ("slots", "sizes"),
+    ("sequences", "sizes"),
     [
         pytest.param(1, [1], id="one"),
         pytest.param(2, [1, 2], id="two"),
@@ -37,76 +33,61 @@ ROWS = 64
         pytest.param(20, [1, 2, 4, 8, 16, 20], id="no multiple of eight"),
     ],
 )
-def test_batch_sizes_are_close_and_end_with_all_slots(slots: int, sizes: list[int]) -> None:
-    assert batch_sizes(slots) == sizes
-
-
-@pytest.mark.parametrize(
-    ("columns", "expected"),
-    [
-        pytest.param(13, [13], id="fewer than the least"),
-        pytest.param(64, [64], id="the least"),
-        pytest.param(300, [64, 128, 256, 300], id="no power of two"),
-        pytest.param(512, [64, 128, 256, 512], id="a power of two"),
-    ],
-)
-def test_widths_double_and_end_with_all_columns(columns: int, expected: list[int]) -> None:
-    assert widths(columns) == expected
+def test_batch_sizes_are_close_and_end_with_all_sequences(sequences: int, sizes: list[int]) -> None:
+    assert batch_sizes(sequences) == sizes
 
 
 class Recorded:
     """Graphs of a step that only notes what it is given."""
 
-    def __init__(self, slots: int, columns: int) -> None:
-        self.calls: list[tuple[list[list[int]], int]] = []
+    def __init__(self, sequences: int, columns: int) -> None:
+        self.calls: list[list[list[int]]] = []
         self.graphs = DecodeGraphs(
             self.step,
-            slots=slots,
+            sequences=sequences,
             columns=columns,
             vocabulary=2,
             device=torch.device("cpu"),
             record=no_recorder,
         )
 
-    def step(self, ids: Tensor, starts: Tensor, rows: Tensor, width: int) -> Tensor:
-        self.calls.append(([ids.tolist(), starts.tolist(), rows.tolist()], width))
-        return torch.stack([ids, starts], 1).float()
+    def step(self, inputs: Tensor) -> Tensor:
+        self.calls.append(inputs.tolist())
+        return inputs[:, :2].float()
+
+    def run(self, *lines: list[int]) -> list[list[float]]:
+        self.calls.clear()
+        logits: list[list[float]] = self.graphs.run(torch.tensor(lines)).tolist()
+        return logits
 
 
-def test_every_size_and_width_is_recorded_at_the_start_the_largest_first() -> None:
-    recorded = Recorded(slots=4, columns=128)
-
-    shapes = [(len(inputs[0]), width) for inputs, width in recorded.calls]
-    assert shapes == [(4, 128), (4, 64), (2, 128), (2, 64), (1, 128), (1, 64)]
+def test_every_size_is_recorded_at_the_start_the_largest_first() -> None:
+    recorded = Recorded(sequences=4, columns=9)
+    assert [len(lines) for lines in recorded.calls] == [4, 2, 1]
 
 
-def test_a_step_is_padded_to_the_next_size_and_width() -> None:
-    recorded = Recorded(slots=8, columns=128)
-    recorded.calls.clear()
+def test_a_step_is_padded_to_the_next_size() -> None:
+    recorded = Recorded(sequences=8, columns=3)
 
-    logits = recorded.graphs.run([5, 6, 7], [40, 70, 9], [3, 1, 2], width=71)
+    logits = recorded.run([5, 1, 30, 31], [6, 1, 32, 33], [7, 0, 34, 0])
 
-    assert recorded.calls == [([[5, 6, 7, 0], [40, 70, 9, 0], [3, 1, 2, 0]], 128)]
-    assert logits.tolist() == [[5, 40], [6, 70], [7, 9]]
+    lines = [[5, 1, 30, 31, 0], [6, 1, 32, 33, 0], [7, 0, 34, 0, 0], [0, 0, 0, 0, 0]]
+    assert recorded.calls == [lines]
+    assert logits == [[5, 1], [6, 1], [7, 0]]
 
 
 def test_a_step_that_fits_is_not_padded() -> None:
-    recorded = Recorded(slots=2, columns=64)
-    recorded.calls.clear()
-
-    recorded.graphs.run([5, 6], [40, 63], [3, 1], width=64)
-
-    assert recorded.calls == [([[5, 6], [40, 63], [3, 1]], 64)]
+    recorded = Recorded(sequences=2, columns=1)
+    recorded.run([5, 0, 3], [6, 0, 1])
+    assert recorded.calls == [[[5, 0, 3], [6, 0, 1]]]
 
 
-def test_padding_of_an_earlier_step_does_not_stay() -> None:
-    recorded = Recorded(slots=4, columns=64)
-    recorded.graphs.run([9, 9, 9, 9], [1, 2, 3, 4], [1, 2, 3, 4], width=5)
-    recorded.calls.clear()
-
-    recorded.graphs.run([5, 6, 7], [1, 2, 3], [4, 5, 6], width=4)
-
-    assert recorded.calls == [([[5, 6, 7, 0], [1, 2, 3, 0], [4, 5, 6, 0]], 64)]
+def test_what_an_earlier_step_left_is_no_padding() -> None:
+    recorded = Recorded(sequences=4, columns=2)
+    recorded.run(*[[9, 1, 8, 8]] * 4)
+    recorded.run([5, 0, 3], [6, 0, 1], [7, 0, 2])
+    (lines,) = recorded.calls
+    assert [line[:3] for line in lines] == [[5, 0, 3], [6, 0, 1], [7, 0, 2], [0, 0, 0]]
 
 
 # -- with a real decoder -------------------------------------------------------------------------
@@ -124,7 +105,7 @@ def decoder() -> OptDecoder:
         ffn_dim=64,
         max_position_embeddings=64,
     )
-    decoder = OptDecoder(config).eval().requires_grad_(False)
+    decoder = OptDecoder(config).eval().requires_grad_(False).to(DEVICE)
     for parameter in decoder.parameters():
         parameter.normal_(std=0.4)
     return decoder
@@ -149,14 +130,16 @@ def last(sequence: Sequence) -> Chunk:
     return Chunk(sequence, sequence.length - 1, sequence.length)
 
 
-def make_runner(decoder: OptDecoder, gpu: bool = True) -> Runner:
-    return Runner(decoder, ROWS, slots=4, columns=16, gpu=gpu)
+def make_runner(decoder: OptDecoder, sequences: int = 4) -> Runner:
+    """With recorded steps of so many sequences, or none."""
+    return Runner(decoder, ROWS, sequences=sequences, longest=16, gpu=True)
 
 
 def test_a_padded_step_has_the_logits_of_one_without_padding(decoder: OptDecoder) -> None:
     logits = []
-    for gpu in (True, False):
-        runner = make_runner(decoder, gpu)
+    for recorded in (4, 0):
+        runner = make_runner(decoder, recorded)
+        assert bool(runner.graphs) is bool(recorded)
         sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
         for token in (11, 12):
             logits.append(runner.run([last(s) for s in sequences]).clone())
@@ -166,55 +149,17 @@ def test_a_padded_step_has_the_logits_of_one_without_padding(decoder: OptDecoder
     torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_touches_no_row_but_the_first_and_no_slot_in_use(decoder: OptDecoder) -> None:
+def test_padding_touches_no_row_but_the_first(decoder: OptDecoder) -> None:
     runner = make_runner(decoder)
     sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
-    runner.run([last(s) for s in sequences])  # all are in their slots now
-    for s in sequences:
-        s.output.append(12)
-    before = snapshot(runner)
+    before = runner._rows.clone()
 
     runner.run([last(s) for s in sequences])
 
-    own = [s.table[s.length - 1] for s in sequences]
-    places = [s.length - 1 for s in sequences]
-    changed_rows, changed_columns = changes(before, snapshot(runner))
-    assert changed_rows <= {0, *own}
-    assert changed_columns <= {*enumerate(places), (3, 0)}
-
-
-def test_a_sequence_that_takes_a_padded_slot_reads_nothing_of_the_padding(
-    decoder: OptDecoder,
-) -> None:
-    logits = []
-    for padded_before in (True, False):
-        runner = make_runner(decoder)
-        sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3, 4))]
-        if padded_before:
-            runner.run([last(s) for s in sequences[:3]])
-        logits.append(runner.run([last(s) for s in sequences]).clone())
-    torch.testing.assert_close(*logits, atol=0, rtol=0)
-
-
-def snapshot(runner: Runner) -> tuple[Tensor, Tensor]:
-    """Keys of all rows and of all slots."""
-    assert runner._slots
-    return runner._rows[:, 0].clone(), runner._slots.kv[:, 0].clone()
-
-
-def changes(
-    before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]
-) -> tuple[set[int], set[tuple[int, int]]]:
-    """Rows, and (slot, column)s, with another key in any layer."""
-    changed_rows, changed_columns = (
-        # As bits: rows that were never written may hold anything, NaN too.
-        (a.view(torch.int32) != b.view(torch.int32)).any(-1).any(2).any(0)
-        for a, b in zip(before, after, strict=True)
-    )
-    return (
-        {*changed_rows.nonzero()[:, 0].tolist()},
-        {(slot, column) for slot, column in changed_columns.nonzero().tolist()},
-    )
+    # As bits: rows that were never written may hold anything, NaN too.
+    changed = (runner._rows.view(torch.int32) != before.view(torch.int32)).any(-1).any(3).any(0)
+    own = {s.table[s.length - 1] for s in sequences}
+    assert {*changed.any(0).nonzero()[:, 0].tolist()} <= {0, *own}
 
 
 def test_a_step_runs_once_before_it_is_recorded_where_it_is_recorded(
@@ -250,7 +195,7 @@ def test_a_step_runs_once_before_it_is_recorded_where_it_is_recorded(
     )
     monkeypatch.setattr(torch, "cuda", cuda)
 
-    replay = cuda_recorder()(lambda: calls.append("step"))
+    replay = cuda_recorder(priority=-1)(lambda: calls.append("step"))
     replay()
 
     own = "stream of priority -1"

@@ -13,6 +13,7 @@ from blip2_serve.engine.runner import Runner, row_bytes
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.model.opt import OptDecoder
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 60
@@ -24,7 +25,7 @@ IMAGE_TOKEN = 59
 class Model:
     """A small random decoder and transformers' with the same weights."""
 
-    slots, columns, gpu = 0, 0, False  # see Runner
+    sequences, longest, gpu = 0, 0, False  # see Runner
     row_multiple = 1
 
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
@@ -43,13 +44,15 @@ class Model:
         self.reference = OPTForCausalLM(config).eval().requires_grad_(False)
         for parameter in self.reference.parameters():  # biases and norms too
             parameter.normal_(std=0.4)
-        self.decoder = OptDecoder(config).eval().requires_grad_(False)
+        self.decoder = OptDecoder(config).eval().requires_grad_(False).to(DEVICE)
         weights = self.reference.state_dict()
         for name, tensor in self.decoder.checkpoint_tensors().items():
             tensor.copy_(weights[name.removeprefix("language_model.")])
 
     def runner(self) -> Runner:
-        runner = Runner(self.decoder, ROWS, slots=self.slots, columns=self.columns, gpu=self.gpu)
+        runner = Runner(
+            self.decoder, ROWS, sequences=self.sequences, longest=self.longest, gpu=self.gpu
+        )
         runner._rows.fill_(torch.nan)  # nobody may read a row that was not written before
         runner._row_multiple = self.row_multiple
         return runner
@@ -65,7 +68,7 @@ class Model:
 
     def check(self, runner: Runner, chunks: list[Chunk]) -> None:
         """Runs the chunks; the logits must be transformers'."""
-        logits = runner.run(chunks)
+        logits = runner.run(chunks).cpu()
         expected = [self.logits(c.sequence)[-1] for c in chunks if c.completes]
         assert logits.shape == (len(expected), VOCABULARY)
         assert logits.dtype == torch.float32
@@ -83,13 +86,15 @@ def model() -> Model:
     params=[
         pytest.param((0, 0, False), id="as on a CPU"),
         pytest.param((0, 0, False, 4), id="as on a CPU, with padded rows"),
-        pytest.param((0, 0, True), id="as on a GPU, without slots"),
+        pytest.param((0, 0, True), id="as on a GPU, without recordings"),
         pytest.param((8, 64, True), id="as on a GPU"),
-        pytest.param((2, 13, True), id="as on a GPU, with few, short slots"),
+        pytest.param((2, 13, True), id="as on a GPU, with recordings for few short sequences"),
     ],
 )
-def _slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("slots", "columns", "gpu", "row_multiple")
+def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cuda" and not request.param[2]:
+        pytest.skip("attends on a CPU; the decoder is on a GPU here")
+    names = ("sequences", "longest", "gpu", "row_multiple")
     for name, value in zip(names, request.param, strict=False):
         monkeypatch.setattr(Model, name, value)
 
@@ -139,8 +144,8 @@ def test_image_rows_take_the_place_of_image_tokens(model: Model) -> None:
     with_image = sequence(8, image=4)
     without = sequence(8, image=4)
     without.request.image = torch.empty(0, HIDDEN)
-    seen = model.runner().run([Chunk(with_image, 0, 8)])
-    unseen = model.runner().run([Chunk(without, 0, 8)])
+    seen = model.runner().run([Chunk(with_image, 0, 8)]).cpu()
+    unseen = model.runner().run([Chunk(without, 0, 8)]).cpu()
     torch.testing.assert_close(seen[0], model.logits(with_image)[-1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(unseen[0], model.logits(without)[-1], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(seen, unseen, atol=0.1)

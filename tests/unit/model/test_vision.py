@@ -1,27 +1,23 @@
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.recording import no_recorder
 from blip2_serve.model.vision import ImageEncoder
 from support.checkpoints import Recipe, write_checkpoint
 
 
 @pytest.fixture
-def encoder(tmp_path: Path) -> Iterator[ImageEncoder]:
+def encoder(tmp_path: Path) -> ImageEncoder:
     checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, Recipe("seeing", seed=1))))
     processor = ImageProcessor.load(tmp_path)
-    yield ImageEncoder.load(checkpoint, processor, torch.device("cpu"), torch.float32)
-    torch._dynamo.reset()
+    return ImageEncoder.load(checkpoint, processor, torch.device("cpu"), torch.float32)
 
 
 def pixels(images: int) -> Tensor:
@@ -29,31 +25,17 @@ def pixels(images: int) -> Tensor:
     return torch.randint(0, 256, (images, 3, 56, 56), dtype=torch.uint8, generator=generator)
 
 
-def test_each_kind_of_layer_is_compiled_twice_whatever_the_batch(encoder: ImageEncoder) -> None:
+def test_recorded_batches_and_larger_ones_give_what_the_model_gives(encoder: ImageEncoder) -> None:
     expected = {images: encoder(pixels(images)) for images in (1, 2, 3, 5)}
-    compiler = CompileCounter()
-
-    encoder.compile_layers(3, backend=compiler)
-
-    # A ViT layer, a Q-Former layer with and one without cross attention; one image, or several.
-    assert compiler.frame_count == 3 * 2
+    encoder.record(3, no_recorder)
+    given = {images: encoder(pixels(images)) for images in expected}
     for images, prefixes in expected.items():
-        torch.testing.assert_close(encoder(pixels(images)), prefixes)
-    assert compiler.frame_count == 3 * 2
+        torch.testing.assert_close(given[images], prefixes, atol=0, rtol=0)
 
 
-def test_an_encoder_that_cannot_be_compiled_runs_as_it_is(
-    encoder: ImageEncoder, caplog: pytest.LogCaptureFixture
-) -> None:
-    expected = encoder(pixels(2))
-    layers = [*encoder.vision_model.encoder.layers, *encoder.qformer.encoder.layer]
-
-    def no_compiler(*_: Any) -> Any:
-        raise RuntimeError("no Triton here")
-
-    with caplog.at_level(logging.WARNING):
-        encoder.compile_layers(2, backend=no_compiler)
-
-    assert "the vision model cannot be compiled" in caplog.text
-    assert [*encoder.vision_model.encoder.layers, *encoder.qformer.encoder.layer] == layers
-    torch.testing.assert_close(encoder(pixels(2)), expected)
+def test_the_next_batch_does_not_overwrite_what_the_one_before_gave(encoder: ImageEncoder) -> None:
+    encoder.record(2, no_recorder)
+    one = encoder(pixels(2))
+    kept = one.clone()
+    encoder(pixels(2).flip(0))
+    torch.testing.assert_close(one, kept, atol=0, rtol=0)
