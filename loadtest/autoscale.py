@@ -28,13 +28,13 @@ from pathlib import Path
 import httpx
 import matplotlib.pyplot as plt
 import ray
-from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
 from bench.servers import free_port
 from blip2_serve.app import build
 from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
+from load.server_series import ServerSeries
 
 STAGES = ("Preprocessor", "Encoder", "Generator")
 BOTTLENECK = "Generator"
@@ -52,7 +52,7 @@ class Moment:
     answered: int
     failed: int
     replicas: dict[str, int]
-    queue_seconds: dict[str, float]  # mean of the requests since the moment before
+    queue_seconds: dict[str, float]  # mean of the requests of the last 20 seconds
 
 
 class Load:
@@ -99,13 +99,15 @@ class Watcher:
     def __init__(self, url: str, load: Load) -> None:
         self.moments: list[Moment] = []
         self._url, self._load = url, load
-        self._totals: dict[str, tuple[float, float]] = {}  # by stage: queue seconds and requests
+        self._server = ServerSeries()
 
     async def run(self) -> None:
         start = time.monotonic()
         async with httpx.AsyncClient(timeout=30) as client:
             while True:
-                page = (await client.get(f"{self._url}/metrics")).text
+                now, known = time.time(), len(self._server.points)
+                self._server.add((await client.get(f"{self._url}/metrics")).text, now)
+                queues = [p for p in self._server.points[known:] if p.name == "queue seconds"]
                 load = self._load
                 self.moments.append(
                     Moment(
@@ -114,28 +116,10 @@ class Watcher:
                         load.answered,
                         load.failed,
                         await asyncio.to_thread(running_replicas),
-                        self._queue_seconds(page),
+                        {p.stage.capitalize(): p.value for p in queues},
                     )
                 )
                 await asyncio.sleep(EVERY_S)
-
-    def _queue_seconds(self, page: str) -> dict[str, float]:
-        totals: dict[str, tuple[float, float]] = {}
-        for family in text_string_to_metric_families(page):
-            for sample in family.samples:
-                seconds = sample.name == "ray_blip2_queue_seconds_exact_total"
-                if seconds or sample.name == "ray_blip2_queue_seconds_count":
-                    stage = sample.labels["stage"].capitalize()
-                    before = totals.get(stage, (0.0, 0.0))
-                    more = (sample.value, 0.0) if seconds else (0.0, sample.value)
-                    totals[stage] = (before[0] + more[0], before[1] + more[1])
-        means = {}
-        for stage, (seconds_now, count) in totals.items():
-            seconds_then, count_then = self._totals.get(stage, (0.0, 0.0))
-            if count > count_then:
-                means[stage] = (seconds_now - seconds_then) / (count - count_then)
-        self._totals = totals
-        return means
 
 
 def running_replicas() -> dict[str, int]:

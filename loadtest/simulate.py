@@ -1,7 +1,7 @@
 """Autoscaling policies against simulated load.
 
-    PYTHONPATH=serve:loadtest python loadtest/simulate.py tune cpu gpu_estimate
-    PYTHONPATH=serve:loadtest python loadtest/simulate.py compare cpu gpu_estimate
+    PYTHONPATH=serve:loadtest python loadtest/simulate.py tune cpu gpu
+    PYTHONPATH=serve:loadtest python loadtest/simulate.py compare cpu gpu
     PYTHONPATH=serve:loadtest python loadtest/simulate.py loose cpu
     PYTHONPATH=serve:loadtest python loadtest/simulate.py thousand cpu
     PYTHONPATH=serve:loadtest python loadtest/simulate.py record cpu

@@ -65,7 +65,6 @@ class EngineProfile:
 @dataclass(frozen=True)
 class Profile:
     name: str
-    estimate: bool  # nothing of it is measured
     slo_s: float  # within which a request is to be answered
     preprocessor: PoolProfile
     encoder: PoolProfile
@@ -80,7 +79,6 @@ class Profile:
         decoding = stages["preprocessor"]
         return cls(
             name=path.stem,
-            estimate=values["estimate"],
             slo_s=values["slo_s"],
             preprocessor=PoolProfile(
                 batch_s=(0.0, decoding["decode_s"]),

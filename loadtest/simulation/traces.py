@@ -101,20 +101,20 @@ def steady(name: str, load: float, length: float, seed: int) -> Trace:
 def compared() -> list[Trace]:
     """What policies are compared on, once all settings are chosen."""
     return [
-        step("step x8", 1.1, 8.8, 65, 545, 950, seed=301),
-        step("step x2", 3.2, 6.4, 80, 560, 1000, seed=302),
-        step("step x3 of few", 0.6, 1.8, 70, 610, 1100, seed=303),
-        step("spike x5, 60 s", 1.3, 6.5, 70, 130, 540, seed=304),
-        step("spike x4, 3 min", 1.9, 7.6, 60, 240, 720, seed=305),
-        spikes("four spikes x3, 30 s", 2.2, 6.6, 30, 230, seed=306),
-        day("day", 1.2, 9.5, 3000, seed=307),
-        day("day with a lunch", 0.9, 5.5, 3000, seed=308, lunch=5.5),
-        ramp("ramp x8 in 4 min", 1, 8, 230, seed=309),
-        bursts("bursts", 1.8, 7, 1300, seed=310),
-        bursts("bursts, again", 1.8, 7, 1300, seed=311),
-        bursts("large bursts", 0.9, 8, 1000, seed=312),
-        steady("steady", 3.4, 700, seed=313),
-        steady("steady, less", 1.7, 700, seed=314),
+        step("step x8", 1.0, 8.0, 60, 560, 960, seed=401),
+        step("step x2", 3.6, 7.2, 75, 575, 1000, seed=402),
+        step("step x3 of few", 0.7, 2.1, 60, 600, 1080, seed=403),
+        step("spike x5, 60 s", 1.4, 7.0, 65, 125, 550, seed=404),
+        step("spike x4, 3 min", 1.7, 6.8, 70, 250, 740, seed=405),
+        spikes("four spikes x3, 30 s", 2.0, 6.0, 30, 240, seed=406),
+        day("day", 1.0, 9.0, 3000, seed=407),
+        day("day with a lunch", 1.1, 5.0, 3000, seed=408, lunch=6.0),
+        ramp("ramp x8 in 4 min", 1.1, 8.8, 240, seed=409),
+        bursts("bursts", 2, 7.5, 1300, seed=410),
+        bursts("bursts, again", 2, 7.5, 1300, seed=411),
+        bursts("large bursts", 1, 8.5, 1000, seed=412),
+        steady("steady", 3.1, 700, seed=413),
+        steady("steady, less", 1.5, 700, seed=414),
     ]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 
@@ -49,6 +49,7 @@ class Stage:
     ongoing: float  # requests, those included that wait at callers
     growth: float = 0.0  # of them, a second
     queued: float = 0.0  # requests that wait at callers
+    bursty: bool = False  # the load comes in bursts, by `Bursts`
     least: int = 1
     most: int = 1
 
@@ -59,6 +60,7 @@ class Settings:
 
     target_utilization: float
     reserve: float
+    burst_reserve: float
     drain_s: float
     surge: float
     slack: float
@@ -83,12 +85,11 @@ def desired_replicas(stage: Stage, settings: Settings) -> int:
 
 def replicas_needed(stage: Stage, settings: Settings) -> float:
     """Before rounding: what keeps up, what drains the backlog, what the places are enough for."""
-    capacity = _mean([r.capacity for r in stage.replicas if r.capacity])
+    capacity = _capacity(stage)
     if capacity is None:
         return stage.ongoing / settings.ongoing_requests
-    # From here on in replicas: what one can do in a second is 1.
+    load = offered_load(stage, capacity)
     finished = sum(r.finished for r in stage.replicas) / capacity
-    load = max(0.0, finished + stage.growth / capacity)
     backlog = (stage.queued + sum(r.waiting for r in stage.replicas)) / capacity
     keep_up = load / settings.target_utilization + _reserve(load, stage, settings)
     drain = min(load + backlog / settings.drain_s, settings.surge * max(load, finished))
@@ -96,15 +97,26 @@ def replicas_needed(stage: Stage, settings: Settings) -> float:
     return max(keep_up, drain, crowded)
 
 
+def offered_load(stage: Stage, capacity: float) -> float:
+    """In replicas: what one can do in a second, its `capacity`, is 1."""
+    finished = sum(r.finished for r in stage.replicas)
+    return max(0.0, (finished + stage.growth) / capacity)
+
+
+def _capacity(stage: Stage) -> float | None:
+    """Items a second of one replica; None while none has measured it."""
+    return _mean([r.capacity for r in stage.replicas if r.capacity])
+
+
 def _reserve(load: float, stage: Stage, settings: Settings) -> float:
     """Replicas for what the load may grow by until others have started.
 
-    What many do by themselves wanders, in sum, by the square root of how many they are: a large
-    load needs a smaller share of itself than a small one. That the time counts by its fourth root
-    is what did best in simulations.
+    What many do by themselves wanders, in sum, by the square root of how many they are, and of how
+    long one looks: a large load needs a smaller share of itself than a small one.
     """
     start_s = _mean([r.start_s for r in stage.replicas if r.start_s is not None])
-    return settings.reserve * math.sqrt(load * math.sqrt(start_s or 0.0))
+    reserve = settings.reserve * math.sqrt(load * (start_s or 0.0))
+    return reserve * (settings.burst_reserve if stage.bursty else 1.0)
 
 
 def _crowding(replica: Signals, settings: Settings) -> float:
@@ -143,19 +155,56 @@ class Trend:
         return (number - before) / (now - then) if now - then >= seconds else 0.0
 
 
+class Bursts:
+    """Whether a load has risen more than once lately: what came twice may come again.
+
+    A rise is one by LEAST_SHARE of the load and LEAST_REPLICAS, and again from where the load has
+    fallen by as much. Rises within APART_S are one: a backlog makes the measured load waver.
+    """
+
+    LATELY_S = 480.0
+    APART_S = 60.0
+    LEAST_SHARE = 0.3
+    LEAST_REPLICAS = 0.6
+
+    def __init__(self) -> None:
+        self._rises: deque[float] = deque()  # times
+        self._turn: float | None = (
+            None  # the least load since it fell, or the largest since it rose
+        )
+        self._risen = False
+
+    def seen(self, now: float, load: float) -> bool:
+        turn = load if self._turn is None else self._turn
+        self._turn = max(turn, load) if self._risen else min(turn, load)
+        low, high = sorted((self._turn, load))
+        if high > low * (1 + self.LEAST_SHARE) + self.LEAST_REPLICAS:
+            self._risen, self._turn = not self._risen, load
+            if self._risen and (not self._rises or now - self._rises[-1] >= self.APART_S):
+                self._rises.append(now)
+        while self._rises and self._rises[0] < now - self.LATELY_S:
+            self._rises.popleft()
+        return len(self._rises) > 1
+
+
 class StagePolicy:
     """For `AutoscalingPolicy(policy_function="blip2_serve.autoscaling:StagePolicy")`."""
 
     def __init__(self, **settings: Any) -> None:
         self._settings = Settings(**settings)
         self._ongoing = Trend()
+        self._bursts = Bursts()
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
         """`ctx` is Serve's AutoscalingContext; nothing is kept in its state."""
         # Callers report in steps: each of them once in this time.
         interval_s = ctx.config.metrics_interval_s
         growth = self._ongoing.growth(ctx.current_time, ctx.total_num_requests, interval_s)
-        return desired_replicas(stage_of(ctx, growth), self._settings), {}
+        stage = stage_of(ctx, growth)
+        if capacity := _capacity(stage):
+            bursty = self._bursts.seen(ctx.current_time, offered_load(stage, capacity))
+            stage = replace(stage, bursty=bursty)
+        return desired_replicas(stage, self._settings), {}
 
 
 def stage_of(ctx: Any, growth: float) -> Stage:

@@ -49,10 +49,13 @@ class ScalingConfig(_Config):
         0.9, gt=0, le=1, description="of what replicas can do: the offered load that they get"
     )
     reserve: float = Field(
-        1.2,
+        0.62,
         ge=0,
-        description="replicas on top of those: this, times the square root of the replicas that "
-        "the load fills, times the fourth root of the seconds that one takes to start",
+        description="replicas on top of those: this, times the square roots of the replicas that "
+        "the load fills and of the seconds that one takes to start",
+    )
+    burst_reserve: float = Field(
+        1.4, ge=1, description="times the reserve, while the load has risen twice in 8 minutes"
     )
     drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
     surge: float = Field(

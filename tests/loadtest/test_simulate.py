@@ -39,7 +39,7 @@ def default_policy(**others: float) -> dict[str, Config]:
         pytest.param(own_policy(), id="the own policy"),
     ],
 )
-@pytest.mark.parametrize("profile", ["cpu", "gpu_estimate"])
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_all_that_arrive_end(profile: str, configs: dict[str, Config]) -> None:
     loaded = Profile.load(profile)
     trace = replace(SHORT, load=lambda t: SHORT.load(t) / 4, duration_s=60)

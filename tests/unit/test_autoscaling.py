@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blip2_serve.autoscaling import (
+    Bursts,
     Settings,
     Signals,
     Stage,
@@ -26,6 +27,7 @@ from blip2_serve.config import GeneratorConfig, ScalingConfig
 SETTINGS = Settings(
     target_utilization=0.5,
     reserve=0,
+    burst_reserve=2,
     drain_s=10,
     surge=5,
     slack=0.2,
@@ -87,11 +89,11 @@ def test_replicas_follow_the_offered_load(now: Stage, wanted: int) -> None:
 @pytest.mark.parametrize(
     ("replicas", "needed"),
     [
-        pytest.param([busy(5, start_s=16)], 1 + 0.1 * 2**0.5, id="half a replica's load, 16 s"),
-        pytest.param([busy(5, start_s=256)], 1 + 0.2 * 2**0.5, id="16 times as long: twice"),
-        pytest.param([busy(10, start_s=16)] * 4, 8 + 0.4, id="8 times the load: not even thrice"),
-        pytest.param([busy(5, start_s=14), busy(5, start_s=18)], 2 + 0.2, id="the mean"),
-        pytest.param([busy(5, start_s=16), busy(0)], 1 + 0.1 * 2**0.5, id="one does not say"),
+        pytest.param([busy(5, start_s=8)], 1 + 0.2, id="half a replica's load, 8 s"),
+        pytest.param([busy(5, start_s=32)], 1 + 0.4, id="4 times as long: twice"),
+        pytest.param([busy(10, start_s=8)] * 4, 8 + 0.2 * 8**0.5, id="8 times the load: no thrice"),
+        pytest.param([busy(5, start_s=7), busy(5, start_s=11)], 2 + 0.3, id="the mean"),
+        pytest.param([busy(5, start_s=8), busy(0)], 1 + 0.2, id="one does not say"),
         pytest.param([busy(5)], 1, id="none says"),
         pytest.param([busy(0, start_s=16)], 0, id="nothing for no load"),
     ],
@@ -102,6 +104,40 @@ def test_replicas_that_take_long_to_start_are_kept_in_reserve(
     settings = replace(SETTINGS, reserve=0.1)
 
     assert replicas_needed(stage(*replicas), settings) == pytest.approx(needed)
+
+
+def test_a_load_that_comes_in_bursts_has_a_larger_reserve() -> None:
+    settings = replace(SETTINGS, reserve=0.1, burst_reserve=1.5)
+    calm = stage(busy(5, start_s=8))
+
+    assert replicas_needed(calm, settings) == pytest.approx(1 + 0.2)
+    assert replicas_needed(replace(calm, bursty=True), settings) == pytest.approx(1 + 0.3)
+
+
+@pytest.mark.parametrize(
+    ("loads", "bursty"),
+    [
+        pytest.param([2], False, id="a steady load"),
+        pytest.param([2, 8], False, id="a step"),
+        pytest.param([2, 8, 2], False, id="a spike"),
+        pytest.param([2, 8, 2, 8], True, id="a spike again"),
+        pytest.param([2, 8, 2, 8, 2], True, id="two spikes are over"),
+        pytest.param([2, 4, 6, 8], False, id="a rise in steps: it never fell"),
+        pytest.param([2, 2.9, 2, 2.9, 2, 2.9], False, id="it wavers by less than a third and 0.6"),
+        pytest.param([0.2, 0.7, 0.2, 0.7], False, id="a small load may double"),
+        pytest.param([2, 8, 2, 8, *[2] * 7], False, id="the second is seven minutes ago"),
+    ],
+)
+def test_bursts_are_rises_that_come_again(loads: list[float], bursty: bool) -> None:
+    """Each load lasts 70 s; the first rise is forgotten after 480."""
+    bursts = Bursts()
+    seen = [bursts.seen(float(second), loads[second // 70]) for second in range(70 * len(loads))]
+    assert seen[-1] is bursty
+
+
+def test_rises_close_together_are_one() -> None:
+    bursts = Bursts()
+    assert not any(bursts.seen(float(second), 8 if second % 20 > 9 else 2) for second in range(60))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +277,7 @@ def test_a_recorded_step_of_load_is_followed_at_once_and_without_overshoot() -> 
     start_s = RECORDED[0]["stage"]["replicas"][0]["start_s"]
 
     def enough(load: float) -> float:
-        kept = settings.reserve * (load * start_s**0.5) ** 0.5
+        kept = settings.reserve * (load * start_s) ** 0.5
         return min(load / settings.target_utilization + kept, RECORDED[0]["stage"]["most"])
 
     few, full = enough(1.5), enough(6)
@@ -312,6 +348,24 @@ def test_the_policy_reads_serves_context(ctx: Any, wanted: int) -> None:
     settings = {name: getattr(SETTINGS, name) for name in ScalingConfig().model_dump()}
 
     assert StagePolicy(**settings)(ctx) == (wanted, {})
+
+
+def test_the_policy_keeps_more_in_reserve_once_bursts_have_come() -> None:
+    """With 8 seconds to start, a load of 2 replicas: 0.5 x 4 in reserve, and twice that."""
+    settings = {name: getattr(SETTINGS, name) for name in ScalingConfig().model_dump()}
+    policy = StagePolicy(**{**settings, "reserve": 0.5, "slack": 0, "target_utilization": 1})
+
+    def wanted(minute: int, load: float) -> int:
+        metrics = {"finished": {"a": 10 * load}, "capacity": {"a": 10.0}, "start_s": {"a": 8.0}}
+        now = context(
+            aggregated_metrics=metrics,
+            running_replicas=["a"],
+            current_time=60.0 * minute,
+            capacity_adjusted_max_replicas=90,
+        )
+        return policy(now)[0]
+
+    assert [wanted(*now) for now in enumerate([2, 2, 6, 2, 6, 2])] == [4, 4, 10, 4, 13, 6]
 
 
 def test_the_policy_sees_ongoing_requests_grow() -> None:

@@ -1,7 +1,7 @@
 """A sum and the layer norm of it as one kernel for a GPU, in Triton.
 
 Of few rows, torch's two take 7 µs, three quarters of it the norm (DESIGN.md); a decode step has
-65 of them.
+64 of them.
 """
 
 from __future__ import annotations
