@@ -169,12 +169,12 @@ class Bursts:
 
     def __init__(self) -> None:
         self._rises: deque[float] = deque()  # times
-        self._turn: float | None = (
-            None  # the least load since it fell, or the largest since it rose
-        )
+        # The least load since it fell, or the largest since it rose.
+        self._turn: float | None = None
         self._risen = False
 
     def seen(self, now: float, load: float) -> bool:
+        """Takes the load of one moment after another."""
         turn = load if self._turn is None else self._turn
         self._turn = max(turn, load) if self._risen else min(turn, load)
         low, high = sorted((self._turn, load))
