@@ -5,10 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
-
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anybody imports Triton
 
 import pytest
 import ray
@@ -16,6 +12,7 @@ import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
+import support.device  # noqa: F401 (before anybody imports Triton)
 from support.server import App, free_port, start_app
 
 # One thread each: tests compare results, and several torch processes share two cores.
