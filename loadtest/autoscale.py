@@ -61,7 +61,9 @@ class Load:
     def __init__(self, url: str) -> None:
         self.sent = self.answered = self.failed = 0
         self.errors: list[str] = []
-        self._client = httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits())
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=300, limits=httpx.Limits(), trust_env=False
+        )
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def run(self, rate: float, seconds: float) -> None:
@@ -103,7 +105,7 @@ class Watcher:
 
     async def run(self) -> None:
         start = time.monotonic()
-        async with httpx.AsyncClient(timeout=30) as client:
+        async with httpx.AsyncClient(timeout=30, trust_env=False) as client:
             while True:
                 now, known = time.time(), len(self._server.points)
                 self._server.add((await client.get(f"{self._url}/metrics")).text, now)
@@ -155,7 +157,7 @@ def start() -> str:
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config=quiet)
     serve.run(build(configuration()), name=APP, logging_config=quiet)
     url = f"http://127.0.0.1:{port}"
-    while httpx.get(f"{url}/ready", timeout=60).status_code != httpx.codes.OK:
+    while httpx.get(f"{url}/ready", timeout=60, trust_env=False).status_code != httpx.codes.OK:
         time.sleep(0.5)
     return url
 

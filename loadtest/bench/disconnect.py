@@ -51,7 +51,7 @@ def one_round() -> float:
     image = "data:image/png;base64," + base64.b64encode(DEMO_PICTURE.read_bytes()).decode()
     body = {"image": image, "max_tokens": 480, "ignore_eos": True, "stream": True}
     url = f"http://127.0.0.1:{PORT}/v1/generate"
-    with httpx.stream("POST", url, json=body, timeout=60) as response:
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
         lines = response.iter_lines()
         for _ in range(5):
             next(lines)

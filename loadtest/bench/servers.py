@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from blip2_serve.client import is_loopback
+
 # The flags that the kinds of this project's server differ by.
 KINDS = {"blip2-serve": (), "fast": ("--fast",), "int8": ("--quantize", "int8")}
 MONOLITH = "monolith"
@@ -171,7 +173,7 @@ def _wait_until_ready(process: psutil.Popen, url: str, log: Path) -> None:
             last = "\n".join(log.read_text().splitlines()[-20:])
             raise ServerFailed(f"it ended with {process.returncode}; the end of {log}:\n{last}")
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5).is_success:
+            if httpx.get(f"{url}/ready", timeout=5, trust_env=False).is_success:
                 return
         time.sleep(READY_POLL_S)
     raise ServerFailed(f"not ready after {READY_WITHIN_S} s; see {log}")
@@ -180,7 +182,9 @@ def _wait_until_ready(process: psutil.Popen, url: str, log: Path) -> None:
 def _model(url: str) -> str:
     """The name of the first model that a server lists."""
     try:
-        answer = httpx.get(f"{url}/models", timeout=30).raise_for_status()
+        answer = httpx.get(
+            f"{url}/models", timeout=30, trust_env=not is_loopback(url)
+        ).raise_for_status()
     except httpx.HTTPError as error:
         raise ServerFailed(f"no list of models at {url}: {error}") from None
     name: str = answer.json()["data"][0]["id"]

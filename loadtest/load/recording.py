@@ -24,6 +24,7 @@ from load import samples, server_series
 from load.samples import Measure, Sample
 from load.scenario import Scenario
 from load.server_series import ServerSeries
+from load.traffic import open_session
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +94,11 @@ class Recording:
 
     def _ask_server(self) -> None:
         """Again and again. Other servers have no such page: then nothing is known."""
+        host = self._environment.host.rstrip("/")
+        session = open_session(host)
         while True:
             try:
-                page = requests.get(f"{self._environment.host}/metrics", timeout=30)
+                page = session.get(f"{host}/metrics", timeout=30)
                 page.raise_for_status()
                 self._server.add(page.text, time.time())
             except (requests.RequestException, ValueError) as error:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import gevent
 import requests
 
+from blip2_serve.client import is_loopback
 from load import checks, pictures
 from load.checks import Expected, WrongAnswer
 from load.pictures import data_url
@@ -139,6 +140,13 @@ class Caller:
 
     def _post(self, path: str, **request: Any) -> requests.Response:
         return self._session.post(self._url + path, timeout=TIMEOUT_S, **request)
+
+
+def open_session(host: str) -> requests.Session:
+    """Proxies that the environment names are for other machines than this one."""
+    session = requests.Session()
+    session.trust_env = not is_loopback(host)
+    return session
 
 
 def events(response: requests.Response) -> Iterator[Json]:

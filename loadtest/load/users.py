@@ -33,7 +33,8 @@ class Visitor(User):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._session = requests.Session()
+        self.host = self.host.rstrip("/")
+        self._session = traffic.open_session(self.host)
         pool = HTTPAdapter(pool_maxsize=arrivals.MOST_UNDER_WAY)
         self._session.mount("http://", pool)
         self._session.mount("https://", pool)

@@ -8,8 +8,8 @@ import torch
 from ray import serve
 from ray.serve import Application
 
+from blip2_serve import environment
 from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
-from blip2_serve.deployments.compute import library_environment
 from blip2_serve.deployments.encoder import Encoder
 from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.ingress import Ingress
@@ -17,16 +17,6 @@ from blip2_serve.deployments.preprocessor import Preprocessor
 
 # How encoder and generator share one GPU; the language model is the larger by far.
 GPU_SHARES = (0.3, 0.7)
-
-REPLICA_ENVIRONMENT = {
-    **library_environment(),
-    # On a CPU, torch and oneDNN each keep what they compiled for the last 1,024 shapes, half a
-    # megabyte or more apiece; with all lengths of prompts and answers that is a gigabyte.
-    "LRU_CACHE_CAPACITY": "128",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    # Serve's throughput mode would leave warnings and tracebacks in files only.
-    "RAY_SERVE_LOG_TO_STDERR": "1",
-}
 
 
 def build(config: AppConfig) -> Application:
@@ -65,7 +55,7 @@ def _place(deployment: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve
             "num_cpus": stage.num_cpus,
             "num_gpus": gpu_share if asked is None else asked,
             "resources": stage.resources,
-            "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
+            "runtime_env": {"env_vars": environment.REPLICA},
         },
     )
     return placed

@@ -23,7 +23,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from blip2_serve import __version__, fast_mode
+from blip2_serve.client import ask as client_ask
+from blip2_serve.client import open_client
 from blip2_serve.config import AppConfig
+from blip2_serve.environment import NO_PROXY_BETWEEN_STAGES
 from blip2_serve.errors import StartupError
 from blip2_serve.http.validation import explain
 from blip2_serve.model.source import DEMO_PICTURE, find_folder
@@ -31,7 +34,13 @@ from blip2_serve.model.source import DEMO_PICTURE, find_folder
 APP_NAME = "blip2"
 EXIT_USAGE = 2
 READY_POLL_S = 0.2
+ADDRESS_TIMEOUT_S = 10
 STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
+
+# What Ray makes in the folder for temporary files, with the largest process id there can be; and
+# how long a socket's path may be: on macOS and BSD three bytes shorter than on Linux.
+RAY_SOCKET = "/ray/session_2026-11-26_16-28-11_123456_4194304/sockets/plasma_store"
+LONGEST_SOCKET = 107 if sys.platform == "linux" else 103
 
 _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
 
@@ -119,6 +128,10 @@ def up(
     app_config = read_config(config, {k: v for k, v in flags.items() if v is not None})
     if allow_image_urls:
         app_config = _allow_image_urls(app_config)
+    if address is None:
+        check_temporary_folder()
+    else:
+        check_address(address)
     check_startable(app_config, local=address is None)
     if address is None:
         check_port(host, port)
@@ -129,10 +142,11 @@ def up(
     mode = fast_mode.profile(app_config) if fast else contextlib.nullcontext()
     running = _running(app_config, host, port, address, signals, trace)
     with contextlib.suppress(KeyboardInterrupt), mode, running:
-        _wait_until_ready(url)
-        if fast:
-            _tell_open_ports()
-        _greet(url, app_config)
+        with open_client(url, on_this_machine=True) as client:
+            _wait_until_ready(client)
+            if fast:
+                _tell_open_ports()
+            _greet(client, url, app_config)
         signals.received.wait()
 
 
@@ -186,6 +200,37 @@ def check_startable(config: AppConfig, *, local: bool) -> None:
     ImageProcessor.load(folder)
 
 
+def check_temporary_folder() -> None:
+    """Raises StartupError unless Ray can have its sockets in the folder for temporary files."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")  # noqa: S108 (as Ray chooses)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise StartupError(f"{name}={folder} is no folder that can be written to: set another one")
+    excess = len(os.fsencode(folder + RAY_SOCKET)) - LONGEST_SOCKET
+    if excess > 0:
+        raise StartupError(
+            f"{name}={folder} is {excess} bytes too long for the sockets that Ray makes in it: set "
+            f"{name} to a shorter path, such as /tmp"
+        )
+
+
+def check_address(address: str) -> None:
+    """Raises StartupError if `address` is that of a Ray, and nobody listens there.
+
+    Ray itself would try for minutes.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or "/" in host:  # "auto", "ray://..."
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ADDRESS_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise StartupError(
+            f"no Ray listens at {address} ({error}): give --address the one of a running cluster's "
+            "head, or leave it out to start a Ray here"
+        ) from None
+
+
 def check_port(host: str, port: int) -> None:
     """Raises StartupError unless the port can be listened on."""
     try:
@@ -236,6 +281,7 @@ def _running(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Seconds; the default of 5 gives up where several processes load torch on two busy cores.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+    os.environ.update(NO_PROXY_BETWEEN_STAGES)
     if address is None:
         # Of one machine, as Ray is by default on other systems: then it listens on loopback only.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -252,11 +298,7 @@ def _running(
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:
-        if address is None:
-            err.print("starting Ray")
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-        else:
-            ray.init(address=address, logging_level=logging.WARNING)
+        _init_ray(address)
         signals.install()
         encoding = "JSON" if config.log_format == "json" else "TEXT"
         quiet = LoggingConfig(log_level="WARNING", encoding=encoding)
@@ -285,18 +327,42 @@ def _running(
             ray.shutdown()
 
 
-def _wait_until_ready(url: str) -> None:
+def _init_ray(address: str | None) -> None:
+    """Starts a Ray of our own, or connects to the one at `address`.
+
+    Raises:
+        StartupError: that failed.
+    """
+    import ray
+
+    try:
+        if address is None:
+            err.print("starting Ray")
+            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+        else:
+            ray.init(address=address, logging_level=logging.WARNING)
+    except Exception as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if address is None:
+            raise StartupError(f"Ray does not start: {reason}") from error
+        raise StartupError(f"there is no Ray to connect to at {address}: {reason}") from error
+
+
+def _wait_until_ready(client: httpx.Client, within_s: float = STARTED_WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
     with err.status("warming up"):
-        for _ in range(int(STARTED_WITHIN_S / READY_POLL_S)):
+        while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/ready", timeout=5).status_code == httpx.codes.OK:
+                if client.get("/ready", timeout=5).status_code == httpx.codes.OK:
                     return
             time.sleep(READY_POLL_S)
-    raise StartupError("the application did not become ready; the lines above say why")
+    raise StartupError(
+        f"the application was not ready within {within_s:g} seconds; the lines above say why"
+    )
 
 
-def _greet(url: str, config: AppConfig) -> None:
-    caption = _post(url, "/v1/caption", {"image": data_url(DEMO_PICTURE)})["data"][0]["caption"]
+def _greet(client: httpx.Client, url: str, config: AppConfig) -> None:
+    caption = _caption_of(client, DEMO_PICTURE)
     out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
     out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
     out.print(f"    curl -F image=@{DEMO_PICTURE} {url}/v1/caption\n", markup=False)
@@ -317,8 +383,8 @@ Image = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=Tru
 @cli.command()
 def caption(image: Image, url: Url = "http://127.0.0.1:8000") -> None:
     """Caption a picture."""
-    answer = _post(url, "/v1/caption", {"image": data_url(image)})
-    out.print(answer["data"][0]["caption"], markup=False)
+    with open_client(url) as client:
+        out.print(_caption_of(client, image), markup=False)
 
 
 @cli.command()
@@ -328,28 +394,22 @@ def ask(image: Image, question: str, url: Url = "http://127.0.0.1:8000") -> None
         {"type": "image_url", "image_url": {"url": data_url(image)}},
         {"type": "text", "text": question},
     ]
-    answer = _post(
-        url, "/v1/chat/completions", {"messages": [{"role": "user", "content": content}]}
-    )
-    out.print(answer["choices"][0]["message"]["content"], markup=False)
+    body = {"messages": [{"role": "user", "content": content}]}
+    with open_client(url) as client:
+        answer = client_ask(
+            client, "/v1/chat/completions", body, lambda a: a["choices"][0]["message"]["content"]
+        )
+    out.print(answer, markup=False)
+
+
+def _caption_of(client: httpx.Client, image: Path) -> str:
+    body = {"image": data_url(image)}
+    return client_ask(client, "/v1/caption", body, lambda a: a["data"][0]["caption"])
 
 
 def data_url(path: Path) -> str:
     """A file as a data URL; the server looks at the bytes, not at the media type."""
     return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def _post(url: str, path: str, body: dict[str, Any]) -> Any:
-    try:
-        response = httpx.post(url + path, json=body, timeout=600)
-    except httpx.TransportError as error:
-        raise StartupError(
-            f"no server answers at {url} ({error}): start one with blip2-serve up"
-        ) from None
-    answer = response.json()
-    if response.is_error:
-        raise StartupError(answer["error"]["message"])
-    return answer
 
 
 def _bracketed(host: str) -> str:

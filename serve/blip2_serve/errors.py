@@ -16,6 +16,9 @@ where one field of the request is at fault, that field's name. All of them survi
 
 from __future__ import annotations
 
+import copy
+from typing import Self
+
 
 class Blip2ServeError(Exception):
     """Base of all: `message` is written for the client, `param` names the field at fault."""
@@ -31,6 +34,15 @@ class Blip2ServeError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    def about(self, param: str | None) -> Self:
+        """The same error of another field.
+
+        A copy: several requests may have been given the one error of the work that they shared.
+        """
+        error = copy.copy(self)
+        error.param = param
+        return error
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body of an OpenAI error answer."""

@@ -9,10 +9,18 @@ counter beside it with the exact one.
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec, Protocol
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 EXPORT_PREFIX = "ray_"
+LOG_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,25 @@ class Recorder(Protocol):
 
     def observe(self, metric: Histogram, value: float, **labels: str) -> None:
         """Counts in the histogram, and adds to its exact sum."""
+
+
+def harmless(observe: Callable[P, object]) -> Callable[P, None]:
+    """`observe`, but what it raises is only logged, at most once a minute.
+
+    A measurement that fails must never harm the work that it measures.
+    """
+    quiet_until = 0.0
+
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        nonlocal quiet_until
+        try:
+            observe(*args, **kwargs)
+        except Exception:
+            if time.monotonic() >= quiet_until:
+                quiet_until = time.monotonic() + LOG_EVERY_S
+                logger.exception("a measurement failed; the work it measured is unaffected")
+
+    return guarded
 
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -49,9 +49,20 @@ class FakeBackend:
     params: list[SamplingParams] = field(default_factory=list)
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_pages: dict[str, str] = field(default_factory=dict)
+    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images that wait for it
+    abandoned: list[bytes] = field(default_factory=list)  # of them, those whose wait was ended
+    together: asyncio.Barrier | None = None  # whoever asks for a prefix waits there for the others
 
     async def prefix(self, image: bytes) -> ImagePrefix:
         self.encoded.append(image)
+        if self.together:
+            await self.together.wait()
+        if image in self.held:
+            try:
+                await self.held[image].wait()
+            except asyncio.CancelledError:
+                self.abandoned.append(image)
+                raise
         if image in self.failures:
             raise self.failures[image]
         return ImagePrefix(image.hex(), b"", (0, 8), "float32")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
-import platform
 import subprocess
 import sys
 from typing import Any
@@ -15,9 +13,8 @@ import torch
 from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve.config import AutoscalingConfig
 
-from blip2_serve import app
+from blip2_serve import app, environment
 from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig, GeneratorConfig
-from blip2_serve.deployments.compute import library_environment
 
 
 def placements(
@@ -169,36 +166,8 @@ print((psutil.Process().memory_full_info().uss - before) // 1_000_000)
 def test_a_replica_keeps_little_of_what_is_compiled_for_each_number_of_rows() -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILES_FOR_512_SHAPES],
-        env=os.environ | app.REPLICA_ENVIRONMENT,
+        env=os.environ | environment.REPLICA,
         stdout=subprocess.PIPE,
         check=True,
     )
     assert int(done.stdout) < 150  # megabytes; of all 512 they are 350
-
-
-@pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() != "x86_64",
-    reason="Intel's OpenMP exists for Linux on x86 only",
-)
-def test_a_replica_computes_with_the_openmp_that_gives_way() -> None:
-    maps = "import torch; torch.ones(9) + 1; print(open('/proc/self/maps').read())"
-    done = subprocess.run(
-        [sys.executable, "-c", maps],
-        env=os.environ | app.REPLICA_ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "libiomp5.so" in done.stdout
-    assert "libjemalloc.so" in done.stdout
-    assert not done.stderr  # ld.so would say what it cannot load
-
-
-def test_threads_sleep_where_there_is_no_openmp_that_gives_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def missing(name: str) -> None:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "files", missing)
-    assert library_environment()["OMP_WAIT_POLICY"] == "PASSIVE"

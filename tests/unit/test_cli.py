@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from transformers import Blip2Config
 
+from blip2_serve import __version__
 from blip2_serve.cli import read_config
 
 COMMAND = Path(sys.executable).parent / "blip2-serve"
 
 
-def up(*arguments: str) -> str:
+def up(*arguments: str, **environment: str) -> str:
     """The one line that `up` leaves on standard error when it gives up."""
     done = subprocess.run(
         [COMMAND, "up", *arguments],
@@ -26,7 +27,7 @@ def up(*arguments: str) -> str:
         text=True,
         timeout=120,
         check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
@@ -154,3 +155,30 @@ def test_fast_on_a_foreign_ray_is_told_with_the_variables_to_set_there() -> None
 
     assert "--address" in line
     assert "RAY_SERVE_ENABLE_HA_PROXY" in line
+
+
+def test_a_folder_for_temporary_files_that_is_too_long_for_sockets_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    line = up(TMPDIR=str(folder))
+
+    assert f"TMPDIR={folder}" in line
+    assert "/tmp" in line.removeprefix(str(folder))
+
+
+def test_a_folder_for_temporary_files_that_is_not_there_is_told(tmp_path: Path) -> None:
+    line = up(RAY_TMPDIR=str(tmp_path / "absent"))
+
+    assert f"RAY_TMPDIR={tmp_path / 'absent'}" in line
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "no-such-host.invalid:6379"])
+def test_a_ray_that_is_not_there_is_told_with_its_address(checkpoint: Path, address: str) -> None:
+    assert address in up("--model", str(checkpoint), "--address", address)
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blip2_serve", "version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == __version__

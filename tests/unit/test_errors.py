@@ -88,3 +88,13 @@ def test_a_status_set_on_one_error_is_not_that_of_the_next() -> None:
 @pytest.mark.parametrize("kind", ALL)
 def test_an_error_reads_as_its_message(kind: type[Blip2ServeError]) -> None:
     assert str(kind("it is wrong", "field")) == "it is wrong"
+
+
+def test_an_error_about_another_field_is_another_error() -> None:
+    shared = InvalidImage("broken", kind="format")
+    copies = [shared.about("image"), shared.about("messages")]
+
+    assert [error.param for error in copies] == ["image", "messages"]
+    assert shared.param is None
+    again = pickle.loads(pickle.dumps(copies[0]))
+    assert (again.message, again.param, again.kind) == ("broken", "image", "format")

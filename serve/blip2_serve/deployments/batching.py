@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from blip2_serve.metrics import harmless
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -38,7 +40,8 @@ class BatchThread(Generic[Item, Result]):
     """Calls `compute` with whatever is waiting, up to `limit` items; never waits for a second one.
 
     In the same thread, `prepare` is called first, and `observe` after each batch, before its
-    results are told. Used from the event loop that it is made on.
+    results are told; what `observe` raises is logged. `failure` is what the last batch raised, None
+    if it succeeded. Used from the event loop that it is made on.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class BatchThread(Generic[Item, Result]):
         self._prepare = prepare
         self._compute = compute
         self._limit = limit
-        self._observe = observe
+        self._observe = harmless(observe)
+        self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._waiting: SimpleQueue[_Waiting[Item, Result]] = SimpleQueue()
         self.prepared: asyncio.Future[None] = self._loop.create_future()
@@ -71,7 +75,7 @@ class BatchThread(Generic[Item, Result]):
     def _run(self) -> None:
         try:
             self._prepare()
-        except Exception as error:
+        except BaseException as error:  # Rust's panics among them: whoever waits must hear of it
             self._loop.call_soon_threadsafe(_fail, [self.prepared], error)
             return
         self._loop.call_soon_threadsafe(_answer, [self.prepared], [None])
@@ -81,12 +85,14 @@ class BatchThread(Generic[Item, Result]):
             start = time.perf_counter()
             try:
                 results = self._compute([waiting.item for waiting in batch])
-                waited = tuple(start - waiting.since for waiting in batch)
-                self._observe(Batch(time.perf_counter() - start, waited, dropped))
             except Exception as error:
+                self.failure = error
                 self._loop.call_soon_threadsafe(_fail, futures, error)
-            else:
-                self._loop.call_soon_threadsafe(_answer, futures, results)
+                continue
+            self.failure = None
+            waited = tuple(start - waiting.since for waiting in batch)
+            self._observe(Batch(time.perf_counter() - start, waited, dropped))
+            self._loop.call_soon_threadsafe(_answer, futures, results)
 
     def _next_batch(self) -> tuple[list[_Waiting[Item, Result]], int]:
         """And how many were passed over, since their caller had left."""
@@ -107,7 +113,7 @@ def _answer(futures: list[asyncio.Future[Result]], results: list[Result]) -> Non
             future.set_result(result)
 
 
-def _fail(futures: list[asyncio.Future[Result]], error: Exception) -> None:
+def _fail(futures: list[asyncio.Future[Result]], error: BaseException) -> None:
     for future in futures:
         if not future.cancelled():
             future.set_exception(error)

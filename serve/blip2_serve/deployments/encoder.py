@@ -51,6 +51,7 @@ class Encoder:
         self._device = device = torch.device(device_name)
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
+        self._blank = np.zeros((3, *processor.size), np.uint8)
         dtype = resolve_dtype(config.dtype, device, checkpoint.config)
         with measured_loading("vision model") as self._loading:
             self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
@@ -64,6 +65,14 @@ class Encoder:
         with stage_seconds(self._recorder, STAGE):
             data, shape, dtype = await self._batching.result_of(pixels)
         return ImagePrefix(digest, data, shape, dtype)
+
+    async def check_health(self) -> None:
+        """Called by Serve. After a batch has failed, another tells whether all would.
+
+        After some CUDA errors a process can compute nothing any more: it must be replaced.
+        """
+        if self._batching.failure:
+            await self._batching.result_of(self._blank)
 
     async def stats(self) -> dict[str, Any]:
         """Images, batches and seconds of forward passes since the start, and what loading cost."""

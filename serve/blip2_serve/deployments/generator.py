@@ -37,12 +37,13 @@ from blip2_serve.engine.runner import Runner, row_bytes
 from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, StartupError
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
     longest_sequence,
     open_checkpoint,
     resolve_dtype,
+    shortest_sequence,
 )
 from blip2_serve.model.int8 import check_int8, quantize_decoder
 from blip2_serve.model.opt import OptDecoder
@@ -243,6 +244,7 @@ def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, 
             decoder.pack()
     max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
     rows = _kv_rows(own, max_model_len, free_memory(device) // row_bytes(decoder), device)
+    _check_kv_rows(rows, shortest_sequence(checkpoint.config), row_bytes(decoder), own)
     logger.info("KV: %d rows, %.2f GB", rows, rows * row_bytes(decoder) / 1e9)
     scheduler = Scheduler(
         KvRows(rows),
@@ -272,6 +274,20 @@ def _kv_rows(config: GeneratorConfig, longest: int, free_rows: int, device: torc
         longest = min(longest, USUAL_LENGTH)
     allowed = int(free_rows * config.kv_memory_fraction)
     return config.kv_rows or min(config.max_running * longest, allowed)
+
+
+def _check_kv_rows(rows: int, shortest: int, row: int, config: GeneratorConfig) -> None:
+    """Raises StartupError where not even the shortest request would fit into the KV."""
+    if rows >= shortest:
+        return
+    needed = f"the shortest request needs {shortest} rows of {row:,} bytes"
+    if config.kv_rows:
+        raise StartupError(f"generator.kv_rows is {rows}, but {needed}: set it higher")
+    raise StartupError(
+        f"after loading the model there is memory for {rows} KV rows "
+        f"({config.kv_memory_fraction:g} of what is free, generator.kv_memory_fraction), but "
+        f"{needed}: give the replica more memory, raise the fraction, or serve in bfloat16"
+    )
 
 
 def _tensor(prefix: ImagePrefix) -> Tensor:

@@ -155,6 +155,7 @@ class PrefixCache:
         self._count("joined" if task else "miss")
         if task is None:
             task = asyncio.create_task(self._run(name, compute), context=_own_context())
+            task.add_done_callback(_retrieve)
             self._under_way[name] = task
         return await asyncio.shield(task)
 
@@ -167,6 +168,12 @@ class PrefixCache:
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)
         return prefix
+
+
+def _retrieve(task: asyncio.Task[ImagePrefix]) -> None:
+    """Takes note of a failure, or asyncio would log one whose clients have all left."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _own_context() -> contextvars.Context:

@@ -16,8 +16,9 @@ from blip2_serve.config import AppConfig
 from blip2_serve.deployments import logs
 from blip2_serve.deployments.meter import BatchMeter
 from blip2_serve.deployments.recorder import RayRecorder, stage_seconds
+from blip2_serve.metrics import harmless
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.source import find_folder
+from blip2_serve.model.source import find_configuration
 
 STAGE = "preprocessor"  # in metrics
 
@@ -28,7 +29,7 @@ class Preprocessor:
 
     def __init__(self, config: AppConfig) -> None:
         logs.configure(config.log_format)
-        self._processor = ImageProcessor.load(find_folder(config.model, config.revision))
+        self._processor = ImageProcessor.load(find_configuration(config.model, config.revision))
         self._threads = ThreadPoolExecutor(config.preprocessor.threads, "decode")
         self._limit = config.preprocessor.threads
         self._recorder = RayRecorder()
@@ -36,6 +37,7 @@ class Preprocessor:
         self._meter = BatchMeter(threads=self._limit)
         self._images = 0
         self._seconds = 0.0
+        self._measure = harmless(self._observe)
         self._recorder.report_by(self._report)
         self._meter.ready()
 
@@ -52,12 +54,15 @@ class Preprocessor:
                 )
         finally:
             self._here -= 1
+        self._measure(start - submitted, seconds)
+        return pixels
+
+    def _observe(self, waited: float, seconds: float) -> None:
         self._images += 1
         self._seconds += seconds
         self._meter.computed(1, seconds)
-        self._recorder.observe(metrics.QUEUE_SECONDS, start - submitted, stage=STAGE)
+        self._recorder.observe(metrics.QUEUE_SECONDS, waited, stage=STAGE)
         self._recorder.observe(metrics.DECODE_SECONDS, seconds)
-        return pixels
 
     def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float, float]:
         """The pixels, when it began, and the seconds that it took."""

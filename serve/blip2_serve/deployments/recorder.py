@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import deque
@@ -14,11 +13,10 @@ from typing import Any
 from ray.serve import metrics as ray_metrics
 
 from blip2_serve import metrics
-from blip2_serve.metrics import Counter, Gauge, Histogram, Metric, Recorder
-
-logger = logging.getLogger(__name__)
+from blip2_serve.metrics import Counter, Gauge, Histogram, Metric, Recorder, harmless
 
 EVERY_S = 1.0
+MOST_PENDING = 100_000  # beyond that, the oldest are lost: Ray has stopped taking them
 
 
 class RayRecorder:
@@ -29,14 +27,14 @@ class RayRecorder:
     """
 
     def __init__(self) -> None:
-        self._pending: deque[Callable[[], None]] = deque()
+        self._pending: deque[Callable[[], None]] = deque(maxlen=MOST_PENDING)
         self._made: dict[str, Any] = {}
         self._report: Callable[[], None] = lambda: None
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def report_by(self, report: Callable[[], None]) -> None:
-        """Has `report` called once a second, in the thread: for what is a state, not an event."""
-        self._report = report
+        """Calls `report` once per second, in the thread: for what is a state, not an event."""
+        self._report = harmless(report)
 
     def add(self, metric: Counter, value: float = 1, **labels: str) -> None:
         if value:
@@ -51,14 +49,12 @@ class RayRecorder:
     # -- in the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
+        tell = harmless(lambda measurement: measurement())
         while True:
             time.sleep(EVERY_S)
-            try:
-                self._report()
-                while self._pending:
-                    self._pending.popleft()()
-            except Exception:  # the others are still worth having
-                logger.exception("a measurement was lost")
+            self._report()
+            while self._pending:
+                tell(self._pending.popleft())
 
     def _add(self, metric: Counter, value: float, labels: dict[str, str]) -> None:
         self._of(metric).inc(value, labels)

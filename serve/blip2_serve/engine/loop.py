@@ -20,6 +20,7 @@ from functools import partial
 from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
+from blip2_serve.metrics import harmless
 from blip2_serve.types import TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class EngineLoop:
 
     All streams together are woken `events_per_s` times a second at most, or nearly so: their first
     tokens and their ends never wait. `prepare_thread` is called first in the engine's thread, and
-    `observe` there after each step.
+    `observe` there after each step; what `observe` raises is logged.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class EngineLoop:
         self._engine = engine
         self._prepare_thread = prepare_thread
         self._observe = observe
+        self._measure = harmless(self._observe_step)
         self._events_per_s = events_per_s
         self._asyncio = asyncio.get_running_loop()
         self._readers: dict[str, _Reader] = {}  # touched on the event loop only
@@ -88,9 +90,9 @@ class EngineLoop:
 
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Scheduler.add`.
-            Unavailable: the engine has failed.
+            Unavailable: the engine has failed, or is closed.
         """
-        if self.failure:
+        if self.failure or self._closing:
             raise self._unavailable()
         reader = _Reader(time.perf_counter(), due=math.inf if whole else 0.0)
         self._readers[request.id] = reader
@@ -117,7 +119,7 @@ class EngineLoop:
         return self._engine.stats()
 
     def close(self) -> None:
-        """Ends the thread after its current step."""
+        """Ends the thread after its current step; requests under way end as Unavailable."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -137,17 +139,19 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._step()
         except BaseException as error:
-            # Nothing can be trusted now: everyone is told, and the health check asks for a
-            # new replica.
+            # Nothing can be trusted now: the health check asks for a new replica.
             logger.exception("the engine failed")
             self.failure = error
-            self._call_soon(self._fail_all)
+        self._call_soon(self._fail_all)
 
     def _step(self) -> None:
         start = time.perf_counter()
         events = self._engine.step()
         if events:
             self._call_soon(self._deliver, events)
+        self._measure(start, events)
+
+    def _observe_step(self, start: float, events: list[Event]) -> None:
         report = self._engine.last_step
         readers = (self._readers.get(admission.request_id) for admission in report.admitted)
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
@@ -200,7 +204,8 @@ class EngineLoop:
             self._put(request_id, self._unavailable())
 
     def _unavailable(self) -> Unavailable:
-        return Unavailable(f"the generation engine has failed ({self.failure}); try again")
+        state = f"has failed ({self.failure})" if self.failure else "is closed"
+        return Unavailable(f"the generation engine {state}; try again")
 
 
 async def _next(

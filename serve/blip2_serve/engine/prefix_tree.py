@@ -31,7 +31,7 @@ class _Node:
 
 
 class PrefixTree:
-    """Holds rows of `kv` on its own account, next to the requests that may hold them too."""
+    """Keeps rows of `kv`, which requests may hold as well."""
 
     def __init__(self, kv: KvRows) -> None:
         self.rows = 0  # that are kept
@@ -66,7 +66,7 @@ class PrefixTree:
             child = node.children.get(tokens[at])
             if child is None:
                 child = _Node(node, tokens[at:], rows[at : len(tokens)])
-                self._kv.share(child.rows)
+                self._kv.keep(child.rows)
                 self.rows += len(child.rows)
                 node.children[tokens[at]] = child
             else:
@@ -77,20 +77,19 @@ class PrefixTree:
             node = child
         self._touch(node, digest)
 
-    def make_room(self, count: int) -> None:
-        """Gives back the oldest beginnings until `count` rows are free.
+    def make_room(self, count: int) -> bool:
+        """Evicts the oldest beginnings until `count` rows are free; evicts none if that cannot be.
 
-        What somebody else holds too is kept: no row would be free for it.
+        What a request holds stays: no row would be free for it.
         """
-        if self._kv.free >= count:
-            return
-        for node, digest in list(self._by_age.items()):  # parents come after their children
-            # Who holds a row holds those before it: the last is the first that nobody else has.
-            if node.children or self._kv.is_shared(node.rows[-1]):
-                continue
+        missing = count - self._kv.free
+        if missing <= 0:
+            return True
+        # Each step asks again for the request that waits; mostly, one comparison answers.
+        evicted = self._oldest(missing) if missing <= self._kv.evictable else {}
+        for node, digest in evicted.items():
             self._forget(node, digest)
-            if self._kv.free >= count:
-                return
+        return bool(evicted)
 
     def holdings(self) -> Iterator[array[int]]:
         """The rows of each node."""
@@ -115,6 +114,22 @@ class PrefixTree:
         assert self.rows == sum(len(rows) for rows in self.holdings())
         assert all(root.children for root in self._roots.values())
 
+    def _oldest(self, missing: int) -> dict[_Node, str]:
+        """The oldest nodes that free `missing` rows together, children first; empty if none do."""
+        chosen: dict[_Node, str] = {}
+        for node, digest in self._by_age.items():  # parents come after their children
+            # Who holds a row holds those before it in its node: if any is held, the first is.
+            if self._kv.is_held(node.rows[-1]) or not chosen.keys() >= {*node.children.values()}:
+                continue
+            chosen[node] = digest
+            all_free = not self._kv.is_held(node.rows[0])
+            missing -= (
+                len(node.rows) if all_free else sum(not self._kv.is_held(row) for row in node.rows)
+            )
+            if missing <= 0:
+                return chosen
+        return {}
+
     def _forget(self, leaf: _Node, digest: str) -> None:
         parent = leaf.parent
         assert parent is not None
@@ -122,7 +137,7 @@ class PrefixTree:
         if parent.parent is None and not parent.children:
             del self._roots[digest]
         del self._by_age[leaf]
-        self._kv.give_back(leaf.rows)
+        self._kv.forget(leaf.rows)
         self.rows -= len(leaf.rows)
 
     def _split(self, node: _Node, at: int) -> _Node:

@@ -128,7 +128,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
         self.kept.check_integrity()
-        self.kv.check_integrity([*(r.held for r in self.running), *self.kept.holdings()])
+        self.kv.check_integrity((r.held for r in self.running), self.kept.holdings())
         assert self.running_sequences <= self._max_running
         for request in self.running:
             assert len(request.held) == request.reach
@@ -145,8 +145,8 @@ class Scheduler:
                 return
             # Not the last token: its logits are needed, so it must be computed.
             known = self.kept.match(request.digest, request.prompt[:-1])
-            self.kept.make_room(request.reach - len(known))
-            own = self.kv.take(request.reach - len(known))
+            missing = request.reach - len(known)
+            own = self.kv.take(missing) if self.kept.make_room(missing) else None
             if own is None:
                 self.kv.give_back(known)
                 return

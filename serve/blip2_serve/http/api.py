@@ -5,7 +5,6 @@ What computes the answers is behind `Backend`, so the routes can be tested with 
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from blip2_serve import __version__
+from blip2_serve.concurrency import gather
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import (
     Blip2ServeError,
@@ -30,9 +31,10 @@ from blip2_serve.errors import (
     RequestTooLarge,
     Unavailable,
 )
-from blip2_serve.http import images, sse
+from blip2_serve.http import sse
 from blip2_serve.http.body import QuickJson, RequestBody
 from blip2_serve.http.chat import image_urls, prompt_of
+from blip2_serve.http.images import ImageReader, is_data_url
 from blip2_serve.http.measure import Measure, note_error, timed
 from blip2_serve.http.metrics_page import MetricsPage
 from blip2_serve.http.schema import (
@@ -86,14 +88,14 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         headers = getattr(error, "headers", None)
         return JSONResponse(own.body(), status_code=own.status, headers=headers)
 
-    app = FastAPI(title="blip2-serve", version=__version__)
+    app = FastAPIOffline(title="blip2-serve", version=__version__)
     app.router.route_class = QuickJson
     app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     for kind in (Exception, Blip2ServeError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer_error)
     metrics_page = MetricsPage()
-    limits = config.ingress.images
+    images = ImageReader(config.ingress.images)
     started = int(time.time())
 
     @app.post("/v1/chat/completions")
@@ -110,13 +112,13 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         """A raw prompt about an image; answers as OpenAI's completions do."""
         check_model(request)
         params = request.sampling_params()
-        data = await images.fetch(request.image, limits, "image")
+        data = await images.fetch(request.image, "image")
         return await answer(sse.TextShape, request, data, request.prompt or "", params)
 
     @app.post("/v1/caption", openapi_extra=_CAPTION_BODY)
     async def caption(request: Request) -> Response:
         """Captions of one or several images, by JSON or by upload; one result or error for each."""
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             fields, sources = await _read_form(request)
         else:
             fields, sources = await _read_caption_json(request)
@@ -127,14 +129,14 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         async def caption_one(source: str | bytes) -> Completion | Blip2ServeError:
             try:
                 if isinstance(source, bytes):
-                    data = images.check_upload(source, limits, "image")
+                    data = images.check(source, "image")
                 else:
-                    data = await images.fetch(source, limits, "image")
+                    data = await images.fetch(source, "image")
                 return await backend.generate(await prefix_of(data, "image"), prompt, params)
             except Blip2ServeError as error:
                 return error
 
-        results = await asyncio.gather(*map(caption_one, sources))
+        results = await gather(map(caption_one, sources))
         errors = [r for r in results if isinstance(r, Blip2ServeError)]
         all_failed = len(errors) == len(results)
         for error in errors[all_failed:]:  # the first of them is the answer then
@@ -192,20 +194,20 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
             raise InvalidRequest(
                 "the chat has no image: one is needed, in a user message", "messages"
             )
-        different = list(dict.fromkeys(urls))
-        fetched = await asyncio.gather(*(images.fetch(u, limits, "messages") for u in different))
-        if len(set(fetched)) > 1:
-            raise InvalidRequest(
-                "the chat has different images; BLIP-2 answers about one", "messages"
-            )
-        return fetched[0]
+        first, *others = dict.fromkeys(urls)
+        # Several addresses are several images: none is downloaded only to be refused.
+        if not others or all(map(is_data_url, [first, *others])):
+            data = await images.fetch(first, "messages")
+            if all([await images.fetch(url, "messages") == data for url in others]):
+                return data
+        raise InvalidRequest("the chat has different images; BLIP-2 answers about one", "messages")
 
     async def prefix_of(data: bytes, param: str) -> ImagePrefix:
         try:
             return await backend.prefix(data)
         except InvalidRequest as error:
-            error.param = param  # the stages do not know what the field is called
-            raise
+            # The stages do not know what the field is called.
+            raise error.about(param) from error
 
     async def answer(
         shape: sse.Shape,
@@ -254,7 +256,7 @@ def _named_as_in(request: GenerationFields) -> Iterator[None]:
     except InvalidRequest as error:
         if isinstance(request, ChatRequest):
             names = {"prompt": "messages", "max_tokens": request.limit_name}
-            error.param = names.get(error.param or "", error.param)
+            raise error.about(names.get(error.param or "", error.param)) from error
         raise
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2_serve.errors import RequestTooLarge
@@ -29,11 +30,11 @@ class RequestBody:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if not headers.get(b"content-type", b"").startswith(b"multipart/"):
-            headers[b"content-type"] = b"application/json"
-            scope = {**scope, "headers": list(headers.items())}
-        declared = headers.get(b"content-length", b"")
+        headers = Headers(scope=scope)
+        if not headers.get("content-type", "").lower().startswith("multipart/"):
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        declared = headers.get("content-length", "")
         too_large = declared.isdigit() and int(declared) > self._max_bytes
         received = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import contextlib
 import hashlib
@@ -15,30 +16,80 @@ from blip2_serve.errors import InvalidImage, InvalidRequest
 _DATA_PREFIX = "data:"
 
 
-async def fetch(url: str, limits: ImageLimits, param: str) -> bytes:
-    """The bytes behind a data URL or, where allowed, an https URL.
+class ImageReader:
+    """Reads the images of one ingress replica's requests."""
 
-    Raises:
-        InvalidRequest, InvalidImage: the URL is of another kind, malformed, too long, unreachable.
-    """
-    if url[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX:
-        return _check_size(_decode_data_url(url, param), limits, param)
-    if url.lower().startswith("https://"):
-        if not limits.allow_urls:
-            raise InvalidRequest(
-                "this server does not fetch image URLs; send a data URL "
-                '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
-                param,
+    def __init__(self, limits: ImageLimits) -> None:
+        self._limits = limits
+        self._downloads = asyncio.Semaphore(limits.max_downloads)
+
+    async def fetch(self, url: str, param: str) -> bytes:
+        """The bytes behind a data URL or, where allowed, an https URL.
+
+        Raises:
+            InvalidRequest, InvalidImage: the URL is of another kind, malformed, too long,
+                unreachable or too slow.
+        """
+        if is_data_url(url):
+            return self.check(_decode_data_url(url, param), param)
+        if url.lower().startswith("https://"):
+            if not self._limits.allow_urls:
+                raise InvalidRequest(
+                    "this server does not fetch image URLs; send a data URL "
+                    '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
+                    param,
+                )
+            async with self._downloads:
+                return await self._download(url, param)
+        raise InvalidRequest(
+            'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
+        )
+
+    def check(self, data: bytes, param: str) -> bytes:
+        """The bytes of an image file.
+
+        Raises:
+            InvalidImage: there are none, or too many.
+        """
+        if not data:
+            raise InvalidImage("the image is empty", param, "empty")
+        limit = self._limits.max_bytes
+        if len(data) > limit:
+            raise InvalidImage(
+                f"the image has {len(data):,} bytes; at most {limit:,} are accepted", param, "bytes"
             )
-        return await _download(url, limits, param)
-    raise InvalidRequest(
-        'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
-    )
+        return data
+
+    async def _download(self, url: str, param: str) -> bytes:
+        data = bytearray()
+        seconds = self._limits.url_timeout_s
+        try:
+            async with (
+                asyncio.timeout(seconds),  # httpx's own starts again with every piece
+                httpx.AsyncClient(timeout=seconds, follow_redirects=False) as client,
+                client.stream("GET", url) as response,
+            ):
+                if response.status_code != httpx.codes.OK:
+                    raise InvalidImage(
+                        f"the image URL answered {response.status_code}", param, "fetch"
+                    )
+                async for piece in response.aiter_bytes():
+                    data += piece
+                    if len(data) > self._limits.max_bytes:
+                        break
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise InvalidImage(
+                f"the image URL cannot be fetched: {error}", param, "fetch"
+            ) from None
+        except TimeoutError:
+            raise InvalidImage(
+                f"the image URL took longer than {seconds:g} seconds", param, "fetch"
+            ) from None
+        return self.check(bytes(data), param)
 
 
-def check_upload(data: bytes, limits: ImageLimits, param: str) -> bytes:
-    """The bytes of an uploaded file, unless empty or too large."""
-    return _check_size(data, limits, param)
+def is_data_url(url: str) -> bool:
+    return url[: len(_DATA_PREFIX)].lower() == _DATA_PREFIX
 
 
 def digest(data: bytes, preprocessing: int) -> str:
@@ -59,33 +110,3 @@ def _decode_data_url(url: str, param: str) -> bytes:
         return pybase64.b64decode("".join(payload.split()), validate=True)  # it was wrapped
     except (binascii.Error, ValueError) as error:
         raise InvalidImage(f"the data URL's base64 is broken: {error}", param, "base64") from None
-
-
-def _check_size(data: bytes, limits: ImageLimits, param: str) -> bytes:
-    if not data:
-        raise InvalidImage("the image is empty", param, "empty")
-    if len(data) > limits.max_bytes:
-        raise InvalidImage(
-            f"the image has {len(data):,} bytes; at most {limits.max_bytes:,} are accepted",
-            param,
-            "bytes",
-        )
-    return data
-
-
-async def _download(url: str, limits: ImageLimits, param: str) -> bytes:
-    data = bytearray()
-    try:
-        async with (
-            httpx.AsyncClient(timeout=limits.url_timeout_s, follow_redirects=False) as client,
-            client.stream("GET", url) as response,
-        ):
-            if response.status_code != httpx.codes.OK:
-                raise InvalidImage(f"the image URL answered {response.status_code}", param, "fetch")
-            async for piece in response.aiter_bytes():
-                data += piece
-                if len(data) > limits.max_bytes:
-                    break
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise InvalidImage(f"the image URL cannot be fetched: {error}", param, "fetch") from None
-    return _check_size(bytes(data), limits, param)

@@ -11,6 +11,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.parser import text_string_to_metric_families
 
+from blip2_serve.concurrency import gather
 from blip2_serve.metrics import NODE_ANSWERED
 
 KEPT = ("ray_blip2_", "ray_serve_")
@@ -29,7 +30,7 @@ class MetricsPage:
 
         In OpenMetrics where `accept` asks for it. A node that does not answer in time is marked so.
         """
-        texts = await asyncio.gather(*map(self._page_of, nodes.values()))
+        texts = await gather(map(self._page_of, nodes.values()))
         # Parsing takes some 8 ms of Python for every hundred lines.
         return await asyncio.to_thread(render, dict(zip(nodes, texts, strict=True)), accept)
 

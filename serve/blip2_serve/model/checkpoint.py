@@ -129,12 +129,17 @@ def longest_sequence(config: Blip2Config, asked: int | None) -> int:
         StartupError: more are asked for than the model has, or too few for an image.
     """
     positions: int = config.text_config.max_position_embeddings
-    shortest = config.num_query_tokens + 2  # the image, BOS, one token
+    shortest = shortest_sequence(config)
     if asked is not None and not shortest <= asked <= positions:
         raise StartupError(
             f"max_model_len {asked} is out of range: this model takes {shortest} to {positions}"
         )
     return asked or positions
+
+
+def shortest_sequence(config: Blip2Config) -> int:
+    """Tokens of the shortest request: the image, BOS and one token of an answer."""
+    return int(config.num_query_tokens) + 2
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

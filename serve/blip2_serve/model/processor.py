@@ -30,6 +30,10 @@ DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE = 0.5, 20
 
 Image.init()  # or Image.open does not know all of FORMATS by name
 
+# Pillow warns of odd EXIF data and large images: no news, since what counts is checked. Once for
+# the process: with `warnings.catch_warnings`, one thread would put back the filters of another.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 # Part of every image's digest: raise it when the pixels of an image change.
 PREPROCESSING_VERSION = 1
 
@@ -86,21 +90,18 @@ class ImageProcessor:
 
     def _decode(self, data: bytes) -> Image.Image:
         try:
-            with warnings.catch_warnings():
-                # Pillow's own warnings (odd EXIF, large image) are no news: what counts is checked.
-                warnings.simplefilter("ignore")
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
-                if image.width * image.height > MAX_PIXELS:
-                    raise InvalidImage(
-                        f"the image has {image.width} x {image.height} pixels; at most "
-                        f"{MAX_PIXELS:,} are accepted",
-                        kind="pixels",
-                    )
-                if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                    height, width = self.size
-                    image.draft(None, (DRAFT_OVERSAMPLING * width, DRAFT_OVERSAMPLING * height))
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidImage(
+                    f"the image has {image.width} x {image.height} pixels; at most "
+                    f"{MAX_PIXELS:,} are accepted",
+                    kind="pixels",
+                )
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                height, width = self.size
+                image.draft(None, (DRAFT_OVERSAMPLING * width, DRAFT_OVERSAMPLING * height))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
         except InvalidImage:
             raise
         except Image.DecompressionBombError as error:

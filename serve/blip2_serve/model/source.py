@@ -18,7 +18,21 @@ WEIGHT_LAYOUTS = (
 
 
 def find_folder(model: str, revision: str | None = None) -> Path:
-    """The local folder of a checkpoint; a hub id's files are downloaded, with progress bars."""
+    """The local folder of a checkpoint; a hub id's files are downloaded, with progress bars.
+
+    Raises:
+        StartupError: there is no such checkpoint.
+    """
+    return _local_folder(model) or _download(model, revision, weights=True)
+
+
+def find_configuration(model: str, revision: str | None = None) -> Path:
+    """As `find_folder`, but of a hub id only the configuration is downloaded, not the weights."""
+    return _local_folder(model) or _download(model, revision, weights=False)
+
+
+def _local_folder(model: str) -> Path | None:
+    """None if `model` is a hub id."""
     if model == DEMO:
         return DEMO_FOLDER
     path = Path(model).expanduser()
@@ -30,18 +44,25 @@ def find_folder(model: str, revision: str | None = None) -> Path:
             f"no checkpoint folder at {model}: give a folder, a hub id such as "
             f'Salesforce/blip2-opt-2.7b-coco, or "{DEMO}"'
         )
+    return None
+
+
+def _download(model: str, revision: str | None, *, weights: bool) -> Path:
     # Imported late: the hub client takes half a second that a local folder does not need.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    def get(*patterns: str) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=[*patterns]))
+
     try:
-        listing = snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.txt"])
-        has_safetensors = any((Path(listing) / index).exists() for index in WEIGHT_LAYOUTS[0])
+        folder = get("*.json", "*.txt")
+        if not weights:
+            return folder
+        has_safetensors = any((folder / index).exists() for index in WEIGHT_LAYOUTS[0])
         if not has_safetensors:  # a single model.safetensors has no index to tell of it
-            listing = snapshot_download(model, revision=revision, allow_patterns=["*.safetensors"])
-            has_safetensors = any(Path(listing).glob("*.safetensors"))
-        weights = "*.safetensors" if has_safetensors else "*.bin"
-        return Path(snapshot_download(model, revision=revision, allow_patterns=[weights]))
+            has_safetensors = any(get("*.safetensors").glob("*.safetensors"))
+        return get("*.safetensors" if has_safetensors else "*.bin")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartupError(

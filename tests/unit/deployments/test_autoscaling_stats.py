@@ -14,16 +14,10 @@ from blip2_serve.deployments.encoder import Encoder
 from blip2_serve.deployments.generator import Generator
 from blip2_serve.deployments.preprocessor import Preprocessor
 from blip2_serve.types import ImagePrefix, SamplingParams
+from support.replicas import replica
 
 CONFIG = AppConfig.model_validate({"dtype": "float32"})
 PICTURE = Path(blip2_serve.__file__).parent / "demo" / "picture.png"
-
-
-def replica(deployment: Any, *args: Any) -> Any:
-    """An instance as Serve makes it, before its __init__ has been awaited."""
-    cls = deployment.func_or_class
-    instance = object.__new__(cls)
-    return instance, cls.__init__(instance, CONFIG, *args)
 
 
 def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> None:
@@ -37,7 +31,7 @@ def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> N
 
 
 async def test_a_preprocessor_reports_images() -> None:
-    preprocessor, _ = replica(Preprocessor)
+    preprocessor, _ = replica(Preprocessor, CONFIG)
     assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting", "start_s"}
 
     await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
@@ -46,14 +40,14 @@ async def test_a_preprocessor_reports_images() -> None:
 
 
 async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
-    preprocessor, _ = replica(Preprocessor)
+    preprocessor, _ = replica(Preprocessor, CONFIG)
     pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
-    encoder, loaded = replica(Encoder, "cpu")
+    encoder, loaded = replica(Encoder, CONFIG, "cpu")
     await loaded
     prefix: ImagePrefix = await encoder.encode(pixels, "digest")
     assert_reported(await encoder.record_autoscaling_stats())
 
-    generator, loaded = replica(Generator, "cpu")
+    generator, loaded = replica(Generator, CONFIG, "cpu")
     await loaded
     await generator.generate(prefix, "", SamplingParams(max_tokens=8))
     async for _ in generator.stream(prefix, "a photo of", SamplingParams(max_tokens=8)):

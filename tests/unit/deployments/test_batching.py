@@ -65,17 +65,25 @@ async def test_a_batch_is_observed_with_how_long_each_item_waited() -> None:
     assert doubling.batching.waiting == 0
 
 
-async def test_an_observer_that_fails_takes_its_batch_with_it_and_no_other() -> None:
-    def observe(batch: Batch) -> None:
-        if not failed:
-            failed.append(batch)
-            raise ArithmeticError("not measured")
+async def test_an_observer_that_fails_takes_no_batch_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def observe(_: Batch) -> None:
+        raise ArithmeticError("not measured")
 
-    failed: list[Batch] = []
     batching = BatchThread(lambda: None, lambda numbers: numbers, 3, observe)
-    with pytest.raises(ArithmeticError, match="not measured"):
-        await batching.result_of(1)
-    assert await batching.result_of(2) == 2
+    assert [await batching.result_of(number) for number in (1, 2)] == [1, 2]
+    assert batching.failure is None
+    assert len(caplog.records) == 1  # the first one is logged, not every one
+
+
+async def test_what_the_last_batch_raised_is_remembered_until_one_succeeds() -> None:
+    doubling = Doubling()
+    with pytest.raises(ArithmeticError, match="thirteen"):
+        await doubling.batching.result_of(13)
+    assert isinstance(doubling.batching.failure, ArithmeticError)
+    assert await doubling.batching.result_of(2) == 4
+    assert doubling.batching.failure is None
 
 
 async def test_what_came_meanwhile_is_one_batch_up_to_the_limit() -> None:
@@ -136,3 +144,15 @@ async def test_what_preparing_raises_is_told() -> None:
 
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         await Doubling(prepare=fail).batching.prepared
+
+
+async def test_a_panic_while_preparing_is_told_too() -> None:
+    class Panic(BaseException):
+        """As Rust's libraries raise it."""
+
+    def fail() -> None:
+        raise Panic("no checkpoint")
+
+    with pytest.raises(Panic, match="no checkpoint"):
+        async with asyncio.timeout(10):
+            await Doubling(prepare=fail).batching.prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 from collections import Counter
 
 import pytest
@@ -96,6 +97,23 @@ async def test_work_that_every_client_left_is_still_kept_for_the_next() -> None:
 
     assert (await encoder.get(cache, "a")).digest == "a"
     assert encoder.calls["a"] == 1
+
+
+async def test_a_failure_that_every_client_left_is_not_reported_as_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder, cache = Encoder(open_gate=False), PrefixCache(8)
+    encoder.failure = InvalidImage("broken")
+    for task in await waiters(encoder, cache, 2):
+        task.cancel()
+    await asyncio.sleep(0)
+    encoder.gate.set()
+    async with asyncio.timeout(10):
+        while cache._under_way:
+            await asyncio.sleep(0)
+    gc.collect()  # asyncio complains when it sees the last of the task
+
+    assert "never retrieved" not in caplog.text
 
 
 async def test_an_error_reaches_everyone_who_waits_and_is_not_kept() -> None:

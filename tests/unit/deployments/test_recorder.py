@@ -83,6 +83,38 @@ def test_a_state_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -
     assert asked.acquire(timeout=10)
 
 
+def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, asked = Ray(monkeypatch), threading.Semaphore(0)
+
+    def report() -> None:
+        asked.release()
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    made = RayRecorder()
+    made.report_by(report)
+    assert asked.acquire(timeout=10)
+    made.set(metrics.WAITING, 1, stage="x")
+
+    assert ray.done.wait(10)
+    assert asked.acquire(timeout=10)
+
+
+def test_measurements_that_ray_does_not_take_do_not_pile_up_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Ray(monkeypatch)
+    monkeypatch.setattr(recorder, "MOST_PENDING", 3)
+    stuck = threading.Event()
+    made = RayRecorder()
+    made.report_by(stuck.wait)
+    for value in range(10):
+        made.set(metrics.WAITING, value, stage="x")
+    assert len(made._pending) <= 3
+    stuck.set()
+
+
 def test_a_stages_time_is_measured_also_where_it_fails() -> None:
     fake = FakeRecorder()
     with pytest.raises(ZeroDivisionError), stage_seconds(fake, "encoder"):

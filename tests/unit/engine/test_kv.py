@@ -46,6 +46,22 @@ def test_a_shared_row_is_free_once_its_last_holder_gives_it_back() -> None:
     assert free == [1, 2, 3]
 
 
+def test_a_kept_row_is_free_once_it_is_forgotten_and_no_request_holds_it() -> None:
+    kv = KvRows(4)
+    rows = kv.take(3)
+    assert rows is not None
+    kv.keep(rows[:2])
+    assert (kv.free, kv.evictable) == (1, 0)  # all three are held
+    kv.give_back(rows)
+    assert (kv.free, kv.evictable) == (2, 2)
+    kv.share(rows[:1])
+    assert (kv.free, kv.evictable) == (2, 1)
+    kv.forget(rows[:2])
+    assert (kv.free, kv.evictable) == (3, 0)
+    kv.give_back(rows[:1])
+    assert (kv.free, kv.evictable) == (4, 0)
+
+
 @given(st.lists(st.integers(0, 6), max_size=40), st.randoms(use_true_random=False))
 def test_rows_are_conserved(counts: list[int], random: Random) -> None:
     """Holders take rows of their own, share those of others, and leave in any order."""
@@ -84,3 +100,21 @@ def test_wrong_books_are_noticed(held: list[list[int]]) -> None:
     kv.check_integrity([rows, [2]])
     with pytest.raises(AssertionError, match="KV rows"):
         kv.check_integrity([array("q", group) for group in held])
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        pytest.param([], id="a kept row is not in the tree"),
+        pytest.param([[1, 2]], id="a row in the tree is not kept"),
+        pytest.param([[1], [1]], id="a row is in the tree twice"),
+    ],
+)
+def test_wrong_books_of_what_is_kept_are_noticed(kept: list[list[int]]) -> None:
+    kv = KvRows(4)
+    rows = kv.take(2)
+    assert rows is not None
+    kv.keep([1])
+    kv.check_integrity([rows], [[1]])
+    with pytest.raises(AssertionError, match="KV rows"):
+        kv.check_integrity([rows], kept)

@@ -12,7 +12,7 @@ import pytest
 
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.kv import KvRows
-from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.loop import EngineLoop, Step
 from blip2_serve.engine.sampler import Choice
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
@@ -67,6 +67,7 @@ class Bench:
         free: bool = False,
         eos: tuple[int, ...] = (),
         events_per_s: float = math.inf,
+        observe: Callable[[Step], None] = lambda _: None,
     ) -> None:
         self.runner = StepByStep()
         if free:
@@ -85,7 +86,7 @@ class Bench:
             decode=lambda ids: bytes(ids).decode(),
             eos_token_ids=eos,
         )
-        self.loop = EngineLoop(self.engine, events_per_s=events_per_s)
+        self.loop = EngineLoop(self.engine, observe=observe, events_per_s=events_per_s)
 
     async def collect(self, name: str, max_tokens: int = 5, n: int = 1) -> list[TokenEvent]:
         async with asyncio.timeout(DEADLINE):
@@ -403,6 +404,33 @@ async def test_an_answer_that_was_whole_before_the_failure_is_delivered(
     assert text(outcomes[0]) == "a"
 
 
+async def test_an_observer_that_fails_does_not_end_the_engine(
+    make: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    def observe(_: Step) -> None:
+        raise ArithmeticError("not measured")
+
+    bench = make(free=True, observe=observe)
+    for name in ("a", "b"):
+        assert text(await bench.collect(name)) == "abcde"
+    assert bench.loop.failure is None
+    assert len(caplog.records) == 1
+
+
+async def test_closing_is_told_to_those_who_read_and_to_those_who_come(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make()
+    reading = await bench.begin("a", 50)
+    bench.runner.allow(1)
+    await until(lambda: bench.loop.stats().steps == 1)
+    bench.runner.allow(1)  # of the step that may be under way
+    await asyncio.to_thread(bench.loop.close)
+    for call in (reading, bench.collect("b")):
+        with pytest.raises(Unavailable, match="closed"):
+            await call
+
+
 async def test_closing_ends_the_thread(make: Callable[..., Bench]) -> None:
     before = threading.active_count()
     bench = make(free=True)
@@ -423,4 +451,5 @@ async def test_closing_does_not_wait_for_running_answers(make: Callable[..., Ben
 
     await until(closed)
     assert bench.loop.stats().steps < 900
-    task.cancel()
+    with pytest.raises(Unavailable):
+        await task

@@ -68,14 +68,15 @@ class Model:
         assert [bench.memory[row] for row in rows] == known
 
         needed = len(tokens) - len(rows)
-        bench.tree.make_room(needed)
-        self._note_what_is_left(needed, rows)
+        self.room(needed, rows)
         if bench.kv.free < needed:
             bench.kv.give_back(rows)
             return
-        rows = bench.compute(digest, tokens, rows)
+        self._insert(digest, tokens, bench.compute(digest, tokens, rows))
+
+    def _insert(self, digest: str, tokens: list[int], rows: array[int]) -> None:
         self.running.append(rows)
-        bench.tree.insert(digest, tokens, rows)
+        self.bench.tree.insert(digest, tokens, rows)
         for beginning, row in zip(beginnings(digest, tokens), rows, strict=True):
             self.kept.setdefault(beginning, row)
 
@@ -83,29 +84,45 @@ class Model:
         if self.running:
             self.bench.kv.give_back(self.running.pop(choice % len(self.running)))
 
-    def room(self, count: int) -> None:
-        self.bench.tree.make_room(count)
-        self._note_what_is_left(count, array("q"))
+    def begin_apart(self, digest: str, tokens: list[int]) -> None:
+        """As if it had been admitted before what is known was computed: no row is shared."""
+        if self.room(len(tokens), array("q")):
+            rows = self.bench.compute(digest, tokens, array("q"))
+            self._insert(digest, tokens, rows)
+
+    def room(self, count: int, matched: array[int] | None = None) -> bool:
+        """Either there is room afterwards, or nothing was evicted and it could not have been."""
+        bench = self.bench
+        possible = bench.kv.total - len(self._stuck(matched or array("q"))) >= count
+        assert bench.tree.make_room(count) == (bench.kv.free >= count) == possible
+        left = bench.kept()
+        assert left.items() <= self.kept.items()
+        assert possible or left == self.kept
+        self.kept = left
+        return possible
+
+    def _stuck(self, matched: array[int]) -> set[int]:
+        """Rows that requests hold, and kept ones on the way to them in the tree."""
+        held = {row for rows in [*self.running, matched] for row in rows}
+        above = {
+            (digest, line[:end])
+            for (digest, line), row in self.kept.items()
+            if row in held
+            for end in range(1, len(line))
+        }
+        return held | {row for beginning, row in self.kept.items() if beginning in above}
 
     def check(self) -> None:
         tree = self.bench.tree
         tree.check_integrity()
-        self.bench.kv.check_integrity([*self.running, *tree.holdings()])
+        self.bench.kv.check_integrity(self.running, tree.holdings())
         assert self.bench.kept() == self.kept
         assert tree.rows == len(self.kept)
-
-    def _note_what_is_left(self, needed: int, matched: array[int]) -> None:
-        left = self.bench.kept()
-        assert left.items() <= self.kept.items()
-        # What is left though there is no room is held by others as well.
-        held = {row for rows in [*self.running, matched] for row in rows}
-        assert self.bench.kv.free >= needed or {*left.values()} <= held
-        self.kept = left
 
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=10)
 actions = st.one_of(
-    st.tuples(st.just("begin"), st.sampled_from("xy"), tokens),
+    st.tuples(st.sampled_from(["begin", "begin_apart"]), st.sampled_from("xy"), tokens),
     st.tuples(st.just("end"), st.integers(0, 9)),
     st.tuples(st.just("room"), st.integers(0, 30)),
 )
@@ -134,7 +151,7 @@ def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
     order: OrderedDict[int, int] = OrderedDict()  # length by first token, oldest first
 
     def make_room(count: int) -> None:
-        bench.tree.make_room(count)
+        assert bench.tree.make_room(count)
         while 20 - sum(order.values()) < count:
             order.popitem(last=False)
 
@@ -221,11 +238,11 @@ def test_what_a_running_request_holds_is_not_forgotten_as_no_row_would_be_free_f
     bench.keep([6, 7, 8])
     held = bench.tree.match("x", [1, 2, 3, 4])
     bench.known([6, 7, 8])  # the youngest now, and still the first to go
-    bench.tree.make_room(20)
+    assert bench.tree.make_room(16)
     bench.tree.check_integrity()
     assert bench.kept().keys() == {*beginnings("x", [1, 2, 3])}
     bench.kv.give_back(held)
-    bench.tree.make_room(20)
+    assert bench.tree.make_room(20)
     assert (bench.tree.rows, bench.kv.free) == (0, 20)
 
 
@@ -233,8 +250,20 @@ def test_rows_of_a_running_request_are_not_given_to_others() -> None:
     bench = Bench(10)
     bench.keep([1, 2, 3])
     held = bench.tree.match("x", [1, 2, 3])
-    bench.tree.make_room(10)
+    assert not bench.tree.make_room(10)
     others = bench.kv.take(7)
     assert others is not None
     assert bench.kv.take(1) is None
     assert not {*others} & {*held}
+
+
+def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
+    bench = Bench(10)
+    bench.keep([1, 2, 3])
+    bench.keep([6, 7])
+    running = bench.kv.take(4)
+    assert running is not None
+    assert not bench.tree.make_room(7)
+    assert bench.tree.rows == 5
+    assert bench.tree.make_room(6)
+    assert bench.tree.rows == 0

@@ -519,3 +519,19 @@ def test_a_request_that_waits_for_room_does_not_lose_the_beginning_that_is_known
         simulation.step()
     assert simulation.scheduler.reused_tokens == 10
     simulation.finish()
+
+
+def test_a_request_that_cannot_enter_yet_evicts_nothing() -> None:
+    simulation = Simulation(scheduler(rows=60, max_step_tokens=50), 4, 50)
+    simulation.add([1] * 20, 1)
+    simulation.step()  # its 20 rows are kept, and no request's
+    simulation.add([2] * 10, 21)  # reach 30
+    simulation.step()
+    waiting = simulation.add([3] * 40, 5)  # reach 44: 10 rows are free, and 20 could be
+    for _ in range(5):
+        simulation.step()
+        assert waiting in simulation.scheduler.waiting
+        known = simulation.scheduler.kept.match("picture", [1] * 20)
+        simulation.scheduler.kv.give_back(known)
+        assert len(known) == 20
+    simulation.finish()

@@ -18,6 +18,7 @@ from blip2_serve.errors import (
     Overloaded,
 )
 from blip2_serve.http.api import create_app
+from blip2_serve.http.images import ImageReader
 from blip2_serve.types import (
     SamplingParams,
 )
@@ -409,7 +410,7 @@ async def test_usage_is_streamed_last_when_asked_for(client: httpx.AsyncClient, 
     ("failure", "status"),
     [
         pytest.param(Overloaded("try again later"), 503, id="the queue is full"),
-        pytest.param(ContextLengthExceeded("too long", "max_tokens"), 400, id="it is too long"),
+        pytest.param(ContextLengthExceeded("too long"), 400, id="it is too long"),
     ],
 )
 async def test_an_error_before_the_first_token_is_a_status_in_a_stream_too(
@@ -626,6 +627,17 @@ async def test_a_wrong_upload_is_an_error_that_names_the_field(
     assert error_of(response)["param"] == param
 
 
+async def test_a_media_type_in_capitals_is_what_it_says(client: httpx.AsyncClient) -> None:
+    request = client.build_request("POST", "/v1/caption", files={"image": b"one"})
+    media_type, boundary = request.headers["content-type"].split(";")
+    request.headers["content-type"] = f"{media_type.title()};{boundary}"
+    response = await client.send(request)
+
+    assert request.headers["content-type"].startswith("Multipart/Form-Data")
+    assert response.status_code == 200
+    assert response.json()["data"][0]["caption"].startswith("one:")
+
+
 @pytest.mark.parametrize("content_type", ["multipart/form-data", "multipart/form-data; boundary=x"])
 async def test_a_broken_upload_is_the_clients_error(
     client: httpx.AsyncClient, content_type: str
@@ -763,6 +775,57 @@ async def test_an_image_address_is_refused_with_the_flag_that_would_allow_it(
 
     assert response.status_code == 400
     assert "--allow-image-urls" in error_of(response)["message"]
+
+
+async def test_a_chat_with_several_addresses_downloads_none_of_them(
+    monkeypatch: pytest.MonkeyPatch, backend: FakeBackend
+) -> None:
+    downloaded: list[str] = []
+
+    async def download(_: ImageReader, url: str, __: str) -> bytes:
+        downloaded.append(url)
+        return b"picture"
+
+    monkeypatch.setattr(ImageReader, "_download", download)
+    config = AppConfig.model_validate({"ingress": {"images": {"allow_urls": True}}})
+    part = {"type": "image_url", "image_url": {"url": "https://example.com/0.png"}}
+    others = [{"type": "image_url", "image_url": {"url": f"https://b.c/{i}"}} for i in range(50)]
+    async with client_of(backend, config) as client:
+        for more in (others, [image_part()]):
+            messages = [{"role": "user", "content": [part, *more]}]
+            response = await client.post("/v1/chat/completions", json={"messages": messages})
+            assert response.status_code == 400
+            assert error_of(response)["param"] == "messages"
+        assert downloaded == []
+        messages = [{"role": "user", "content": [part, part]}]  # a client's later turns repeat it
+        response = await client.post("/v1/chat/completions", json={"messages": messages})
+        assert response.status_code == 200
+    assert downloaded == ["https://example.com/0.png"]
+
+
+async def test_one_failure_that_is_shared_names_each_requests_own_field(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.failures[b"picture"] = InvalidImage("not an image")  # one object, as from one encode
+    backend.together = asyncio.Barrier(len(ROUTES))
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        asked = [group.create_task(post(client, route, body_for(route))) for route in ROUTES]
+
+    fields = [error_of(task.result())["param"] for task in asked]
+    assert fields == ["messages" if "chat" in route else "image" for route in ROUTES]
+
+
+async def test_an_unexpected_failure_of_one_caption_ends_the_work_for_the_others(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.failures[b"two"] = KeyError("unexpected")
+    backend.held[b"one"] = asyncio.Event()  # never set
+    body = {"images": [data_url(b"one"), data_url(b"two")]}
+    async with asyncio.timeout(10):
+        response = await post(client, "/v1/caption", body)
+
+    assert response.status_code == 500
+    assert backend.abandoned == [b"one"]
 
 
 @pytest.mark.parametrize("route", ROUTES)

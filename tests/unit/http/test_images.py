@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
 
 from blip2_serve.config import ImageLimits
 from blip2_serve.errors import InvalidImage, InvalidRequest
-from blip2_serve.http import images
+from blip2_serve.http.images import ImageReader, digest
 
 DATA = bytes(range(256))
 ENCODED = base64.b64encode(DATA).decode()
@@ -30,7 +31,7 @@ OPEN = ImageLimits(allow_urls=True, max_bytes=1000)
     ],
 )
 async def test_a_data_url_gives_its_bytes(url: str) -> None:
-    assert await images.fetch(url, ImageLimits(), "image") == DATA
+    assert await ImageReader(ImageLimits()).fetch(url, "image") == DATA
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ async def test_a_data_url_gives_its_bytes(url: str) -> None:
 )
 async def test_a_broken_data_url_is_an_invalid_image(url: str) -> None:
     with pytest.raises(InvalidImage) as caught:
-        await images.fetch(url, ImageLimits(), "messages")
+        await ImageReader(ImageLimits()).fetch(url, "messages")
 
     assert caught.value.param == "messages"
 
@@ -55,21 +56,21 @@ async def test_a_broken_data_url_is_an_invalid_image(url: str) -> None:
 async def test_an_image_may_have_as_many_bytes_as_the_limit_says_and_no_more() -> None:
     url = f"data:image/png;base64,{ENCODED}"
 
-    assert await images.fetch(url, ImageLimits(max_bytes=len(DATA)), "image") == DATA
+    assert await ImageReader(ImageLimits(max_bytes=len(DATA))).fetch(url, "image") == DATA
     with pytest.raises(InvalidImage, match="256 bytes; at most 255"):
-        await images.fetch(url, ImageLimits(max_bytes=len(DATA) - 1), "image")
+        await ImageReader(ImageLimits(max_bytes=len(DATA) - 1)).fetch(url, "image")
 
 
 @pytest.mark.parametrize("data", [pytest.param(b"", id="empty"), pytest.param(b"xx", id="large")])
 def test_an_upload_is_held_to_the_same_limits(data: bytes) -> None:
     with pytest.raises(InvalidImage):
-        images.check_upload(data, ImageLimits(max_bytes=1), "image")
+        ImageReader(ImageLimits(max_bytes=1)).check(data, "image")
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.png", "file:///etc/passwd", "/a.png", ""])
 async def test_other_addresses_are_refused_even_where_https_is_allowed(url: str) -> None:
     with pytest.raises(InvalidRequest):
-        await images.fetch(url, OPEN, "image")
+        await ImageReader(OPEN).fetch(url, "image")
 
 
 Answer = Callable[[httpx.Request], httpx.Response]
@@ -96,7 +97,7 @@ async def test_an_https_url_is_fetched_where_allowed(
     answer_with(lambda request: httpx.Response(200, content=str(request.url).encode()))
 
     url = "https://example.com/a.png"
-    assert await images.fetch(url, OPEN, "image") == url.encode()
+    assert await ImageReader(OPEN).fetch(url, "image") == url.encode()
 
 
 def fails(error: Exception) -> Answer:
@@ -126,17 +127,59 @@ async def test_a_url_that_yields_no_image_is_an_invalid_image(
     answer_with(answer)
 
     with pytest.raises(InvalidImage) as caught:
-        await images.fetch("https://example.com/a.png", OPEN, "image")
+        await ImageReader(OPEN).fetch("https://example.com/a.png", "image")
     assert caught.value.param == "image"
+
+
+class Drip(httpx.AsyncByteStream):
+    """A piece now and then, so that no single wait is long, and never an end."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.01)
+            yield b"."
+
+
+async def test_a_server_that_drips_holds_a_request_no_longer_than_the_limit(
+    answer_with: Callable[[Answer], None],
+) -> None:
+    answer_with(lambda _: httpx.Response(200, stream=Drip()))
+    reader = ImageReader(OPEN.model_copy(update={"url_timeout_s": 0.2}))
+
+    with pytest.raises(InvalidImage, match=r"longer than 0\.2 seconds"):
+        async with asyncio.timeout(10):
+            await reader.fetch("https://example.com/a.png", "image")
+
+
+async def test_no_more_images_are_downloaded_at_once_than_the_limit_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, most = 0, 0
+
+    async def download(_: ImageReader, url: str, __: str) -> bytes:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0)
+        now -= 1
+        return url.encode()
+
+    monkeypatch.setattr(ImageReader, "_download", download)
+    reader = ImageReader(OPEN.model_copy(update={"max_downloads": 3}))
+    urls = [f"https://example.com/{number}.png" for number in range(20)]
+
+    found = await asyncio.gather(*(reader.fetch(url, "image") for url in urls))
+    assert found == [url.encode() for url in urls]
+    assert most == 3
 
 
 @pytest.mark.parametrize("url", ["https://", "https://[", "https://a b/", "https://a:99999/"])
 async def test_a_malformed_https_url_is_the_clients_error(url: str) -> None:
     with pytest.raises(InvalidRequest):
-        await images.fetch(url, OPEN, "image")
+        await ImageReader(OPEN).fetch(url, "image")
 
 
 def test_the_digest_stands_for_bytes_and_preprocessing() -> None:
-    assert images.digest(DATA, 1) == images.digest(bytes(DATA), 1)
-    assert images.digest(DATA, 1) != images.digest(DATA[1:], 1)
-    assert images.digest(DATA, 1) != images.digest(DATA, 2)
+    assert digest(DATA, 1) == digest(bytes(DATA), 1)
+    assert digest(DATA, 1) != digest(DATA[1:], 1)
+    assert digest(DATA, 1) != digest(DATA, 2)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from blip2_serve.model import memory
 from support.checkpoints import Recipe, write_checkpoint
 
 ALLOWED = 1.25
@@ -17,7 +16,7 @@ ALLOWED = 1.25
 # In a process of its own: what other tests have allocated and freed would hide the growth.
 SCRIPT = """
 import json, sys, torch
-from blip2_serve.model import memory
+from blip2_serve import machine
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.opt import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
@@ -26,14 +25,14 @@ from blip2_serve.model.vision import ImageEncoder
 half, folder = sys.argv[1:]
 checkpoint, cpu = open_checkpoint(folder), torch.device("cpu")
 torch.zeros(8, 8).bfloat16() @ torch.zeros(8, 8).bfloat16()
-before = memory.rss_anon()
+before = machine.anonymous_memory()
 if half == "vision":
     processor = ImageProcessor.load(checkpoint.folder)
     model = ImageEncoder.load(checkpoint, processor, cpu, torch.bfloat16)
 else:
     model = OptDecoder.load(checkpoint, cpu, torch.bfloat16)
 owned = sum(p.numel() * p.element_size() for p in model.parameters())
-print(json.dumps({"grown": memory.rss_anon() - before, "owned": owned}))
+print(json.dumps({"grown": machine.anonymous_memory() - before, "owned": owned}))
 """
 
 
@@ -64,8 +63,3 @@ def test_from_float32_shards_to_bfloat16_memory_grows_by_the_tensors_alone(
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert sizes["owned"] > 40e6
     assert 0.9 * sizes["owned"] < sizes["grown"] <= ALLOWED * sizes["owned"]
-
-
-def test_the_available_memory_is_within_the_machines() -> None:
-    total = memory._kib_field(Path("/proc/meminfo"), "MemTotal")
-    assert 0 < memory.rss_anon() < memory.available() < total

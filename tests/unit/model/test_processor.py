@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,29 @@ def test_a_processor_with_other_steps_is_refused(config: dict[str, bool], tmp_pa
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(StartupError):
         ImageProcessor.load(tmp_path)
+
+
+def test_decoding_in_threads_at_once_leaves_warnings_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, own, before = file_of(Image.new("RGB", (8, 8))), processor(), [*warnings.filters]
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+    opened = Image.open
+
+    def one_after_the_other(*args: Any, **options: Any) -> Any:
+        """The first thread leaves while the second is inside."""
+        if not first_is_in.is_set():
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        else:
+            second_is_in.set()
+            first.join(10)
+        return opened(*args, **options)
+
+    monkeypatch.setattr(Image, "open", one_after_the_other)
+    first, second = (threading.Thread(target=own.pixels, args=(data,)) for _ in range(2))
+    first.start()
+    assert first_is_in.wait(10)
+    second.start()
+    second.join(10)
+    assert [*warnings.filters] == before

@@ -1,0 +1,92 @@
+"""What this process may use of the machine: its cores and its memory. Imports no torch.
+
+Affinity and the limits of Linux's control groups (versions 1 and 2) count: a container with a quota
+of two cores on a machine of 64 has two. On other systems, everything is there for everyone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def cores() -> int:
+    """Cores that this process can keep busy: at least one.
+
+    A part of a core does not count: threads beyond a quota are all stopped at once, for the rest
+    of each period of 100 ms.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    return max(1, int(min([allowed, *_cpu_quotas()])))
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process can still allocate."""
+    return max(0, min([int(psutil.virtual_memory().available), *_memory_left()]))
+
+
+def anonymous_memory() -> int:
+    """Bytes of memory that this process has allocated; mapped files do not count (Linux)."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Cores that each control group above this process allows it."""
+    for group in _groups("cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            yield quota / period  # without a limit, "max" is no number
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((group / "cpu.cfs_quota_us").read_text())
+            if quota > 0:
+                yield quota / int((group / "cpu.cfs_period_us").read_text())
+
+
+def _memory_left() -> Iterator[int]:
+    """Bytes that each control group above this process has left.
+
+    Cached files count as used there, but make way for whatever is allocated.
+    """
+    for group in _groups("memory"):
+        for limit, usage, prefix in (
+            ("memory.max", "memory.current", ""),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ):
+            with contextlib.suppress(OSError, ValueError):
+                most = int((group / limit).read_text())
+                used = int((group / usage).read_text())
+                lines = (group / "memory.stat").read_text().splitlines()
+                stat = dict(line.split(maxsplit=1) for line in lines)
+                files = (f"{prefix}active_file", f"{prefix}inactive_file")
+                yield most - used + sum(int(stat.get(name, 0)) for name in files)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """This process's control group and those above it, where they limit `controller`.
+
+    A container may see its own group as the root, whatever its path outside is: folders that are
+    not there are passed over by the reader.
+    """
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = CGROUPS / controllers  # version 2 has one tree for all controllers
+        own = root / path.strip("/")
+        yield own
+        yield from (group for group in own.parents if group.is_relative_to(root))

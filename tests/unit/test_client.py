@@ -1,0 +1,138 @@
+"""The command line's client: odd URLs, odd answers, proxies that are for others."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from blip2_serve import cli
+from blip2_serve.client import ask, is_loopback, open_client
+from blip2_serve.errors import StartupError
+
+CAPTION = b'{"data": [{"caption": "a cat"}]}'
+
+
+@dataclass
+class Server:
+    """Gives the same answer to everything."""
+
+    status: int = 200
+    body: bytes = CAPTION
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[Server]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            server.asked.append(self.path)
+            self.send_response(server.status)
+            self.send_header("content-length", str(len(server.body)))
+            self.end_headers()
+            self.wfile.write(server.body)
+
+        do_POST = do_GET  # noqa: N815 (the base class's name)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{listener.server_port}"
+    try:
+        yield server
+    finally:
+        listener.shutdown()
+        listener.server_close()
+        thread.join()
+
+
+def caption(url: str) -> str:
+    with open_client(url) as client:
+        return ask(client, "/v1/caption", {}, lambda answer: answer["data"][0]["caption"])
+
+
+@pytest.mark.parametrize("end", ["", "/", "//"])
+def test_a_slash_at_the_end_of_the_url_makes_no_difference(end: str) -> None:
+    with serving(Server()) as server:
+        assert caption(server.url + end) == "a cat"
+        assert caption(f"{server.url}/prefix{end}") == "a cat"
+    assert server.asked == ["/v1/caption", "/prefix/v1/caption"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        pytest.param(400, b'{"error": {"message": "no image"}}', "no image", id="its own error"),
+        pytest.param(502, b"<html>Bad Gateway</html>", "502", id="a page of a proxy"),
+        pytest.param(404, b"", "404", id="nothing"),
+        pytest.param(404, b'{"detail": "Not Found"}', "404", id="the error of another server"),
+        pytest.param(200, b'{"text": "hello"}', "200", id="the answer of another server"),
+        pytest.param(200, b"hello", "200", id="an answer that is not JSON"),
+    ],
+)
+def test_an_answer_that_is_no_caption_is_one_line(status: int, body: bytes, told: str) -> None:
+    with serving(Server(status, body)) as server, pytest.raises(StartupError) as error:
+        caption(server.url)
+    assert told in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a.b", "http://", "", "a b"])
+def test_what_is_no_url_is_told_with_one_that_is(url: str) -> None:
+    with pytest.raises(StartupError, match=r"http://127\.0\.0\.1:8000"):
+        open_client(url)
+
+
+def test_where_no_server_is_the_command_that_starts_one_is_told() -> None:
+    with pytest.raises(StartupError, match="blip2-serve up"):
+        caption("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_proxy_is_not_asked_for_this_machine_and_is_for_others(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(Server(body=b"{}")) as proxy, serving(Server()) as server:
+        monkeypatch.setenv(name, proxy.url)
+        assert caption(server.url) == "a cat"
+        assert proxy.asked == []
+        with pytest.raises(StartupError):
+            caption("http://example.invalid")
+        with open_client("http://example.invalid", on_this_machine=True) as client:
+            assert not client.trust_env
+    assert proxy.asked == ["http://example.invalid/v1/caption"]
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("http://127.8.8.8", True),
+        ("http://localhost/v1", True),
+        ("http://[::1]:8000", True),
+        ("http://192.168.0.1", False),
+        ("https://example.com", False),
+        ("no url", False),
+    ],
+)
+def test_loopback_is_told_by_the_host(url: str, loopback: bool) -> None:
+    assert is_loopback(url) == loopback
+
+
+def test_waiting_for_a_server_ends_when_it_was_said_to() -> None:
+    with (
+        serving(Server(503)) as server,
+        open_client(server.url) as client,
+        pytest.raises(StartupError) as error,
+    ):
+        cli._wait_until_ready(client, within_s=0.3)
+    assert "within 0.3 seconds" in error.value.message
+    assert server.asked
