@@ -1,5 +1,7 @@
 # make serve       the server with the shipped checkpoint, on http://127.0.0.1:8000
-# make test        the whole test suite
+# make test        the test suite
+# make test-quick  its unit tests
+# make test-long   tests that take long by their nature, and more examples of those that draw them
 # make load        a load test of URL with loadtest/scenarios/$(SCENARIO).yaml, its report in results/$(SCENARIO)
 # make install     .venv with every extra
 # make check       ruff and mypy
@@ -19,16 +21,24 @@ URL ?= http://127.0.0.1:8000
 SCENARIO ?= mixed
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
+EXAMPLES ?= long
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test load install check image-test clean
+.PHONY: serve test test-quick test-long load install check image-test clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long" $(PYTEST_ARGS)
+
+test-quick: $(VENV)/.installed-test
+	$(BIN)/pytest -n $(TEST_WORKERS) tests/unit $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "long or hypothesis" --hypothesis-profile=$(EXAMPLES) $(PYTEST_ARGS)
 
 load: $(VENV)/.installed-loadtest
 	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary -H $(URL) --scenario $(SCENARIO) \

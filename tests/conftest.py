@@ -1,52 +1,51 @@
-"""One Ray with Serve for the whole session; applications come and go on it."""
+"""How tests are shared out, and what all of them start from."""
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
-import ray
 import torch
-from ray import serve
-from ray.serve.schema import LoggingConfig
+from hypothesis import settings
 
 import support.device  # noqa: F401 (before anybody imports Triton)
-from support.server import App, free_port, start_app
 
 # One thread each: tests compare results, and several torch processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
+# `make test-long` looks at many examples, CI at some more than `make test`.
+settings.register_profile("long", max_examples=3000, deadline=None)
+settings.register_profile("short", max_examples=300, deadline=None)
 
-@pytest.fixture(scope="session")
-def dashboard_port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="session")
-def base_url(dashboard_port: int) -> Iterator[str]:
-    """Where Serve listens."""
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # the dashboard is asked without a token
-    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
-    ray.init(
-        address="local",
-        include_dashboard=True,
-        dashboard_port=dashboard_port,
-        logging_level=logging.WARNING,
-    )
-    port = free_port()
-    serve.start(
-        http_options={"host": "127.0.0.1", "port": port},
-        logging_config=LoggingConfig(log_level="WARNING"),
-    )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+# The folder whose tests share a Ray (its conftest.py), and the one whose modules start servers of
+# their own. They take longest and come first.
+SHARED_RAY, OWN_SERVERS = "tests/serve/", "tests/up/"
 
 
-@pytest.fixture(scope="session")
-def demo(base_url: str) -> App:
-    """The shipped checkpoint, in float32."""
-    return start_app(base_url, "demo", {"dtype": "float32"})
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        starts = [item.nodeid.startswith(folder) for folder in (SHARED_RAY, OWN_SERVERS)]
+        return starts.index(True) if any(starts) else len(starts)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has all that shares a Ray; otherwise a module's tests stay together."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.partition("::")[0]
+            return SHARED_RAY if module.startswith(SHARED_RAY) else module
+
+    return ByFixtures(config, log)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Whichever tests the same worker has run before."""
+    torch.manual_seed(0)

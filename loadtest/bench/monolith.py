@@ -12,7 +12,6 @@ import argparse
 import base64
 import io
 import logging
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,9 +26,11 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
+from blip2_serve import machine
+
 MAX_BATCH_SIZE = 32
 BATCH_WAIT_S = 0.05
-CORES = os.cpu_count() or 1
+CORES = machine.cores()
 
 app = FastAPI()
 

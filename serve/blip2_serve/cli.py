@@ -22,9 +22,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from blip2_serve import __version__, fast_mode
-from blip2_serve.client import ask as client_ask
-from blip2_serve.client import open_client
+from blip2_serve import __version__, client, fast_mode
 from blip2_serve.config import AppConfig
 from blip2_serve.environment import NO_PROXY_BETWEEN_STAGES
 from blip2_serve.errors import StartupError
@@ -142,11 +140,11 @@ def up(
     mode = fast_mode.profile(app_config) if fast else contextlib.nullcontext()
     running = _running(app_config, host, port, address, signals, trace)
     with contextlib.suppress(KeyboardInterrupt), mode, running:
-        with open_client(url, on_this_machine=True) as client:
-            _wait_until_ready(client)
+        with client.connect(url, on_this_machine=True) as server:
+            _wait_until_ready(server)
             if fast:
                 _tell_open_ports()
-            _greet(client, url, app_config)
+            _greet(server, url, app_config)
         signals.received.wait()
 
 
@@ -204,7 +202,8 @@ def check_temporary_folder() -> None:
     """Raises StartupError unless Ray can have its sockets in the folder for temporary files."""
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(name, "/tmp")  # noqa: S108 (as Ray chooses)
-    if not os.access(folder, os.W_OK | os.X_OK):
+    above = next(p for p in (Path(folder), *Path(folder).parents) if p.exists())  # Ray makes others
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise StartupError(f"{name}={folder} is no folder that can be written to: set another one")
     excess = len(os.fsencode(folder + RAY_SOCKET)) - LONGEST_SOCKET
     if excess > 0:
@@ -348,12 +347,12 @@ def _init_ray(address: str | None) -> None:
         raise StartupError(f"there is no Ray to connect to at {address}: {reason}") from error
 
 
-def _wait_until_ready(client: httpx.Client, within_s: float = STARTED_WITHIN_S) -> None:
+def _wait_until_ready(server: httpx.Client, within_s: float = STARTED_WITHIN_S) -> None:
     deadline = time.monotonic() + within_s
     with err.status("warming up"):
         while time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):
-                if client.get("/ready", timeout=5).status_code == httpx.codes.OK:
+                if server.get("/ready", timeout=5).status_code == httpx.codes.OK:
                     return
             time.sleep(READY_POLL_S)
     raise StartupError(
@@ -361,8 +360,8 @@ def _wait_until_ready(client: httpx.Client, within_s: float = STARTED_WITHIN_S) 
     )
 
 
-def _greet(client: httpx.Client, url: str, config: AppConfig) -> None:
-    caption = _caption_of(client, DEMO_PICTURE)
+def _greet(server: httpx.Client, url: str, config: AppConfig) -> None:
+    caption = _caption_of(server, DEMO_PICTURE)
     out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
     out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
     out.print(f"    curl -F image=@{DEMO_PICTURE} {url}/v1/caption\n", markup=False)
@@ -383,8 +382,8 @@ Image = Annotated[Path, typer.Argument(exists=True, dir_okay=False, readable=Tru
 @cli.command()
 def caption(image: Image, url: Url = "http://127.0.0.1:8000") -> None:
     """Caption a picture."""
-    with open_client(url) as client:
-        out.print(_caption_of(client, image), markup=False)
+    with client.connect(url) as server:
+        out.print(_caption_of(server, image), markup=False)
 
 
 @cli.command()
@@ -395,16 +394,16 @@ def ask(image: Image, question: str, url: Url = "http://127.0.0.1:8000") -> None
         {"type": "text", "text": question},
     ]
     body = {"messages": [{"role": "user", "content": content}]}
-    with open_client(url) as client:
-        answer = client_ask(
-            client, "/v1/chat/completions", body, lambda a: a["choices"][0]["message"]["content"]
+    with client.connect(url) as server:
+        text = client.post(
+            server, "/v1/chat/completions", body, lambda a: a["choices"][0]["message"]["content"]
         )
-    out.print(answer, markup=False)
+    out.print(text, markup=False)
 
 
-def _caption_of(client: httpx.Client, image: Path) -> str:
+def _caption_of(server: httpx.Client, image: Path) -> str:
     body = {"image": data_url(image)}
-    return client_ask(client, "/v1/caption", body, lambda a: a["data"][0]["caption"])
+    return client.post(server, "/v1/caption", body, lambda a: a["data"][0]["caption"])
 
 
 def data_url(path: Path) -> str:

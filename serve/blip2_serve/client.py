@@ -13,7 +13,7 @@ from blip2_serve.errors import StartupError
 TIMEOUT_S = 600.0
 
 
-def open_client(url: str, *, on_this_machine: bool = False) -> httpx.Client:
+def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
     """A client of the server at `url`, with or without a slash at its end.
 
     Proxies that the environment names (`http_proxy`) are for other machines: a server on a loopback
@@ -43,17 +43,17 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def ask(client: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
+def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
     """Posts `body` and returns what `pick` finds in the server's JSON answer.
 
     Raises:
         StartupError: no server answers, it answers with an error, or it is another kind of server.
     """
     try:
-        response = client.post(path, json=body)
-    except httpx.TransportError as error:
+        response = server.post(path, json=body)
+    except httpx.RequestError as error:
         raise StartupError(
-            f"no server answers at {client.base_url} ({error}): start one with blip2-serve up"
+            f"no server answers at {server.base_url} ({error}): start one with blip2-serve up"
         ) from None
     try:
         answer = response.json()

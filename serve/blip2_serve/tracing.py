@@ -5,8 +5,12 @@ Serve makes a span for each stage that a request goes through, and one for findi
 
 from __future__ import annotations
 
+import os
+
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+from blip2_serve.client import is_loopback
 
 OTLP_ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"  # OpenTelemetry's own variable
 OTLP = f"{__name__}:otlp"  # for Serve's TracingConfig
@@ -14,6 +18,10 @@ OTLP = f"{__name__}:otlp"  # for Serve's TracingConfig
 
 def otlp() -> list[SpanProcessor]:
     """To the collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs the extra `trace`."""
+    import requests
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    return [BatchSpanProcessor(OTLPSpanExporter())]
+    session = requests.Session()
+    # A proxy that the environment names is for other machines.
+    session.trust_env = not is_loopback(os.environ.get(OTLP_ENDPOINT, ""))
+    return [BatchSpanProcessor(OTLPSpanExporter(session=session))]

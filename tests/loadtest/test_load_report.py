@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 from load import report, samples, server_series
 from load.samples import Sample
 from load.server_series import Point
+from support.browser import shown
 
 START = 1_800_000_000.0
 SCENARIO = {"about": "a test of <everything>", "arrivals": "closed"}
@@ -118,9 +117,6 @@ def test_a_late_generator_and_a_server_without_metrics_are_noted(tmp_path: Path)
 
 
 def test_a_browser_shows_the_page_with_both_plots_and_asks_nobody_else(tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium on this machine: the page cannot be looked at")
     write_run(tmp_path)
     report.close(tmp_path, slo_file(tmp_path, p95=1.0))
     page = tmp_path / report.PAGE
@@ -132,23 +128,7 @@ def test_a_browser_shows_the_page_with_both_plots_and_asks_nobody_else(tmp_path:
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</html>", probe + "</html>"))
 
-    shown = subprocess.run(
-        [
-            browser,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--window-size=400,800",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            probed.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+    document = shown(probed.as_uri(), tmp_path, width=400)
 
-    assert 'data-shown="true,true"' in shown
-    assert "All SLOs kept" in shown
+    assert 'data-shown="true,true"' in document
+    assert "All SLOs kept" in document

@@ -1,5 +1,4 @@
-"""The locust scripts as an operator runs them: against the real application, and against a server
-of which everything is known."""
+"""The locust scripts as an operator runs them, against a server of which everything is known."""
 
 from __future__ import annotations
 
@@ -8,22 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import ceiling
-from load import report
-from load.traffic import KINDS
 from support import load
-from support.server import App, free_port
+from support.load import closed
+from support.server import free_port
 
 # Answers after 20 ms, and stops for two seconds, two seconds after the first request.
 STALLING = ("--delay", "0.02", "--stall-at", "2", "--stall-for", "2")
-
-
-def closed(users: float, seconds: float, *kinds: str, think_s: float = 0.05) -> dict[str, Any]:
-    return {
-        "weights": dict.fromkeys(kinds, 1),
-        "load": {"level": users},
-        "seconds": seconds,
-        "think_s": [think_s, think_s],
-    }
 
 
 def poisson(rate: float, seconds: float, drain_s: float = 10) -> dict[str, Any]:
@@ -32,27 +21,6 @@ def poisson(rate: float, seconds: float, drain_s: float = 10) -> dict[str, Any]:
 
 def slow(run: load.Run) -> list[float]:
     return [sample.value for sample in run.latencies() if sample.value > 1]
-
-
-def test_every_kind_of_traffic_is_answered_rightly_by_the_real_application(
-    demo: App, tmp_path: Path
-) -> None:
-    run = load.run(tmp_path, demo.url, closed(len(KINDS), 10, *KINDS))
-
-    assert run.failures == set()
-    assert run.code == 0, run.output
-    counts = {kind: len(run.latencies(kind)) for kind in KINDS}
-    assert all(counts.values()), counts
-    streams = {(s.kind, s.measure) for s in run.samples if s.measure != "latency"}
-    assert {
-        ("long stream", "ttft"),
-        ("long stream", "inter_token"),
-        ("long stream", "tokens_per_s"),
-        ("streaming chat", "ttft"),
-    } <= streams
-    assert {s.tokens for s in run.latencies("long stream")} == {48}
-    assert "TTFT long stream" in run.output
-    assert (tmp_path / report.PAGE).exists()
 
 
 def test_wrong_answers_are_failures_and_fail_the_run(tmp_path: Path) -> None:
@@ -130,9 +98,9 @@ def test_what_workers_measure_reaches_the_master(tmp_path: Path) -> None:
 def test_a_trace_is_replayed_kind_by_kind_and_at_its_times(tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text("seconds,kind\n0.2,caption\n1.5,question\n1.5,caption\n")
     with ceiling.null_server() as url:
-        run = load.run(
-            tmp_path, url, {"arrivals": "replay", "trace": "trace.csv", "seconds": 2, "drain_s": 5}
-        )
+        scenario = {"arrivals": "replay", "trace": "trace.csv", "seconds": 2, "drain_s": 5}
+        # With a slash, as people copy URLs.
+        run = load.run(tmp_path, f"{url}/", scenario)
 
     assert [sample.kind for sample in run.latencies()].count("caption") == 2
     first, *others = sorted(sample.time for sample in run.latencies())
@@ -141,7 +109,4 @@ def test_a_trace_is_replayed_kind_by_kind_and_at_its_times(tmp_path: Path) -> No
 
 def test_the_generators_own_limit_is_measured() -> None:
     with ceiling.null_server() as url:
-        rate = ceiling.ceiling(url, "caption", users=4, seconds=2)
-
-    print(f"this load generator offers {rate:.0f} requests a second here")
-    assert rate > 10
+        assert ceiling.ceiling(url, "caption", users=4, seconds=1) > 0

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from support.checkpoints import Recipe, write_checkpoint
 from support.oracle import Oracle
-from support.server import App, data_url, encode, start_app
+from support.server import App, data_url, encode
 
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
     return Image.fromarray(photographs.chelsea())
-
-
-@pytest.fixture(scope="module")
-def seeing(base_url: str) -> tuple[App, Oracle]:
-    """A random checkpoint: unlike the shipped one it says different things of photographs."""
-    folder = write_checkpoint(Path(tempfile.mkdtemp()), Recipe("photos", seed=4))
-    return start_app(base_url, "photos", {"model": str(folder)}), Oracle(folder)
 
 
 def _rotated(photo: Image.Image) -> bytes:
@@ -95,9 +85,9 @@ FILES: dict[
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_photograph_gets_the_tokens_that_transformers_gives_for_its_upright_rgb(
-    name: str, seeing: tuple[App, Oracle], photo: Image.Image
+    name: str, random_model: tuple[App, Oracle], photo: Image.Image
 ) -> None:
-    app, oracle = seeing
+    app, oracle = random_model
     make, shown = FILES[name]
     data = make(photo)
     body = {"image": data_url(data), "max_tokens": 12, "return_token_ids": True}
@@ -109,9 +99,9 @@ def test_a_photograph_gets_the_tokens_that_transformers_gives_for_its_upright_rg
 
 
 def test_uploads_of_several_photographs_get_one_result_each(
-    seeing: tuple[App, Oracle], photo: Image.Image
+    random_model: tuple[App, Oracle], photo: Image.Image
 ) -> None:
-    app, oracle = seeing
+    app, oracle = random_model
     coffee = Image.fromarray(photographs.coffee())
     broken = encode(photo, "JPEG")[:2000]
     files = [

@@ -2,31 +2,97 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import httpx
+import pytest
 from ray import serve
 
+from blip2_serve.app import build
+from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
-from support.server import data_url, start_app, wait_until
+from support.monitoring import needs, prometheus, rule_groups
+from support.server import App, data_url, start_app, wait_until
 
-NAME = "idle"
+pytestmark = pytest.mark.long
+
+IDLE, NEVER = "idle", "never"
 SCENE = scenes.sample(6_001)
 
 
 def replicas(stage: str) -> int:
-    states = serve.status().applications[NAME].deployments[stage].replica_states
+    states = serve.status().applications[IDLE].deployments[stage].replica_states
     return sum(states.values())
 
 
-def test_the_first_request_after_a_rest_waits_and_succeeds(base_url: str) -> None:
+@pytest.fixture(scope="module")
+def idle(base_url: str) -> Iterator[App]:
+    """Encoder and generator are at zero, on purpose."""
     soon = {"downscale_to_zero_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
     stage = {"autoscaling": {"min_replicas": 0, "max_replicas": 1, **soon}}
-    app = start_app(base_url, NAME, {"dtype": "float32", "encoder": stage, "generator": stage})
+    app = start_app(base_url, IDLE, {"dtype": "float32", "encoder": stage, "generator": stage})
     wait_until(lambda: replicas("Generator") == replicas("Encoder") == 0)
-    assert replicas("Preprocessor") == 1
+    yield app
+    serve.delete(IDLE)
 
-    answer = app.post("/v1/caption", json={"image": data_url(SCENE.image)})
+
+@pytest.fixture
+def one_stage_never_comes(idle: App) -> Iterator[str]:
+    """The name of an application beside `idle`; no node has what its preprocessor asks for."""
+    assert idle.name != NEVER
+    light: dict[str, Any] = {
+        stage: {"num_cpus": 0} for stage in ("ingress", "preprocessor", "encoder", "generator")
+    }
+    light["preprocessor"]["resources"] = {"nowhere": 1}
+    target = serve.RunTarget(
+        build(AppConfig.model_validate(light)), name=NEVER, route_prefix=f"/{NEVER}"
+    )
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    yield NEVER
+    serve.delete(NEVER)
+
+
+def test_the_alert_is_about_a_stage_that_never_came_and_not_about_one_at_zero(
+    idle: App, one_stage_never_comes: str, tmp_path: Path
+) -> None:
+    needs("prometheus")
+    (alert,) = (
+        rule
+        for group in rule_groups()
+        for rule in group["rules"]
+        if rule.get("alert") == "Blip2NoReadyReplica"
+    )
+    with prometheus(tmp_path, {"blip2": f"{idle.url.removeprefix('http://')}/metrics"}) as watching:
+        # Everything that the alert goes by is known of both.
+        watching.wait_for(
+            f'count(ray_serve_autoscaling_target_replicas{{application="{IDLE}"}}) == 4'
+        )
+        for stage in ("Encoder", "Generator"):
+            labels = f'application="{IDLE}", deployment="{stage}"'
+            watching.wait_for(f"ray_serve_autoscaling_target_replicas{{{labels}}} == 0")
+        healthy = (
+            f'ray_serve_deployment_replica_healthy{{application="{one_stage_never_comes}"}} == 1'
+        )
+        watching.wait_for(f"count({healthy}) == 3", within_s=120)
+        firing = {
+            (sample["metric"]["application"], sample["metric"]["deployment"])
+            for sample in watching.query(alert["expr"])
+        }
+    assert firing == {(one_stage_never_comes, "Preprocessor")}
+
+
+def test_the_first_request_after_a_rest_waits_and_succeeds(idle: App) -> None:
+    assert replicas("Preprocessor") == 1
+    assert replicas("Generator") == replicas("Encoder") == 0
+
+    answer = idle.post("/v1/caption", json={"image": data_url(SCENE.image)})
 
     assert answer.status_code == httpx.codes.OK, answer.text
     assert answer.json()["data"][0]["caption"] == SCENE.caption
     assert replicas("Generator") == 1
-    serve.delete(NAME)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import httpx
+import yaml
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
 from support.server import free_port, wait_until
 
 READY_WITHIN_S = 120
+SERVE = Path(sys.executable).with_name("serve")
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,19 @@ class RayNodes:
         self.cluster.remove_node(node, allow_graceful=False)
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Sends serveConfigV2 to the dashboard, as KubeRay's operator does.
+        """`serve deploy` of serveConfigV2, which KubeRay's operator sends the same way.
 
         HTTP is at a free port, and of the head only: nodes on one machine would want the same port.
         """
         port = int(self.url.rpartition(":")[2])
         http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
         config = {**config, "proxy_location": "HeadOnly", "http_options": http_options}
-        httpx.put(self._applications, json=config, timeout=60).raise_for_status()
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump(config, file)
+            file.flush()
+            subprocess.run(
+                [SERVE, "deploy", file.name, "--address", self.dashboard], check=True, timeout=120
+            )
 
     def until_ready(self) -> None:
         wait_until(self._is_ready, READY_WITHIN_S)

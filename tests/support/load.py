@@ -33,6 +33,15 @@ class Run:
         return {f"{s.kind}: {s.failure}" for s in self.samples if s.failure}
 
 
+def closed(users: float, seconds: float, *kinds: str, think_s: float = 0.05) -> dict[str, Any]:
+    return {
+        "weights": dict.fromkeys(kinds, 1),
+        "load": {"level": users},
+        "seconds": seconds,
+        "think_s": [think_s, think_s],
+    }
+
+
 def command(folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any]) -> list[str]:
     """Without a window, into `folder`; JSON is YAML."""
     scenario_file, slo_file = folder / "scenario.yaml", folder / "slo.yaml"
@@ -51,7 +60,11 @@ def run(
 
 
 def start(asked: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    # A company's network, whose proxy is not there: it is not for this machine.
+    proxies = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}
+    environment = {**os.environ, **proxies, "PYTHONWARNINGS": "ignore"}
+    for name in ("no_proxy", "NO_PROXY"):
+        environment.pop(name, None)
     return subprocess.Popen(
         asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )

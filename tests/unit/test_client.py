@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from blip2_serve import cli
-from blip2_serve.client import ask, is_loopback, open_client
+from blip2_serve.client import connect, is_loopback, post
 from blip2_serve.errors import StartupError
 
 CAPTION = b'{"data": [{"caption": "a cat"}]}'
@@ -55,8 +55,8 @@ def serving(server: Server) -> Iterator[Server]:
 
 
 def caption(url: str) -> str:
-    with open_client(url) as client:
-        return ask(client, "/v1/caption", {}, lambda answer: answer["data"][0]["caption"])
+    with connect(url) as server:
+        return post(server, "/v1/caption", {}, lambda answer: answer["data"][0]["caption"])
 
 
 @pytest.mark.parametrize("end", ["", "/", "//"])
@@ -88,7 +88,7 @@ def test_an_answer_that_is_no_caption_is_one_line(status: int, body: bytes, told
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a.b", "http://", "", "a b"])
 def test_what_is_no_url_is_told_with_one_that_is(url: str) -> None:
     with pytest.raises(StartupError, match=r"http://127\.0\.0\.1:8000"):
-        open_client(url)
+        connect(url)
 
 
 def test_where_no_server_is_the_command_that_starts_one_is_told() -> None:
@@ -106,7 +106,7 @@ def test_a_proxy_is_not_asked_for_this_machine_and_is_for_others(
         assert proxy.asked == []
         with pytest.raises(StartupError):
             caption("http://example.invalid")
-        with open_client("http://example.invalid", on_this_machine=True) as client:
+        with connect("http://example.invalid", on_this_machine=True) as client:
             assert not client.trust_env
     assert proxy.asked == ["http://example.invalid/v1/caption"]
 
@@ -130,7 +130,7 @@ def test_loopback_is_told_by_the_host(url: str, loopback: bool) -> None:
 def test_waiting_for_a_server_ends_when_it_was_said_to() -> None:
     with (
         serving(Server(503)) as server,
-        open_client(server.url) as client,
+        connect(server.url) as client,
         pytest.raises(StartupError) as error,
     ):
         cli._wait_until_ready(client, within_s=0.3)

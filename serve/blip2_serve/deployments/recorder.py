@@ -19,6 +19,17 @@ EVERY_S = 1.0
 MOST_PENDING = 100_000  # beyond that, the oldest are lost: Ray has stopped taking them
 
 
+def ray_metric(metric: Metric) -> Any:
+    """Ray's own, which its exporter knows."""
+    labels: Any = metric.labels  # Ray's annotation says one
+    if isinstance(metric, Histogram):
+        return ray_metrics.Histogram(
+            metric.name, metric.help, boundaries=[*metric.buckets], tag_keys=labels
+        )
+    kind = ray_metrics.Counter if isinstance(metric, Counter) else ray_metrics.Gauge
+    return kind(metric.name, metric.help, tag_keys=labels)
+
+
 class RayRecorder:
     """A `Recorder` for this replica; Ray adds its deployment, replica and application.
 
@@ -26,7 +37,11 @@ class RayRecorder:
     several times that in a process that has just woken, and a request would wait for some 25.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, make: Callable[[Metric], Any] = ray_metric, every_s: float = EVERY_S
+    ) -> None:
+        self._make = make
+        self._every_s = every_s
         self._pending: deque[Callable[[], None]] = deque(maxlen=MOST_PENDING)
         self._made: dict[str, Any] = {}
         self._report: Callable[[], None] = lambda: None
@@ -51,7 +66,7 @@ class RayRecorder:
     def _run(self) -> None:
         tell = harmless(lambda measurement: measurement())
         while True:
-            time.sleep(EVERY_S)
+            time.sleep(self._every_s)
             self._report()
             while self._pending:
                 tell(self._pending.popleft())
@@ -70,18 +85,8 @@ class RayRecorder:
     def _of(self, metric: Metric) -> Any:
         made = self._made.get(metric.name)
         if made is None:
-            made = self._made[metric.name] = _make(metric)
+            made = self._made[metric.name] = self._make(metric)
         return made
-
-
-def _make(metric: Metric) -> Any:
-    labels: Any = metric.labels  # Ray's annotation says one
-    if isinstance(metric, Histogram):
-        return ray_metrics.Histogram(
-            metric.name, metric.help, boundaries=[*metric.buckets], tag_keys=labels
-        )
-    kind = ray_metrics.Counter if isinstance(metric, Counter) else ray_metrics.Gauge
-    return kind(metric.name, metric.help, tag_keys=labels)
 
 
 @contextmanager

@@ -25,6 +25,9 @@ from blip2_serve.errors import StartupError
 from blip2_serve.model.opt import OptDecoder
 
 ENGINE = "fbgemm"
+
+# torch 2.13 deprecates tensors of dtype qint8, but has no other way to FBGEMM's packing.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # A digit lies between -63 and 63, and is stored with 64 added. With 8 bits of activations, CPUs
@@ -137,9 +140,7 @@ def _fbgemm_linear(layer: nn.Linear, activation: str) -> nn.Module | None:
 def _packed(weight: Tensor, scales: Tensor) -> torch.ScriptObject:
     """int8 [out, in] and float32 [out] as FBGEMM wants them."""
     zeros = torch.zeros(len(scales), dtype=torch.int64)
-    with warnings.catch_warnings(), _engine():
-        # torch 2.13 deprecates tensors of dtype qint8, but has no other way to FBGEMM's packing.
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+    with _engine():
         tensor = torch._make_per_channel_quantized_tensor(weight, scales.double(), zeros, 0)
         packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(tensor, None)
     return packed

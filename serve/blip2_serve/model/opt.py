@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
-from transformers.activations import ACT2FN
 
+from blip2_serve.errors import StartupError
 from blip2_serve.model.checkpoint import Checkpoint
 from blip2_serve.model.linear import Pack, for_few_rows, pack_linears, pack_with_activation
 
@@ -32,6 +32,16 @@ def add_norm(x: Tensor, more: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
+# transformers' table of them takes a second to import. OPT's checkpoints have the first.
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+def _activation(name: str) -> nn.Module:
+    if name not in _ACTIVATIONS:
+        raise StartupError(f"OPT with the activation {name!r} is not served")
+    return _ACTIVATIONS[name]()
+
+
 class OptLayer(nn.Module):
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -44,7 +54,7 @@ class OptLayer(nn.Module):
         self.out_proj = nn.Linear(hidden, hidden, bias=bias)
         self.final_layer_norm = nn.LayerNorm(hidden, elementwise_affine=affine)
         self.fc1 = nn.Linear(hidden, config.ffn_dim, bias=bias)
-        self.activation = ACT2FN[config.activation_function]
+        self.activation = _activation(config.activation_function)
         self.fc2 = nn.Linear(config.ffn_dim, hidden, bias=bias)
 
     def forward(

@@ -16,12 +16,13 @@ from support.recorder import FakeRecorder
 class Ray:
     """In place of Ray's metrics: notes what they are told."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.made: list[str] = []
         self.done = threading.Event()
-        monkeypatch.setattr(recorder, "EVERY_S", 0.01)
-        monkeypatch.setattr(recorder, "_make", self._make)
+
+    def recorder(self) -> RayRecorder:
+        return RayRecorder(self._make, every_s=0.01)
 
     def _make(self, metric: metrics.Metric) -> Any:
         self.made.append(metric.name)
@@ -43,10 +44,9 @@ class Ray:
         return Made()
 
 
-def test_all_arrive_in_order_and_a_histogram_has_its_exact_sum(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ray, made = Ray(monkeypatch), RayRecorder()
+def test_all_arrive_in_order_and_a_histogram_has_its_exact_sum() -> None:
+    ray = Ray()
+    made = ray.recorder()
     made.add(metrics.REQUESTS, route="/x", outcome="ok")
     made.add(metrics.GENERATED_TOKENS, 0)
     made.observe(metrics.QUEUE_SECONDS, 0.5, stage="encoder")
@@ -65,8 +65,9 @@ def test_all_arrive_in_order_and_a_histogram_has_its_exact_sum(
     assert len(ray.made) == len({*ray.made})
 
 
-def test_one_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray, made = Ray(monkeypatch), RayRecorder()
+def test_one_that_fails_takes_no_other_along() -> None:
+    ray = Ray()
+    made = ray.recorder()
     made.add(metrics.GENERATED_TOKENS, -1)
     made.set(metrics.WAITING, 1, stage="x")
 
@@ -74,25 +75,22 @@ def test_one_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) ->
     assert [name for name, *_ in ray.told] == ["blip2_waiting"]
 
 
-def test_a_state_is_asked_for_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    Ray(monkeypatch)
+def test_a_state_is_asked_for_again_and_again() -> None:
     asked = threading.Semaphore(0)
-    RayRecorder().report_by(asked.release)
+    Ray().recorder().report_by(asked.release)
 
     assert asked.acquire(timeout=10)
     assert asked.acquire(timeout=10)
 
 
-def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    ray, asked = Ray(monkeypatch), threading.Semaphore(0)
+def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back() -> None:
+    ray, asked = Ray(), threading.Semaphore(0)
 
     def report() -> None:
         asked.release()
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    made = RayRecorder()
+    made = ray.recorder()
     made.report_by(report)
     assert asked.acquire(timeout=10)
     made.set(metrics.WAITING, 1, stage="x")
@@ -104,10 +102,9 @@ def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back(
 def test_measurements_that_ray_does_not_take_do_not_pile_up_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Ray(monkeypatch)
     monkeypatch.setattr(recorder, "MOST_PENDING", 3)
     stuck = threading.Event()
-    made = RayRecorder()
+    made = Ray().recorder()
     made.report_by(stuck.wait)
     for value in range(10):
         made.set(metrics.WAITING, value, stage="x")

@@ -421,11 +421,9 @@ async def test_closing_is_told_to_those_who_read_and_to_those_who_come(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
-    reading = await bench.begin("a", 50)
-    bench.runner.allow(1)
-    await until(lambda: bench.loop.stats().steps == 1)
-    bench.runner.allow(1)  # of the step that may be under way
-    await asyncio.to_thread(bench.loop.close)
+    reading = await bench.begin("a", 900)
+    closing = asyncio.create_task(asyncio.to_thread(bench.loop.close))
+    await until(lambda: closed(bench, closing))
     for call in (reading, bench.collect("b")):
         with pytest.raises(Unavailable, match="closed"):
             await call
@@ -440,16 +438,17 @@ async def test_closing_ends_the_thread(make: Callable[..., Bench]) -> None:
     assert threading.active_count() == before
 
 
+def closed(bench: Bench, closing: asyncio.Task[None]) -> bool:
+    """Step by step, as the current one may be over already."""
+    bench.runner.allow(1)
+    return closing.done()
+
+
 async def test_closing_does_not_wait_for_running_answers(make: Callable[..., Bench]) -> None:
     bench = make()
     task = await bench.begin("a", 900)
     closing = asyncio.create_task(asyncio.to_thread(bench.loop.close))
-
-    def closed() -> bool:
-        bench.runner.allow(1)  # step by step, as the current one may be over already
-        return closing.done()
-
-    await until(closed)
+    await until(lambda: closed(bench, closing))
     assert bench.loop.stats().steps < 900
     with pytest.raises(Unavailable):
         await task

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -36,30 +37,30 @@ print(json.dumps({"grown": machine.anonymous_memory() - before, "owned": owned})
 """
 
 
-@pytest.fixture(
-    scope="module", params=["sharded", "bin"], ids=["safetensors shards", ".bin shards"]
+@pytest.mark.parametrize(
+    ("half", "layout"),
+    [
+        pytest.param("vision", "sharded", id="vision, safetensors shards"),
+        pytest.param("language", "bin", id="language, .bin shards"),
+    ],
 )
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_from_float32_shards_to_bfloat16_memory_grows_by_the_tensors_alone(
+    half: str, layout: Literal["sharded", "bin"], tmp_path: Path
+) -> None:
     recipe = Recipe(
         "large",
         seed=6,
         vision_width=768,
-        vision_layers=8,
+        vision_layers=5,
         width=1024,
-        layers=6,
-        layout=request.param,
+        layers=3,
+        layout=layout,
         shard_size="64MB",
     )
-    return write_checkpoint(tmp_path_factory.mktemp("large"), recipe)
-
-
-@pytest.mark.parametrize("half", ["vision", "language"])
-def test_from_float32_shards_to_bfloat16_memory_grows_by_the_tensors_alone(
-    half: str, folder: Path
-) -> None:
+    folder = write_checkpoint(tmp_path, recipe)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, half, folder], check=True, capture_output=True, text=True
     )
     sizes = json.loads(done.stdout.splitlines()[-1])
-    assert sizes["owned"] > 40e6
+    assert sizes["owned"] > 25e6
     assert 0.9 * sizes["owned"] < sizes["grown"] <= ALLOWED * sizes["owned"]

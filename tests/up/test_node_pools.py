@@ -18,6 +18,8 @@ from support.cluster import RayNodes, ray_nodes
 from support.manifests import build, ray_environment
 from support.server import data_url, wait_until
 
+pytestmark = pytest.mark.long
+
 POOLS = {"Ingress": "preprocess", "Preprocessor": "preprocess", "Encoder": "encode"}
 SCENE = scenes.sample(9_101)
 LONG = {"image": data_url(SCENE.image), "max_tokens": 400, "ignore_eos": True}

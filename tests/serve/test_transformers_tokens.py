@@ -24,7 +24,7 @@ REQUESTS = 64
 ARRIVAL_SPREAD_S = 1.0
 
 RECIPES = [
-    pytest.param((Recipe("tied", seed=1), {}), id="tied embeddings, one file"),
+    pytest.param(None, id="tied embeddings, one file, two replicas a stage"),
     pytest.param(
         (
             Recipe(
@@ -123,8 +123,14 @@ def expected(oracle: Oracle, images: list[Image.Image], case: Case) -> list[int]
 
 @pytest.fixture(scope="module", params=RECIPES)
 def served(
-    request: pytest.FixtureRequest, base_url: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    base_url: str,
+    random_model: tuple[App, Oracle],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[App, Oracle]]:
+    if request.param is None:
+        yield random_model
+        return
     recipe, generator = request.param
     folder = write_checkpoint(tmp_path_factory.mktemp(recipe.name), recipe)
     if recipe.name == "eos":

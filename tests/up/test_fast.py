@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -23,57 +19,32 @@ import yaml
 from PIL import Image
 
 from blip2_serve.demo import scenes
-from support.server import data_url, encode, free_port, image_message, wait_until
+from support.server import data_url, encode, image_message
+from support.up import Up, running_up
 
-BIN = Path(sys.executable).parent
 SCENE = scenes.sample(6_001)
 LONG = {"image": data_url(SCENE.image), "max_tokens": 450, "ignore_eos": True}
 SHORT = {**LONG, "max_tokens": 1}
 
 
-@dataclass
-class Server:
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
-
-    def family(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def seconds(self, body: dict[str, object]) -> float:
-        """How long a request takes."""
-        start = time.monotonic()
-        httpx.post(f"{self.url}/v1/generate", json=body, timeout=60).raise_for_status()
-        return time.monotonic() - start
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("fast")
     config = folder / "config.yaml"
     # One sequence at a time: whoever is still in the engine keeps the next one waiting.
     config.write_text(yaml.safe_dump({"generator": {"max_running": 1}}))
-    log, port = folder / "log", free_port()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [BIN / "blip2-serve", "up", "--fast", "--port", str(port), "--config", config],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
-            start_new_session=True,
-        )
-    try:
-        wait_until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None)
-        assert "is ready" in log.read_text()
-        yield Server(process, f"http://127.0.0.1:{port}", log)
-    finally:
-        if process.poll() is None:  # not by SIGKILL, which would leave HAProxy behind
-            process.terminate()
-            process.wait(timeout=60)
-        print(log.read_text())
+    with running_up(folder, "--fast", "--config", config) as server:
+        yield server
 
 
-def test_a_caption_and_its_stream_piece_by_piece(server: Server) -> None:
+def seconds(server: Up, body: dict[str, object]) -> float:
+    """How long a request takes."""
+    start = time.monotonic()
+    httpx.post(f"{server.url}/v1/generate", json=body, timeout=60).raise_for_status()
+    return time.monotonic() - start
+
+
+def test_a_caption_and_its_stream_piece_by_piece(server: Up) -> None:
     body = {"messages": [image_message(SCENE.image)]}
     whole = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
     assert whole["choices"][0]["message"]["content"] == SCENE.caption
@@ -90,7 +61,7 @@ def test_a_caption_and_its_stream_piece_by_piece(server: Server) -> None:
     assert times[-1] - times[1] > (times[-1] - times[0]) / 2  # not all at the end
 
 
-def test_an_image_above_four_megabytes(server: Server) -> None:
+def test_an_image_above_four_megabytes(server: Up) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1600, 1700, 3), dtype=np.uint8)
     png = encode(Image.fromarray(noise), compress_level=0)
     assert len(png) > 8_000_000
@@ -110,7 +81,7 @@ def test_an_image_above_four_megabytes(server: Server) -> None:
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_bad_input_has_openais_shape(
-    change: dict[str, object], param: str, stream: bool, server: Server
+    change: dict[str, object], param: str, stream: bool, server: Up
 ) -> None:
     body = {**SHORT, **change, "stream": stream}
     answer = httpx.post(f"{server.url}/v1/generate", json=body, timeout=60)
@@ -120,8 +91,8 @@ def test_bad_input_has_openais_shape(
 
 
 @pytest.mark.parametrize("leave", ["while waiting", "while streaming"])
-def test_a_client_that_goes_away_makes_room_for_the_next(leave: str, server: Server) -> None:
-    url, to_the_end = f"{server.url}/v1/generate", server.seconds(LONG)
+def test_a_client_that_goes_away_makes_room_for_the_next(leave: str, server: Up) -> None:
+    url, to_the_end = f"{server.url}/v1/generate", seconds(server, LONG)
     for _ in range(3):
         if leave == "while streaming":
             with httpx.stream("POST", url, json={**LONG, "stream": True}) as response:
@@ -129,10 +100,10 @@ def test_a_client_that_goes_away_makes_room_for_the_next(leave: str, server: Ser
         else:
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(url, json=LONG, timeout=0.2)
-        assert server.seconds(SHORT) < to_the_end / 2
+        assert seconds(server, SHORT) < to_the_end / 2
 
 
-def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Server) -> None:
+def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Up) -> None:
     address = _address_in_the_network()
     line = next(x for x in server.log.read_text().splitlines() if "open to the network" in x)
     said = {int(port) for port in re.findall(r"\b\d+\b", line)}
@@ -163,18 +134,16 @@ def _connects(address: str, port: int) -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def test_ctrl_c_leaves_no_process_and_no_folder(server: Server) -> None:
-    family = server.family()
-    (haproxy,) = (p for p in family if p.name() == "haproxy")
+def test_nothing_on_this_machine_was_asked_by_way_of_the_proxy(server: Up) -> None:
+    assert seconds(server, SHORT) < 60
+    assert server.proxied == []
+
+
+def test_ctrl_c_leaves_no_process_and_no_folder(server: Up) -> None:
+    (haproxy,) = (p for p in server.family() if p.name() == "haproxy")
     command = haproxy.cmdline()
     folder = Path(command[command.index("-f") + 1]).parents[1]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does it
-    assert server.process.wait(timeout=60) == 0
-    wait_until(lambda: not any(_is_alive(process) for process in family), within_s=30)
+    server.stop(signal.SIGINT)
     assert not folder.exists()
     assert "Traceback" not in server.log.read_text()
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

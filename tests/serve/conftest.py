@@ -1,0 +1,47 @@
+"""One Ray with Serve for all tests of this folder; applications come and go on it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from support.checkpoints import Recipe, write_checkpoint
+from support.oracle import Oracle
+from support.server import App, free_port, start_app
+
+
+@pytest.fixture(scope="session")
+def base_url() -> Iterator[str]:
+    """Where Serve listens."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
+    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    port = free_port()
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port},
+        logging_config=LoggingConfig(log_level="WARNING"),
+    )
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def demo(base_url: str) -> App:
+    """The shipped checkpoint, in float32."""
+    return start_app(base_url, "demo", {"dtype": "float32"})
+
+
+@pytest.fixture(scope="session")
+def random_model(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[App, Oracle]:
+    """A random checkpoint, which says something else of each picture; two replicas a stage."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("random"), Recipe("random", seed=1))
+    two = {stage: {"num_replicas": 2} for stage in ("preprocessor", "encoder", "generator")}
+    app = start_app(base_url, "random", {"model": str(folder), "dtype": "float32", **two})
+    return app, Oracle(folder)

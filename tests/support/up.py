@@ -1,0 +1,104 @@
+"""`blip2-serve up` as an operator starts it, in a company's network."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from support.server import free_port, wait_until
+
+COMMAND = Path(sys.executable).parent / "blip2-serve"
+
+
+@dataclass(frozen=True)
+class Up:
+    """A server that is ready. `asked_of_proxy` is what the proxy in its environment was asked."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    asked_of_proxy: list[str]
+
+    @property
+    def proxied(self) -> list[str]:
+        """What the proxy was asked of this machine; Ray asks clouds about themselves, too."""
+        addresses = [a.address for found in psutil.net_if_addrs().values() for a in found]
+        own = ("localhost", *addresses)
+        return [line for line in self.asked_of_proxy if any(name in line for name in own)]
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, how: signal.Signals) -> None:
+        """Asks it to stop and waits until it has ended in order, with all that it had started."""
+        family = self.family()
+        assert family
+        if how == signal.SIGINT:
+            os.killpg(self.process.pid, how)  # to all of its processes, as a terminal does it
+        else:
+            self.process.send_signal(how)
+        assert self.process.wait(timeout=60) == 0
+        wait_until(lambda: not any(map(_is_alive, family)), within_s=30)
+
+
+@contextmanager
+def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator[Up]:
+    """A server with these flags on a free port, ready; gone afterwards."""
+    log, port = folder / "log", free_port()
+    own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with _proxy() as (proxy, asked):
+        own |= {f"{kind}_proxy": proxy for kind in ("http", "https", "all")} | environment
+        for name in ("no_proxy", "NO_PROXY"):
+            own.pop(name, None)
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [COMMAND, "up", "--port", str(port), *flags],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=own,
+                # As a terminal gives it; Ray finds no other cluster through it.
+                start_new_session=True,
+            )
+        try:
+            wait_until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None)
+            assert "is ready" in log.read_text()
+            yield Up(process, f"http://127.0.0.1:{port}", log, asked)
+        finally:
+            if process.poll() is None:  # not by SIGKILL, which would leave its children behind
+                process.terminate()
+                process.wait(timeout=60)
+            print(log.read_text())
+
+
+@contextmanager
+def _proxy() -> Iterator[tuple[str, list[str]]]:
+    """A proxy that reaches nobody: its address, and the first line of what it was asked."""
+    asked: list[str] = []
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.rfile.readline().decode())
+            self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -1,0 +1,77 @@
+"""`blip2-serve up` in a company's network: ready, answering, traced, and gone when told to."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from blip2_serve.demo import scenes
+from support.collector import Collector, orphans, stages_of
+from support.server import data_url, image_message, wait_until
+from support.up import Up, running_up
+
+SCENE = scenes.sample(5_001)
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+STAGES = {"Preprocessor pixels", "Encoder encode", "Generator generate"}
+
+
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    with collector.running():
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Up]:
+    """It traces those who ask for it, and logs in JSON."""
+    folder = tmp_path_factory.mktemp("up")
+    flags = ("--trace", "0", "--log-format", "json")
+    with running_up(folder, *flags, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as server:
+        yield server
+
+
+def test_it_captions_the_bundled_picture_and_says_how_to_ask(server: Up) -> None:
+    printed = server.log.read_text()
+    assert f"ready at {server.url}" in printed
+    assert "a large red square at the top left" in printed
+    assert f"{server.url}/v1/caption" in printed
+    assert '"message": "loaded vision model' in printed
+
+
+def test_each_stage_has_a_span_under_the_clients_trace(server: Up, collector: Collector) -> None:
+    asked = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "traced"}
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        body = {"image": data_url(SCENE.image)}
+        response = client.post("/v1/caption", json=body, headers=asked)
+        assert response.json()["data"][0]["caption"] == SCENE.caption
+        assert response.headers["x-request-id"] == "traced"
+        # Not sampled: --trace 0, and nobody asked.
+        chat = {"messages": [image_message(scenes.sample(78).image)]}
+        assert client.post("/v1/chat/completions", json=chat).is_success
+
+    # Each process sends its spans in its own time.
+    wait_until(lambda: stages_of(collector.of(TRACE)) >= STAGES, 60)
+    wait_until(lambda: not orphans(collector.of(TRACE), PARENT), 60)
+    spans = collector.of(TRACE)
+    assert len(spans) == len(collector.spans)
+    for stage in STAGES:
+        (span,) = (s for s in spans if s.name == f"replica_handle_request {stage}")
+        attributes = {a.key: a.value.string_value for a in span.attributes}
+        assert attributes["request_id"] == "traced"
+        assert span.end_time_unix_nano > span.start_time_unix_nano
+
+
+def test_nothing_on_this_machine_was_asked_by_way_of_the_proxy(server: Up) -> None:
+    assert httpx.post(
+        f"{server.url}/v1/caption", files={"image": b""}, timeout=60
+    ).status_code in range(400, 500)
+    assert server.proxied == []
+
+
+def test_sigterm_leaves_no_process_behind(server: Up) -> None:
+    server.stop(signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
