@@ -72,7 +72,8 @@ async def test_an_observer_that_fails_takes_no_batch_with_it(
         raise ArithmeticError("not measured")
 
     batching = BatchThread(lambda: None, lambda numbers: numbers, 3, observe)
-    assert [await batching.result_of(number) for number in (1, 2)] == [1, 2]
+    async with asyncio.timeout(10):
+        assert [await batching.result_of(number) for number in (1, 2)] == [1, 2]
     assert batching.failure is None
     assert len(caplog.records) == 1  # the first one is logged, not every one
 

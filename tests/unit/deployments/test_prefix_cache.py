@@ -104,13 +104,14 @@ async def test_a_failure_that_every_client_left_is_not_reported_as_forgotten(
 ) -> None:
     encoder, cache = Encoder(open_gate=False), PrefixCache(8)
     encoder.failure = InvalidImage("broken")
-    for task in await waiters(encoder, cache, 2):
-        task.cancel()
-    await asyncio.sleep(0)
+    clients = await waiters(encoder, cache, 2)
+    for client in clients:
+        client.cancel()
+    await asyncio.wait(clients)
+    encoding = [*cache._under_way.values()]
     encoder.gate.set()
-    async with asyncio.timeout(10):
-        while cache._under_way:
-            await asyncio.sleep(0)
+    await asyncio.wait(encoding)
+    del encoding, clients, client
     gc.collect()  # asyncio complains when it sees the last of the task
 
     assert "never retrieved" not in caplog.text

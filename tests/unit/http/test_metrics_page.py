@@ -100,7 +100,7 @@ class Exporter(BaseHTTPRequestHandler):
 def exporter() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Exporter)
     server.released = threading.Event()  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.released.set()  # type: ignore[attr-defined]

@@ -78,7 +78,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def hub(request: Any) -> Iterator[Hub]:
     weights: set[str] = WEIGHTS[request.param]
     hub = Hub(CONFIGURATION | weights | OTHERS)
-    thread = threading.Thread(target=hub.serve_forever)
+    thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield hub
