@@ -6,6 +6,7 @@ import base64
 import contextlib
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -337,7 +338,14 @@ def _init_ray(address: str | None) -> None:
     try:
         if address is None:
             err.print("starting Ray")
-            ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+            # Ray starts its workers by a shell, and quotes what they are started with but not this.
+            quoted = shlex.quote(sys.executable)
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env=None if quoted == sys.executable else {"py_executable": quoted},
+            )
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except Exception as error:
