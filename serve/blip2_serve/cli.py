@@ -372,7 +372,8 @@ def _greet(server: httpx.Client, url: str, config: AppConfig) -> None:
     caption = _caption_of(server, DEMO_PICTURE)
     out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
     out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
-    out.print(f"    curl -F image=@{DEMO_PICTURE} {url}/v1/caption\n", markup=False)
+    picture = shlex.quote(f"image=@{DEMO_PICTURE}")
+    out.print(f"    curl -F {picture} {url}/v1/caption\n", markup=False)
     out.print("Ctrl-C stops it.")
 
 

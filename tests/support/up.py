@@ -1,4 +1,4 @@
-"""`blip2-serve up` as an operator starts it, in a company's network."""
+"""`blip2-serve up` as an operator starts it: in a company's network, from a folder with a blank."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from pathlib import Path
 import psutil
 
 from support.server import free_port, wait_until
-
-COMMAND = Path(sys.executable).parent / "blip2-serve"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
             own.pop(name, None)
         with log.open("w") as output:
             process = subprocess.Popen(
-                [COMMAND, "up", "--port", str(port), *flags],
+                [_python(folder), "-m", "blip2_serve", "up", "--port", str(port), *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=own,
@@ -78,6 +76,17 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
                 process.terminate()
                 process.wait(timeout=60)
             print(log.read_text())
+
+
+def _python(folder: Path) -> Path:
+    """This interpreter, with all its packages, in a folder with a blank in its path."""
+    environment = folder / "my dir"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python3"
+    python.symlink_to(Path(sys.executable).resolve())
+    for name in ("pyvenv.cfg", "lib"):
+        (environment / name).symlink_to(Path(sys.prefix) / name)
+    return python
 
 
 @contextmanager
