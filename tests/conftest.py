@@ -15,9 +15,12 @@ import support.device  # noqa: F401 (before anybody imports Triton)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# `make test-long` looks at many examples, CI at some more than `make test`.
-settings.register_profile("long", max_examples=3000, deadline=None)
+# `make test-long` looks at many examples, CI at some more than `make test`. No deadlines: two
+# processes share the cores.
+settings.register_profile("usual", deadline=None)
 settings.register_profile("short", max_examples=300, deadline=None)
+settings.register_profile("long", max_examples=3000, deadline=None)
+settings.load_profile("usual")
 
 # The folder whose tests share a Ray (its conftest.py), and the one whose modules start servers of
 # their own. They take longest and come first.

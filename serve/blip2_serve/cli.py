@@ -317,7 +317,8 @@ def _running(
         try:
             serve.run(build(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
         except RuntimeError as error:
-            raise StartupError(f"the application did not start: {error}") from None
+            reason = startup_error(APP_NAME) or error
+            raise StartupError(f"the application did not start: {reason}") from None
         yield
     finally:
         if ray.is_initialized():
@@ -353,6 +354,18 @@ def _init_ray(address: str | None) -> None:
         if address is None:
             raise StartupError(f"Ray does not start: {reason}") from error
         raise StartupError(f"there is no Ray to connect to at {address}: {reason}") from error
+
+
+def startup_error(application: str) -> str | None:
+    """What a replica's own StartupError says, where one kept the application from starting."""
+    from ray import serve
+
+    mark = f"{StartupError.__module__}.{StartupError.__name__}: "
+    for deployment in serve.status().applications[application].deployments.values():
+        for line in deployment.message.splitlines():
+            if mark in line:
+                return line.rpartition(mark)[2]
+    return None
 
 
 def _wait_until_ready(server: httpx.Client, within_s: float = STARTED_WITHIN_S) -> None:

@@ -1,0 +1,23 @@
+"""A replica that cannot start says why, and the operator reads it in the last line."""
+
+from __future__ import annotations
+
+import pytest
+from ray import serve
+
+from blip2_serve.cli import startup_error
+from support.server import start_app
+
+pytestmark = pytest.mark.long  # Serve tries a replica several times
+
+NAME = "without-memory"
+
+
+def test_too_little_room_for_the_kv_is_the_applications_error(base_url: str) -> None:
+    with pytest.raises(RuntimeError):
+        start_app(base_url, NAME, {"dtype": "float32", "generator": {"kv_rows": 9}})
+    reason = startup_error(NAME)
+    serve.delete(NAME)
+
+    assert reason is not None
+    assert reason.startswith("generator.kv_rows is 9, but the shortest request needs 10 rows")
