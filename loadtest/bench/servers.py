@@ -84,7 +84,7 @@ def command(name: str, checkpoint: Path, port: int) -> list[str]:
     if name == MONOLITH:
         script = str(Path(__file__).with_name("monolith.py"))
         return [sys.executable, script, str(checkpoint), "--port", str(port)]
-    up = [sys.executable, "-c", "from blip2_serve.cli import main; main()", "up"]
+    up = [sys.executable, "-m", "blip2_serve", "up"]
     flags = ["--model", str(checkpoint), "--dtype", "bfloat16", "--port", str(port)]
     return [*up, *flags, *KINDS[name]]
 

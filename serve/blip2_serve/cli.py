@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,23 +22,17 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from blip2_serve import __version__, client, fast_mode
+from blip2_serve import __version__, client, fast_mode, preflight
 from blip2_serve.config import AppConfig
 from blip2_serve.environment import NO_PROXY_BETWEEN_STAGES
 from blip2_serve.errors import StartupError
 from blip2_serve.http.validation import explain
-from blip2_serve.model.source import DEMO_PICTURE, find_folder
+from blip2_serve.model.source import DEMO_PICTURE
 
 APP_NAME = "blip2"
 EXIT_USAGE = 2
 READY_POLL_S = 0.2
-ADDRESS_TIMEOUT_S = 10
 STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
-
-# What Ray makes in the folder for temporary files, with the largest process id there can be; and
-# how long a socket's path may be: on macOS and BSD three bytes shorter than on Linux.
-RAY_SOCKET = "/ray/session_2026-11-26_16-28-11_123456_4194304/sockets/plasma_store"
-LONGEST_SOCKET = 107 if sys.platform == "linux" else 103
 
 _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
 
@@ -128,12 +121,14 @@ def up(
     if allow_image_urls:
         app_config = _allow_image_urls(app_config)
     if address is None:
-        check_temporary_folder()
+        preflight.check_temporary_folder()
+        preflight.check_port(host, port)
     else:
-        check_address(address)
-    check_startable(app_config, local=address is None)
-    if address is None:
-        check_port(host, port)
+        preflight.check_address(address)
+    # Here, as torch and transformers take seconds to load, which --help should not.
+    with err.status("reading the checkpoint's configuration"):
+        import blip2_serve.model.int8  # noqa: F401
+    preflight.check_model(app_config, local=address is None)
     url = f"http://{_bracketed('127.0.0.1' if host in _ANY_HOST else host)}:{port}"
 
     signals = StopSignals()
@@ -171,78 +166,6 @@ def read_config(file: Path | None, flags: dict[str, Any]) -> AppConfig:
         return AppConfig.model_validate(merged)
     except ValidationError as error:
         raise StartupError(f"configuration: {explain(error.errors(), merged)}") from None
-
-
-def check_startable(config: AppConfig, *, local: bool) -> None:
-    """Finds what would keep replicas from starting before any is started; downloads if need be.
-
-    Raises:
-        StartupError: with what to do about it.
-    """
-    # Imported late: torch and transformers take seconds, which --help should not.
-    with err.status("reading the checkpoint's configuration"):
-        import torch
-
-        from blip2_serve.model.checkpoint import longest_sequence, read_config
-        from blip2_serve.model.int8 import check_int8
-        from blip2_serve.model.processor import ImageProcessor
-
-    if local and config.device == "cuda" and not torch.cuda.is_available():
-        raise StartupError("no CUDA device on this machine: use --device cpu")
-    if local and config.generator.quantize:
-        on_gpu = config.device != "cpu" and torch.cuda.is_available()
-        check_int8(torch.device("cuda" if on_gpu else "cpu"))
-    if not local and not Path(config.model).exists() and config.model != "demo":
-        return  # a hub id or a path of the cluster's machines
-    folder = find_folder(config.model, config.revision)
-    longest_sequence(read_config(folder), config.max_model_len)
-    ImageProcessor.load(folder)
-
-
-def check_temporary_folder() -> None:
-    """Raises StartupError unless Ray can have its sockets in the folder for temporary files."""
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(name, "/tmp")  # noqa: S108 (as Ray chooses)
-    above = next(p for p in (Path(folder), *Path(folder).parents) if p.exists())  # Ray makes others
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StartupError(f"{name}={folder} is no folder that can be written to: set another one")
-    excess = len(os.fsencode(folder + RAY_SOCKET)) - LONGEST_SOCKET
-    if excess > 0:
-        raise StartupError(
-            f"{name}={folder} is {excess} bytes too long for the sockets that Ray makes in it: set "
-            f"{name} to a shorter path, such as /tmp"
-        )
-
-
-def check_address(address: str) -> None:
-    """Raises StartupError if `address` is that of a Ray, and nobody listens there.
-
-    Ray itself would try for minutes.
-    """
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or "/" in host:  # "auto", "ray://..."
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ADDRESS_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise StartupError(
-            f"no Ray listens at {address} ({error}): give --address the one of a running cluster's "
-            "head, or leave it out to start a Ray here"
-        ) from None
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises StartupError unless the port can be listened on."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise StartupError(
-            f"cannot listen on {host}:{port} ({error.strerror}): "
-            "choose another with --port or --host"
-        ) from None
 
 
 def _allow_image_urls(config: AppConfig) -> AppConfig:
