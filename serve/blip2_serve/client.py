@@ -1,4 +1,4 @@
-"""How the command line asks a server: its URL, the proxies on the way, and answers that are odd."""
+"""How the command line asks a server: its URL, proxies on the way, and unexpected answers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
     address, or `on_this_machine`, is asked directly.
 
     Raises:
-        StartupError: it is no http or https URL.
+        StartupError: it is not an http or https URL, or the proxy settings are wrong.
     """
     direct = on_this_machine or is_loopback(url)
     try:
         parsed = httpx.URL(url.rstrip("/"))
         if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise httpx.InvalidURL("no http:// or https:// URL")
-        return httpx.Client(base_url=parsed, timeout=TIMEOUT_S, trust_env=not direct)
+            raise httpx.InvalidURL("it must start with http:// or https://")
     except (httpx.InvalidURL, ValueError) as error:
         raise StartupError(
-            f"{url!r} is no server's URL ({error}): give one such as http://127.0.0.1:8000"
+            f"{url!r} is not a server URL ({error}): give one such as http://127.0.0.1:8000"
         ) from None
+    try:
+        return httpx.Client(base_url=parsed, timeout=TIMEOUT_S, trust_env=not direct)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise StartupError(f"the environment's proxy settings cannot be used: {error}") from None
 
 
 def is_loopback(url: str) -> bool:
@@ -62,7 +65,7 @@ def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[
         message = str(answer["error"]["message"])
     except (ValueError, LookupError, TypeError):
         raise StartupError(
-            f"{response.url} answers {response.status_code} and not in the form of blip2-serve: "
-            "is another server there, or a proxy?"
+            f"{response.url} answered {response.status_code}, but not as blip2-serve does: is "
+            "another server or a proxy at this address?"
         ) from None
     raise StartupError(message)

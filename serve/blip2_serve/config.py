@@ -128,7 +128,9 @@ class ComputeConfig(StageConfig):
 class ImageLimits(_Config):
     max_bytes: int = Field(20 << 20, ge=1, description="of one image file")
     allow_urls: bool = Field(False, description="fetch https image URLs")
-    url_timeout_s: float = Field(10.0, gt=0, description="for the whole download of an image")
+    url_timeout_s: float = Field(
+        10.0, gt=0, description="for an image: waiting for its turn, and the download"
+    )
     max_downloads: int = Field(16, ge=1, description="images downloaded at once, per replica")
 
 

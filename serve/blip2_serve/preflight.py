@@ -16,10 +16,8 @@ from blip2_serve.model.source import DEMO, find_folder
 
 ADDRESS_TIMEOUT_S = 10
 
-# What Ray makes in the folder for temporary files, with the largest process id there can be; and
-# how long a socket's path may be: on macOS and BSD three bytes shorter than on Linux.
-RAY_SOCKET = "/ray/session_2026-11-26_16-28-11_123456_4194304/sockets/plasma_store"
-LONGEST_SOCKET = 107 if sys.platform == "linux" else 103
+# What this process has Ray make in the folder for temporary files.
+RAY_SOCKET = f"/ray/session_2026-11-26_16-28-11_123456_{os.getpid()}/sockets/plasma_store"
 
 
 def check_model(config: AppConfig, *, local: bool) -> None:
@@ -45,12 +43,15 @@ def check_model(config: AppConfig, *, local: bool) -> None:
 
 def check_temporary_folder() -> None:
     """Ray can have its sockets in the folder for temporary files."""
-    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
-    folder = os.environ.get(name, "/tmp")  # noqa: S108 (as Ray chooses)
+    on_linux = sys.platform == "linux"
+    # As Ray chooses: elsewhere, TMPDIR does not count.
+    name = "TMPDIR" if on_linux and "RAY_TMPDIR" not in os.environ else "RAY_TMPDIR"
+    folder = os.environ.get(name, "/tmp")  # noqa: S108
     above = next(p for p in (Path(folder), *Path(folder).parents) if p.exists())  # Ray makes others
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise StartupError(f"{name}={folder} is no folder that can be written to: set another one")
-    excess = len(os.fsencode(folder + RAY_SOCKET)) - LONGEST_SOCKET
+        raise StartupError(f"{name}={folder} is not a writable folder: set {name} to another one")
+    longest = 107 if on_linux else 103  # of a socket's path, in bytes
+    excess = len(os.fsencode(folder + RAY_SOCKET)) - longest
     if excess > 0:
         raise StartupError(
             f"{name}={folder} is {excess} bytes too long for the sockets that Ray makes in it: set "

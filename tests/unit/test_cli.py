@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import Blip2Config
 
-from blip2_serve import __version__
+from blip2_serve import __version__, preflight
 from blip2_serve.cli import main, read_config
+from blip2_serve.errors import StartupError
+from support.server import free_port
 
 COMMAND = Path(sys.executable).parent / "blip2-serve"
 
@@ -29,7 +31,8 @@ def up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> U
     """`up` in this process, which has loaded torch already: the one line that it leaves."""
 
     def run(*arguments: str, **environment: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["blip2-serve", "up", *arguments])
+        place = [] if "--port" in arguments else ["--port", str(free_port())]
+        monkeypatch.setattr(sys, "argv", ["blip2-serve", "up", *arguments, *place])
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -94,7 +97,10 @@ def test_a_missing_folder_is_told_with_what_could_be_given(tmp_path: Path) -> No
     """In a process of its own: not a word of the libraries' goes beside the line."""
     folder = tmp_path / "absent"
     done = subprocess.run(
-        [COMMAND, "up", "--model", folder], capture_output=True, text=True, check=False
+        [COMMAND, "up", "--model", folder, "--port", str(free_port())],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     line = the_line(done.returncode, done.stdout, done.stderr)
 
@@ -186,6 +192,18 @@ def test_a_folder_for_temporary_files_that_is_too_long_for_sockets_is_told(
 
     assert f"TMPDIR={folder}" in line
     assert "/tmp" in line.removeprefix(str(folder))
+
+
+def test_a_long_tmpdir_counts_only_where_ray_uses_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    preflight.check_temporary_folder()
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(StartupError):
+        preflight.check_temporary_folder()
 
 
 def test_a_file_in_place_of_the_folder_for_temporary_files_is_told(up: Up, tmp_path: Path) -> None:

@@ -114,6 +114,17 @@ def test_a_proxy_is_not_asked_for_this_machine_and_is_for_others(
     assert proxy.asked == ["http://example.invalid/v1/caption"]
 
 
+def test_proxy_settings_that_are_wrong_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy:port")
+    with pytest.raises(StartupError, match="proxy settings"):
+        connect("https://example.com")
+
+
+def test_a_socks_proxy_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    connect("https://example.com").close()
+
+
 @pytest.mark.parametrize(
     ("url", "loopback"),
     [

@@ -1,4 +1,4 @@
-"""The stages. Whichever is imported first: the environment must be right before torch is loaded."""
+"""The stages. Importing any of them prepares the environment first, before torch is loaded."""
 
 from blip2_serve.environment import prepare_replica
 

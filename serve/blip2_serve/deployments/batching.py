@@ -85,9 +85,9 @@ class BatchThread(Generic[Item, Result]):
             start = time.perf_counter()
             try:
                 results = self._compute([waiting.item for waiting in batch])
-            except Exception as error:
-                self.failure = error
-                self._loop.call_soon_threadsafe(_fail, futures, error)
+            except BaseException as error:
+                self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
+                self._loop.call_soon_threadsafe(_fail, futures, self.failure)
                 continue
             self.failure = None
             waited = tuple(start - waiting.since for waiting in batch)

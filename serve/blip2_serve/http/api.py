@@ -194,13 +194,22 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
             raise InvalidRequest(
                 "the chat has no image: one is needed, in a user message", "messages"
             )
-        first, *others = dict.fromkeys(urls)
-        # Several addresses are several images: none is downloaded only to be refused.
-        if not others or all(map(is_data_url, [first, *others])):
-            data = await images.fetch(first, "messages")
-            if all([await images.fetch(url, "messages") == data for url in others]):
-                return data
-        raise InvalidRequest("the chat has different images; BLIP-2 answers about one", "messages")
+        different = list(dict.fromkeys(urls))
+        if len(different) > 1 and not all(map(is_data_url, different)):
+            for url in different:
+                images.check_url(url, "messages")
+            # None is downloaded only to be refused.
+            raise InvalidRequest(
+                "the chat names several images; BLIP-2 answers about one: send one image, by the "
+                "same URL each time",
+                "messages",
+            )
+        data, *others = [await images.fetch(url, "messages") for url in different]
+        if any(other != data for other in others):
+            raise InvalidRequest(
+                "the chat has different images; BLIP-2 answers about one", "messages"
+            )
+        return data
 
     async def prefix_of(data: bytes, param: str) -> ImagePrefix:
         try:

@@ -11,7 +11,7 @@ import httpx
 import pybase64
 
 from blip2_serve.config import ImageLimits
-from blip2_serve.errors import InvalidImage, InvalidRequest
+from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
 
 _DATA_PREFIX = "data:"
 
@@ -29,21 +29,27 @@ class ImageReader:
         Raises:
             InvalidRequest, InvalidImage: the URL is of another kind, malformed, too long,
                 unreachable or too slow.
+            Overloaded: too many others are being downloaded.
         """
+        self.check_url(url, param)
         if is_data_url(url):
             return self.check(_decode_data_url(url, param), param)
-        if url.lower().startswith("https://"):
-            if not self._limits.allow_urls:
-                raise InvalidRequest(
-                    "this server does not fetch image URLs; send a data URL "
-                    '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
-                    param,
-                )
-            async with self._downloads:
-                return await self._download(url, param)
-        raise InvalidRequest(
-            'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
-        )
+        return self.check(await self._download(url, param), param)
+
+    def check_url(self, url: str, param: str) -> None:
+        """Raises InvalidRequest unless images may come by such a URL; nothing is downloaded."""
+        if is_data_url(url):
+            return
+        if not url.lower().startswith("https://"):
+            raise InvalidRequest(
+                'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
+            )
+        if not self._limits.allow_urls:
+            raise InvalidRequest(
+                "this server does not fetch image URLs; send a data URL "
+                '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
+                param,
+            )
 
     def check(self, data: bytes, param: str) -> bytes:
         """The bytes of an image file.
@@ -61,13 +67,25 @@ class ImageReader:
         return data
 
     async def _download(self, url: str, param: str) -> bytes:
+        seconds, begun = self._limits.url_timeout_s, False
+        try:
+            async with asyncio.timeout(seconds), self._downloads:
+                begun = True
+                return await self._get(url, param)
+        except TimeoutError:
+            if not begun:
+                raise Overloaded("too many images are being downloaded; try again later") from None
+            raise InvalidImage(
+                f"the image URL took longer than {seconds:g} seconds", param, "fetch"
+            ) from None
+
+    async def _get(self, url: str, param: str) -> bytes:
+        """Up to a little more than the limit; httpx's own timeout counts from piece to piece."""
         data = bytearray()
-        seconds = self._limits.url_timeout_s
         try:
             async with (
-                asyncio.timeout(seconds),  # httpx's own starts again with every piece
-                httpx.AsyncClient(timeout=seconds, follow_redirects=False) as client,
-                client.stream("GET", url) as response,
+                httpx.AsyncClient(follow_redirects=False) as client,
+                client.stream("GET", url, timeout=self._limits.url_timeout_s) as response,
             ):
                 if response.status_code != httpx.codes.OK:
                     raise InvalidImage(
@@ -81,11 +99,7 @@ class ImageReader:
             raise InvalidImage(
                 f"the image URL cannot be fetched: {error}", param, "fetch"
             ) from None
-        except TimeoutError:
-            raise InvalidImage(
-                f"the image URL took longer than {seconds:g} seconds", param, "fetch"
-            ) from None
-        return self.check(bytes(data), param)
+        return bytes(data)
 
 
 def is_data_url(url: str) -> bool:

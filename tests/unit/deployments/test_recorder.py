@@ -86,9 +86,12 @@ def test_a_state_is_asked_for_again_and_again() -> None:
 def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back() -> None:
     ray, asked = Ray(), threading.Semaphore(0)
 
+    failures = [RuntimeError("CUDA error: device-side assert triggered") for _ in range(2)]
+
     def report() -> None:
         asked.release()
-        raise RuntimeError("CUDA error: device-side assert triggered")
+        if failures:  # not for ever: the thread outlives this test
+            raise failures.pop()
 
     made = ray.recorder()
     made.report_by(report)
@@ -96,7 +99,8 @@ def test_a_report_that_fails_is_asked_for_again_and_keeps_nothing_back() -> None
     made.set(metrics.WAITING, 1, stage="x")
 
     assert ray.done.wait(10)
-    assert asked.acquire(timeout=10)
+    for _ in range(3):
+        assert asked.acquire(timeout=10)
 
 
 def test_measurements_that_ray_does_not_take_do_not_pile_up_for_ever(

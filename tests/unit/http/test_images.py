@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from blip2_serve.config import ImageLimits
-from blip2_serve.errors import InvalidImage, InvalidRequest
+from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
 from blip2_serve.http.images import ImageReader, digest
 
 DATA = bytes(range(256))
@@ -164,13 +164,25 @@ async def test_no_more_images_are_downloaded_at_once_than_the_limit_says(
         now -= 1
         return url.encode()
 
-    monkeypatch.setattr(ImageReader, "_download", download)
+    monkeypatch.setattr(ImageReader, "_get", download)
     reader = ImageReader(OPEN.model_copy(update={"max_downloads": 3}))
     urls = [f"https://example.com/{number}.png" for number in range(20)]
 
     found = await asyncio.gather(*(reader.fetch(url, "image") for url in urls))
     assert found == [url.encode() for url in urls]
     assert most == 3
+
+
+async def test_waiting_for_a_turn_counts_and_ends_as_overload(
+    answer_with: Callable[[Answer], None],
+) -> None:
+    answer_with(lambda _: httpx.Response(200, stream=Drip()))
+    reader = ImageReader(OPEN.model_copy(update={"url_timeout_s": 0.2, "max_downloads": 1}))
+
+    async with asyncio.timeout(10):
+        calls = (reader.fetch(f"https://example.com/{n}.png", "image") for n in range(3))
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [InvalidImage, Overloaded, Overloaded]
 
 
 @pytest.mark.parametrize("url", ["https://", "https://[", "https://a b/", "https://a:99999/"])
