@@ -130,12 +130,12 @@ def running_replicas() -> dict[str, int]:
 
 
 def configuration() -> AppConfig:
-    # Nothing in reserve: only a stage that is short is to get replicas.
-    own = {"reserve": 0}
+    # Nothing in headroom: only a stage that is short is to get replicas.
+    own = {"headroom": 0}
     bounds = {"min_replicas": 1, "max_replicas": 3}
     scaling = {"autoscaling": bounds, "scaling": own, "num_cpus": 0}
     # Few threads and places: on two cores replicas should be short of places, not of cores.
-    few = {"threads": 1, "max_running": 2, "kv_rows": 1000}
+    few = {"threads": 1, "max_num_seqs": 2, "kv_slots": 1000}
     return AppConfig.model_validate(
         {
             "dtype": "float32",

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blip2_serve.autoscaling import Stage
+from blip2_serve.scaling import Stage
 from simulation.profile import Profile
 from simulation.report import DEFAULT, OWN, plot, table, totals, write_section
 from simulation.run import STAGES, Outcome, Simulation

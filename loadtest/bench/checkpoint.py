@@ -17,7 +17,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from bench.shapes import draw_weights
 from bench.workload import WORDS
-from blip2_serve.demo.train import make_tokenizer
+from training.tokenizer import make_tokenizer
 
 SEED = 0
 VOCABULARY = 8064

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         write(about, measurements, args.output)
     medians, ratios = report.medians(measurements), report.ratios(measurements)
     report.plot(medians, ratios, title(about), args.output / "plot.png")
-    print(f"\n{report.table(medians, ratios)}\n\n{args.output}/results.json, plot.png")
+    print(f"\n{report.slots(medians, ratios)}\n\n{args.output}/results.json, plot.png")
     if workload.made_late:
         print(f"{workload.made_late} pictures were made while measuring: raise --most-per-second")
 

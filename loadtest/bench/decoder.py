@@ -19,10 +19,10 @@ from functools import partial
 import torch
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
-from blip2_serve.engine.runner import Runner
+from blip2_serve.compute.cpu.int8 import quantize_decoder
+from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
-from blip2_serve.model.int8 import quantize_decoder
-from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.types import SamplingParams
 
 PROMPT, STEPS, ROUNDS = 48, 20, 5
@@ -87,8 +87,8 @@ def own_step(decoder: OptDecoder, batch: int) -> float:
     sequences = []
     for i in range(batch):
         rows = array("q", range(i * reach, (i + 1) * reach))
-        request = Request(str(i), [5] * PROMPT, image, "", SamplingParams(), spare=rows[PROMPT:])
-        sequences.append(Sequence(request, table=rows[:PROMPT]))
+        request = Request(str(i), [5] * PROMPT, image, "", SamplingParams(), unused=rows[PROMPT:])
+        sequences.append(Sequence(request, slots=rows[:PROMPT]))
     for sequence in sequences:
         runner.run([Chunk(sequence, 0, PROMPT)])
         sequence.append(7)
@@ -96,7 +96,7 @@ def own_step(decoder: OptDecoder, batch: int) -> float:
     for _ in range(STEPS):
         logits = runner.run([Chunk(s, s.length - 1, s.length) for s in sequences])
         for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
-            if sequence.request.spare:
+            if sequence.request.unused:
                 sequence.append(token)
     return (time.perf_counter() - start) / STEPS * 1000
 

@@ -43,8 +43,8 @@ from bench.gpu_model import (
 )
 from bench.gpu_stages import measure_rates, measure_stages, milliseconds, profile
 from bench.shapes import real_shape, small_shape
+from blip2_serve.compute.cuda.capture import cuda_recorder
 from blip2_serve.engine.engine import Engine
-from blip2_serve.model.recording import cuda_recorder
 
 NEW_TOKENS = 16
 IMAGES = 8  # of a batch, in the end; `encoder.max_batch_size`

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from bench.shapes import draw_weights
+from blip2_serve.compute.runner import Runner, row_bytes
+from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.engine import Engine
-from blip2_serve.engine.kv import KvRows
-from blip2_serve.engine.runner import Runner, row_bytes
-from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.checkpoint import Checkpoint
-from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import SamplingParams
@@ -82,10 +82,10 @@ def make_engine(decoder: OptDecoder, running: int, longest: int) -> tuple[Engine
     # On a CPU too, the steps are a GPU's: what is compared there is what runs on a GPU.
     runner = Runner(decoder, rows, sequences=running, longest=longest, gpu=True)
     scheduler = Scheduler(
-        KvRows(rows),
-        max_running=running,
+        KvSlots(rows),
+        max_num_seqs=running,
         max_waiting=1_000_000,
-        max_step_tokens=max(STEP_TOKENS, running + 1),
+        max_num_batched_tokens=max(STEP_TOKENS, running + 1),
     )
     engine = Engine(runner, scheduler, Sampler(()), decode=_decode, eos_token_ids=())
     return engine, runner

@@ -128,4 +128,4 @@ def profile(models: Models, new_tokens: int) -> None:
         for _ in range(10):
             engine.step()
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+    print(profiler.key_averages().slots(sort_by=key, row_limit=25, max_name_column_width=70))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from blip2_serve import metrics
+from blip2_serve.observe import metrics
 
 FILE = "server.csv"
 STAGES = ("preprocessor", "encoder", "generator")
@@ -20,23 +20,23 @@ REPORTED_EVERY_S, WINDOW_S = 10.0, 20.0
 
 # Names as the page has them. Occupancy is the share of a batch's places that were taken.
 STATES = {
-    "waiting": metrics.WAITING.exported,
+    "waiting": metrics.QUEUE_DEPTH.exported,
     "running": metrics.SEQUENCES_RUNNING.exported,
-    "KV rows used": metrics.KV_ROWS_USED.exported,
-    "KV rows": metrics.KV_ROWS_CAPACITY.exported,
+    "KV rows used": metrics.KV_SLOTS_USED.exported,
+    "KV rows": metrics.KV_SLOTS_CAPACITY.exported,
 }
 QUOTIENTS = {
     "queue seconds": (
-        metrics.QUEUE_SECONDS.exact_sum.exported,
-        f"{metrics.QUEUE_SECONDS.exported}_count",
+        metrics.QUEUE_TIME.exact_sum.exported,
+        f"{metrics.QUEUE_TIME.exported}_count",
     ),
-    "occupancy": (metrics.BATCH_SIZE.exact_sum.exported, metrics.BATCH_PLACES.exported),
+    "occupancy": (metrics.BATCH_SIZE.exact_sum.exported, metrics.BATCH_CAPACITY.exported),
 }
 # Seconds of work; "busy" is by how much they grow in a second, all replicas and threads together.
 WORK = {
-    "preprocessor": metrics.DECODE_SECONDS.exact_sum.exported,
-    "encoder": metrics.STEP_SECONDS.exact_sum.exported,
-    "generator": metrics.STEP_SECONDS.exact_sum.exported,
+    "preprocessor": metrics.IMAGE_DECODE_TIME.exact_sum.exported,
+    "encoder": metrics.STEP_DURATION.exact_sum.exported,
+    "generator": metrics.STEP_DURATION.exact_sum.exported,
 }
 REPLICA_HEALTHY = "ray_serve_deployment_replica_healthy"
 

@@ -24,7 +24,7 @@ from ray.serve._private.metrics_utils import aggregate_timeseries
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from blip2_serve.autoscaling import Signals, Stage, Trend, stage_of
+from blip2_serve.scaling import Signals, Stage, Trend, stage_of
 from simulation.events import Events
 from simulation.stages import Pool, Replica
 

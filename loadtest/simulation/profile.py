@@ -42,19 +42,19 @@ class EngineProfile:
     prompt_s: float
     prompt_tokens: int
     answer_tokens: int  # of a request, in the mean
-    kv_rows: int
+    kv_slots: int
     reach: int  # KV rows that a request reserves
     start_s: float
     cost: float
 
     @property
-    def max_running(self) -> int:
+    def max_num_seqs(self) -> int:
         return len(self.step_s) - 1
 
     @property
     def places(self) -> int:
         """Sequences at once, by their number or by the KV."""
-        return min(self.max_running, self.kv_rows // self.reach)
+        return min(self.max_num_seqs, self.kv_slots // self.reach)
 
     @property
     def capacity(self) -> float:
@@ -105,7 +105,7 @@ def _engine(values: dict[str, Any]) -> EngineProfile:
         prompt_s=values["prompt_tokens"] * values["prompt_ms_per_token"] / 1000,
         prompt_tokens=values["prompt_tokens"],
         answer_tokens=values["answer_tokens"],
-        kv_rows=min(values["kv_rows"], values["max_running"] * values["reach"]),
+        kv_slots=min(values["kv_slots"], values["max_num_seqs"] * values["reach"]),
         reach=values["reach"],
         start_s=values["start_s"],
         cost=values["cost"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from blip2_serve.autoscaling import Stage
+from blip2_serve.scaling import Stage
 from simulation.controller import Controller, serve_config, time_of
 from simulation.events import Events
 from simulation.profile import EngineProfile, PoolProfile, Profile

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 
-from blip2_serve.autoscaling import Signals
-from blip2_serve.deployments.meter import BatchMeter, EngineMeter
+from blip2_serve.observe.meter import BatchMeter, EngineMeter
+from blip2_serve.scaling import Signals
 from simulation.events import Events
 from simulation.profile import MAX_ONGOING, EngineProfile, PoolProfile
 
@@ -111,7 +111,7 @@ class EngineReplica(Replica):
         self._running: list[tuple[float, int, Request]] = []  # a heap, by the clock at their ends
         self._clock = self._updated = self._prompts_until = 0.0
         self._admitted = self._plan = 0
-        self._meter = EngineMeter(profile.max_running, lambda: events.now, lambda: profile.start_s)
+        self._meter = EngineMeter(profile.max_num_seqs, lambda: events.now, lambda: profile.start_s)
         self._meter.ready()
 
     def accept(self, request: Request) -> None:
@@ -122,7 +122,7 @@ class EngineReplica(Replica):
 
     def signals(self) -> Signals:
         running = len(self._running)
-        kv_share = running * self._profile.reach / self._profile.kv_rows
+        kv_share = running * self._profile.reach / self._profile.kv_slots
         return self._meter.signals(running, len(self._waiting), kv_share)
 
     def _go_on(self) -> None:

@@ -10,10 +10,10 @@ from ray.serve import Application
 
 from blip2_serve import environment
 from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
-from blip2_serve.deployments.encoder import Encoder
-from blip2_serve.deployments.generator import Generator
-from blip2_serve.deployments.ingress import Ingress
-from blip2_serve.deployments.preprocessor import Preprocessor
+from blip2_serve.stages.encoder import Encoder
+from blip2_serve.stages.generator import Generator
+from blip2_serve.stages.ingress import Ingress
+from blip2_serve.stages.preprocessor import Preprocessor
 
 # How encoder and generator share one GPU; the language model is the larger by far.
 GPU_SHARES = (0.3, 0.7)

@@ -127,7 +127,7 @@ def up(
         preflight.check_address(address)
     # Here, as torch and transformers take seconds to load, which --help should not.
     with err.status("reading the checkpoint's configuration"):
-        import blip2_serve.model.int8  # noqa: F401
+        import blip2_serve.compute.cpu.int8  # noqa: F401
     preflight.check_model(app_config, local=address is None)
     url = f"http://{_bracketed('127.0.0.1' if host in _ANY_HOST else host)}:{port}"
 
@@ -217,7 +217,7 @@ def _running(
     from ray.serve.schema import LoggingConfig, TracingConfig
 
     from blip2_serve.app import build
-    from blip2_serve.tracing import OTLP, OTLP_ENDPOINT
+    from blip2_serve.observe.tracing import OTLP, OTLP_ENDPOINT
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     try:

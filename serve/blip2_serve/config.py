@@ -48,22 +48,22 @@ class ScalingConfig(_Config):
     target_utilization: float = Field(
         0.9, gt=0, le=1, description="of what replicas can do: the offered load that they get"
     )
-    reserve: float = Field(
+    headroom: float = Field(
         0.62,
         ge=0,
         description="replicas on top of those: this, times the square roots of the replicas that "
         "the load fills and of the seconds that one takes to start",
     )
-    burst_reserve: float = Field(
-        1.4, ge=1, description="times the reserve, while the load has risen twice in 8 minutes"
+    burst_headroom: float = Field(
+        1.4, ge=1, description="times the headroom, while the load has risen twice in 8 minutes"
     )
-    drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
-    surge: float = Field(
+    backlog_drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
+    max_surge: float = Field(
         5.0,
         ge=1,
         description="times the replicas that the load alone would fill: what a backlog may ask for",
     )
-    slack: float = Field(
+    downscale_margin: float = Field(
         0.1,
         ge=0,
         description="share by which the replicas that remain must be more than enough before "
@@ -75,7 +75,7 @@ class ScalingConfig(_Config):
     max_step_s: float | None = Field(
         0.1, gt=0, description="of a generator: the time between two tokens; null: any"
     )
-    ongoing_requests: float = Field(
+    initial_ongoing_requests: float = Field(
         4.0,
         gt=0,
         description="per replica, while no replica has measured what it can do; Serve's "
@@ -107,7 +107,7 @@ class StageConfig(_Config):
         if not self.autoscaling or "policy" in self.autoscaling:
             return self.autoscaling or None
         policy = {
-            "policy_function": "blip2_serve.autoscaling:StagePolicy",
+            "policy_function": "blip2_serve.scaling:StagePolicy",
             "policy_kwargs": self.scaling.model_dump(),
         }
         return {**AUTOSCALING_DEFAULTS, **self.autoscaling, "policy": policy}
@@ -149,7 +149,7 @@ class ChatConfig(_Config):
 class IngressScaling(ScalingConfig):
     """It measures nothing of its own: what is ongoing decides."""
 
-    ongoing_requests: float = Field(64.0, gt=0)
+    initial_ongoing_requests: float = Field(64.0, gt=0)
 
 
 class IngressConfig(StageConfig):
@@ -157,7 +157,7 @@ class IngressConfig(StageConfig):
     images: ImageLimits = ImageLimits()
     chat: ChatConfig = ChatConfig()
     max_body_bytes: int = Field(64 << 20, ge=1, description="of one request")
-    prefix_cache_entries: int = Field(512, ge=0, description="image prefixes kept per replica")
+    feature_cache_entries: int = Field(512, ge=0, description="image prefixes kept per replica")
 
 
 class PreprocessorConfig(StageConfig):
@@ -166,7 +166,7 @@ class PreprocessorConfig(StageConfig):
 
 
 class EncoderScaling(ScalingConfig):
-    ongoing_requests: float = Field(8.0, gt=0)
+    initial_ongoing_requests: float = Field(8.0, gt=0)
 
 
 class EncoderConfig(ComputeConfig):
@@ -176,20 +176,20 @@ class EncoderConfig(ComputeConfig):
 
 
 class GeneratorScaling(ScalingConfig):
-    ongoing_requests: float = Field(32.0, gt=0)
+    initial_ongoing_requests: float = Field(32.0, gt=0)
 
 
 class GeneratorConfig(ComputeConfig):
     scaling: GeneratorScaling = GeneratorScaling()
     num_cpus: float = Field(0.4, ge=0)
     default_max_tokens: int = Field(64, ge=1, description="for requests that name no limit")
-    max_running: int = Field(64, ge=1, description="sequences generated at once")
+    max_num_seqs: int = Field(64, ge=1, description="sequences generated at once")
     max_waiting: int = Field(256, ge=1, description="sequences queued beyond that")
-    max_step_tokens: int = Field(512, ge=2, description="tokens computed in one engine step")
-    kv_rows: int | None = Field(
+    max_num_batched_tokens: int = Field(512, ge=2, description="tokens computed in one engine step")
+    kv_slots: int | None = Field(
         None,
         ge=1,
-        description="tokens whose keys and values fit; by default enough for max_running "
+        description="tokens whose keys and values fit; by default enough for max_num_seqs "
         "sequences of full length (on a CPU, of up to 512 tokens), as far as memory allows",
     )
     kv_memory_fraction: float = Field(
@@ -202,7 +202,7 @@ class GeneratorConfig(ComputeConfig):
         description="of all streams of a replica together; beyond that, a stream's tokens wait for "
         "each other, since an event costs a millisecond of CPU time",
     )
-    kv_reuse: bool = Field(
+    prefix_caching: bool = Field(
         True, description="keep keys and values of requests for later ones that begin the same"
     )
     quantize: Literal["int8"] | None = Field(
@@ -211,10 +211,10 @@ class GeneratorConfig(ComputeConfig):
 
     @model_validator(mode="after")
     def _prompts_get_a_share_of_each_step(self) -> Self:
-        if self.max_step_tokens <= self.max_running:
+        if self.max_num_batched_tokens <= self.max_num_seqs:
             raise ValueError(
-                f"max_step_tokens must be above max_running ({self.max_running}): each running "
-                "sequence takes one token of a step, and prompts need some too"
+                f"max_num_batched_tokens must be above max_num_seqs ({self.max_num_seqs}): a "
+                "step decodes one token per running sequence and needs room for prefill as well"
             )
         return self
 

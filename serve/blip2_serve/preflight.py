@@ -25,8 +25,8 @@ def check_model(config: AppConfig, *, local: bool) -> None:
     # Imported late: they take seconds, which the other checks should not.
     import torch
 
+    from blip2_serve.compute.cpu.int8 import check_int8
     from blip2_serve.model.checkpoint import longest_sequence, read_config
-    from blip2_serve.model.int8 import check_int8
     from blip2_serve.model.processor import ImageProcessor
 
     if local and config.device == "cuda" and not torch.cuda.is_available():

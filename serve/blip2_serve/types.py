@@ -9,7 +9,7 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class ImagePrefix:
+class ImageFeatures:
     """What the language model sees of one image: the Q-Former's projected query outputs.
 
     `data` is the row-major memory of a [queries, hidden] tensor of `dtype` ("bfloat16", ...).

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, GenerationMixin
 
+from blip2_serve.compute.runner import Runner
+from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.engine import Engine, EngineStats
-from blip2_serve.engine.kv import KvRows
-from blip2_serve.engine.runner import Runner
-from blip2_serve.engine.sampler import Sampler
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.checkpoint import open_checkpoint
-from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.types import SamplingParams, TokenEvent
 from support.checkpoints import Recipe, write_checkpoint
 from support.device import DEVICE
@@ -134,12 +134,20 @@ class Run:
 
 
 def run(
-    model: Model, requests: list[Request], reuse: bool = True, seed: int = 0, rows: int = KV_ROWS
+    model: Model,
+    requests: list[Request],
+    prefix_caching: bool = True,
+    seed: int = 0,
+    rows: int = KV_ROWS,
 ) -> Run:
     """Requests arrive at random times, in a random order."""
     rng = Random(seed)
     scheduler = Scheduler(
-        KvRows(rows), max_running=24, max_waiting=1000, max_step_tokens=64, reuse=reuse
+        KvSlots(rows),
+        max_num_seqs=24,
+        max_waiting=1000,
+        max_num_batched_tokens=64,
+        prefix_caching=prefix_caching,
     )
     engine = Engine(
         # On a GPU, there are more and longer sequences than steps are recorded for.
@@ -310,23 +318,23 @@ def test_the_last_event_of_a_request_says_so(crowd: Crowd) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reuse", "rows"),
+    ("prefix_caching", "rows"),
     [
         pytest.param(False, KV_ROWS, id="nothing is kept"),
         pytest.param(True, FEW_ROWS, id="what is kept must make room"),
     ],
 )
 def test_the_company_and_what_is_reused_change_no_answer(
-    crowd: Crowd, reuse: bool, rows: int
+    crowd: Crowd, prefix_caching: bool, rows: int
 ) -> None:
-    """Other arrivals, other reuse: the same tokens, those that were drawn included."""
-    other = run(crowd.model, crowd.requests, reuse, seed=1, rows=rows)
+    """Other arrivals, other prefix_caching: the same tokens, those that were drawn included."""
+    other = run(crowd.model, crowd.requests, prefix_caching, seed=1, rows=rows)
     assert {r.id: other.tokens(r) for r in crowd.requests} == {
         r.id: crowd.run.tokens(r) for r in crowd.requests
     }
     prompts = sum(len(r.prompt) for r in crowd.requests)
-    assert crowd.run.stats.reused_tokens > prompts / 4
-    assert (other.stats.reused_tokens > 0) is reuse
+    assert crowd.run.stats.cached_tokens > prompts / 4
+    assert (other.stats.cached_tokens > 0) is prefix_caching
 
 
 def test_a_request_alone_gets_the_answers_that_it_gets_in_a_crowd(crowd: Crowd) -> None:

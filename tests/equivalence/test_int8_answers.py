@@ -9,11 +9,11 @@ from torch import nn
 
 from blip2_serve.config import AppConfig, ChatConfig
 from blip2_serve.demo import scenes
-from blip2_serve.deployments import generator
 from blip2_serve.engine.sequence import Request
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.stages import generator
 from blip2_serve.types import SamplingParams
 from support.server import encode
 
@@ -32,8 +32,8 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(
             "dtype": dtype,
             "generator": {
                 "quantize": "int8",
-                "kv_rows": 4096,
-                "max_running": 16,
+                "kv_slots": 4096,
+                "max_num_seqs": 16,
                 "max_waiting": 2000,
                 "threads": 1,
             },

@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blip2_serve.engine.sampler import Sampler
+from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import SamplingParams
 from support.requests import make_request
@@ -114,7 +114,7 @@ def test_every_token_is_drawn_from_its_own_share_of_the_numbers(
         margin = (end - start) / 100
         numbers += [start + margin, (start + end) / 2, end - margin]
         wanted += [token] * 3
-    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda seed, *_: numbers[seed])
+    monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda seed, *_: numbers[seed])
     assert draw(logits, params, len(numbers)) == wanted
 
 
@@ -126,7 +126,7 @@ def test_over_a_grid_of_numbers_tokens_come_as_often_as_in_transformers(
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7)) * 2
     params = SamplingParams(**{"temperature": 1.0, **case})
     expected = probabilities(logits, params)
-    monkeypatch.setattr("blip2_serve.engine.sampler.uniform", lambda n, *_: (n + 0.5) / count)
+    monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda n, *_: (n + 0.5) / count)
     tokens = torch.tensor(draw(logits, params, count))
     seen = torch.bincount(tokens, minlength=VOCABULARY) / count
     torch.testing.assert_close(seen.double(), expected, atol=1.01 / count, rtol=0)

@@ -41,8 +41,8 @@ def test_the_first_thousand_visits_fill_the_servers_caches() -> None:
 
     # Each answered token has had a KV row, which is kept while there is room.
     answered = sum(visit.request.tokens for visit in first)
-    assert answered > config.generator.max_running * text["max_position_embeddings"]
-    assert len({v.request.picture for v in first}) > config.ingress.prefix_cache_entries
+    assert answered > config.generator.max_num_seqs * text["max_position_embeddings"]
+    assert len({v.request.picture for v in first}) > config.ingress.feature_cache_entries
 
 
 def test_visits_are_of_every_kind() -> None:

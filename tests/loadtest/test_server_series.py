@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blip2_serve import metrics
+from blip2_serve.observe import metrics
 from load import server_series
 from load.server_series import Point, ServerSeries
 
@@ -18,12 +18,12 @@ def page(*, waited: float, requests: int, worked: float, taken: float, places: f
         labels = f'application="x",deployment="Generator",replica="{replica}"'
         queue = f'{labels},stage="generator"'
         lines += [
-            f"{metrics.QUEUE_SECONDS.exact_sum.exported}{{{queue}}} {waited / 2}",
-            f"{metrics.QUEUE_SECONDS.exported}_count{{{queue}}} {requests / 2}",
-            f'{metrics.STEP_SECONDS.exact_sum.exported}{{{labels},phase="decode"}} {worked / 2}',
+            f"{metrics.QUEUE_TIME.exact_sum.exported}{{{queue}}} {waited / 2}",
+            f"{metrics.QUEUE_TIME.exported}_count{{{queue}}} {requests / 2}",
+            f'{metrics.STEP_DURATION.exact_sum.exported}{{{labels},phase="decode"}} {worked / 2}',
             f"{metrics.BATCH_SIZE.exact_sum.exported}{{{queue}}} {taken / 2}",
-            f"{metrics.BATCH_PLACES.exported}{{{queue}}} {places / 2}",
-            f"{metrics.KV_ROWS_USED.exported}{{{labels}}} 100",
+            f"{metrics.BATCH_CAPACITY.exported}{{{queue}}} {places / 2}",
+            f"{metrics.KV_SLOTS_USED.exported}{{{labels}}} 100",
             f"ray_serve_deployment_replica_healthy{{{labels}}} 1",
         ]
     lines.append('ray_serve_deployment_replica_healthy{deployment="Encoder",replica="c"} 1')

@@ -16,9 +16,9 @@ import pytest
 import ray
 from PIL import Image
 
-from blip2_serve import metrics
 from blip2_serve.demo import scenes
-from blip2_serve.metrics import Histogram
+from blip2_serve.observe import metrics
+from blip2_serve.observe.metrics import Histogram
 from support.monitoring import (
     Prometheus,
     dashboard_expressions,
@@ -39,7 +39,7 @@ def app(base_url: str) -> App:
     config: dict[str, Any] = {
         "dtype": "float32",
         "preprocessor": stage,
-        "generator": {"kv_rows": 400},
+        "generator": {"kv_slots": 400},
     }
     return start_app(base_url, "watched", config)
 
@@ -154,7 +154,7 @@ def test_every_recording_rule_has_data(watching: Prometheus, expression: str) ->
 def test_the_page_has_every_node_and_nothing_of_ray_itself(app: App) -> None:
     nodes = {f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in ray.nodes()}
     page = httpx.get(f"{app.url}/metrics", timeout=30).text
-    answered = re.findall(r'^ray_blip2_node_answered{node="(.+)"} 1\.0$', page, re.MULTILINE)
+    answered = re.findall(r'^ray_blip2_node_up{node="(.+)"} 1\.0$', page, re.MULTILINE)
     assert {*answered} == nodes
     names = re.findall(r"^(\w+)", page, re.MULTILINE)
     assert [name for name in names if not name.startswith(("ray_blip2_", "ray_serve_"))] == []

@@ -69,7 +69,7 @@ async def test_a_client_that_goes_away_while_streaming_leaves_nothing_in_the_eng
         assert (await demo.stats("Generator"))["running"] == 1
     after = await demo.until_idle()
     assert after["steps"] - steps < LONG["max_tokens"]
-    assert after["kv_rows_used"] == after["kv_rows_kept"]
+    assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
 async def test_a_client_that_goes_away_from_a_beam_search_leaves_nothing_in_the_engine(
@@ -85,7 +85,7 @@ async def test_a_client_that_goes_away_from_a_beam_search_leaves_nothing_in_the_
         await asyncio.gather(request, return_exceptions=True)
     after = await demo.until_idle()
     assert after["steps"] - steps < LONG["max_tokens"]
-    assert after["kv_rows_used"] == after["kv_rows_kept"]
+    assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
 async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_new(
@@ -94,7 +94,7 @@ async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_ne
     messages = [image_message(scenes.sample(3_303).image, "what is in this picture?")]
     async with demo.client() as client:
         first = await client.post("/v1/chat/completions", json={"messages": messages})
-        before = (await demo.until_idle())["reused_tokens"]
+        before = (await demo.until_idle())["cached_tokens"]
         answer = first.json()["choices"][0]["message"]["content"]
         messages += [
             {"role": "assistant", "content": answer},
@@ -102,7 +102,7 @@ async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_ne
         ]
         second = await client.post("/v1/chat/completions", json={"messages": messages})
     assert second.status_code == 200, second.text
-    reused = (await demo.until_idle())["reused_tokens"] - before
+    reused = (await demo.until_idle())["cached_tokens"] - before
     # All of the first prompt at least: image and question.
     assert reused >= first.json()["usage"]["prompt_tokens"]
     assert reused < second.json()["usage"]["prompt_tokens"]

@@ -20,7 +20,7 @@ KV_ROWS = 16 * (PROMPT_TOKENS + ANSWER_TOKENS)
 
 @pytest.fixture(scope="module")
 def small(base_url: str) -> Iterator[App]:
-    app = start_app(base_url, "small", {"generator": {"kv_rows": KV_ROWS}})
+    app = start_app(base_url, "small", {"generator": {"kv_slots": KV_ROWS}})
     yield app
     serve.delete(app.name)
 
@@ -50,8 +50,8 @@ async def test_300_mixed_requests_at_once_go_through_a_kv_with_room_for_sixteen(
     tokens = [answer.json()["usage"]["completion_tokens"] for answer in answers]
     assert tokens == [body["max_tokens"] * body.get("n", 1) for body in bodies]
     after = await small.until_idle()
-    assert after["kv_rows_total"] == KV_ROWS
-    assert after["kv_rows_used"] == after["kv_rows_kept"]
+    assert after["kv_slots_total"] == KV_ROWS
+    assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])

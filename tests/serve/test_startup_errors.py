@@ -15,9 +15,9 @@ NAME = "without-memory"
 
 def test_too_little_room_for_the_kv_is_the_applications_error(base_url: str) -> None:
     with pytest.raises(RuntimeError):
-        start_app(base_url, NAME, {"dtype": "float32", "generator": {"kv_rows": 9}})
+        start_app(base_url, NAME, {"dtype": "float32", "generator": {"kv_slots": 9}})
     reason = startup_error(NAME)
     serve.delete(NAME)
 
     assert reason is not None
-    assert reason.startswith("generator.kv_rows is 9, but the shortest request needs 10 rows")
+    assert reason.startswith("generator.kv_slots is 9, but the shortest request needs 10 rows")

@@ -44,7 +44,7 @@ RECIPES = [
                 text={"do_layer_norm_before": False},
             ),
             # Prompts are longer than a step takes: they are computed in chunks.
-            {"max_running": 24, "max_step_tokens": 40},
+            {"max_num_seqs": 24, "max_num_batched_tokens": 40},
         ),
         id="untied embeddings, norm after, shards, prompts in chunks",
     ),
@@ -63,7 +63,7 @@ RECIPES = [
                 vocabulary=300,
                 layout="bin",
             ),
-            {"max_running": 8, "kv_rows": 900},
+            {"max_num_seqs": 8, "kv_slots": 900},
         ),
         id="two frequent eos ids, .bin shards, few KV rows",
     ),

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_serve.demo import scenes
-from blip2_serve.demo.train import make_tokenizer
+from training.tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from blip2_serve.http.api import create_app
 from blip2_serve.types import (
     Choice,
     Completion,
-    ImagePrefix,
+    ImageFeatures,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -53,7 +53,7 @@ class FakeBackend:
     abandoned: list[bytes] = field(default_factory=list)  # of them, those whose wait was ended
     together: asyncio.Barrier | None = None  # whoever asks for a prefix waits there for the others
 
-    async def prefix(self, image: bytes) -> ImagePrefix:
+    async def prefix(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)
         if self.together:
             await self.together.wait()
@@ -65,10 +65,10 @@ class FakeBackend:
                 raise
         if image in self.failures:
             raise self.failures[image]
-        return ImagePrefix(image.hex(), b"", (0, 8), "float32")
+        return ImageFeatures(image.hex(), b"", (0, 8), "float32")
 
     async def generate(
-        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
     ) -> Completion:
         self._record(prompt, params)
         answers = [pieces_of(prefix, index) for index in range(params.n)]
@@ -79,7 +79,7 @@ class FakeBackend:
         return Completion(tuple(choices), PROMPT_TOKENS)
 
     async def stream(
-        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
         try:
             self._record(prompt, params)
@@ -110,7 +110,7 @@ class FakeBackend:
             raise self.generation_failure
 
 
-def pieces_of(prefix: ImagePrefix, index: int) -> list[str]:
+def pieces_of(prefix: ImageFeatures, index: int) -> list[str]:
     number = f" {index}" if index else ""
     first = f" {bytes.fromhex(prefix.digest).decode()}:{PIECES[0]}"
     return [first, *PIECES[1:-1], f"{PIECES[-1]}{number}"]

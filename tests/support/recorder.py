@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from blip2_serve.metrics import Counter, Gauge, Histogram, Metric
+from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
 
 
 class FakeRecorder:

@@ -91,12 +91,12 @@ def scaling_of(stage: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPat
 def test_autoscaling_without_a_policy_of_its_own_goes_by_ours(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"autoscaling": {"max_replicas": 4}, "scaling": {"drain_s": 3}}
+    values = {"autoscaling": {"max_replicas": 4}, "scaling": {"backlog_drain_s": 3}}
     scaling = scaling_of(stage, values, monkeypatch)
 
     policy = _resolve_policy_callable(scaling.policy)  # as Serve's controller does
     assert type(policy).__name__ == "StagePolicy"
-    assert scaling.policy.policy_kwargs["drain_s"] == 3
+    assert scaling.policy.policy_kwargs["backlog_drain_s"] == 3
     assert scaling.look_back_period_s == AUTOSCALING_DEFAULTS["look_back_period_s"]
     assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
 
@@ -149,7 +149,7 @@ print(policy(ctx)[0])
 
 COMPILES_FOR_512_SHAPES = """
 import psutil, torch
-from blip2_serve.model.linear import OneDnnLinear
+from blip2_serve.compute.cpu.linear import OneDnnLinear
 layer = OneDnnLinear(torch.randn(512, 128).bfloat16(), None)
 rows = torch.zeros(512, 128, dtype=torch.bfloat16)
 layer(rows)

@@ -75,33 +75,21 @@ def reached_by(module: str, sources: dict[str, str]) -> set[str]:
 SOURCES = {name: path.read_text() for name, path in ALL.items()}
 
 
-@pytest.mark.parametrize("module", modules_under("engine", "model"))
-def test_engine_and_model_know_neither_ray_nor_http(module: str) -> None:
-    assert not reached_by(module, SOURCES) & {"ray", *WEB}
+# Folder -> packages that nothing in it may import, itself or through this package's other modules.
+FORBIDDEN = {
+    "engine": {"ray", "torch", "numba", *WEB},
+    "model": {"ray", *WEB},
+    "compute": {"ray", *WEB},
+    "http": {"ray", "torch", "transformers", "numba"},
+}
 
 
-TORCH_FREE_ENGINE = (
-    "answer",
-    "beam",
-    "detokenizer",
-    "engine",
-    "kv",
-    "loop",
-    "prefix_tree",
-    "scheduler",
-    "sequence",
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [(module, names) for place, names in FORBIDDEN.items() for module in modules_under(place)],
 )
-
-
-@pytest.mark.parametrize("module", [f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE])
-def test_the_engines_bookkeeping_reaches_no_torch(module: str) -> None:
-    assert module in SOURCES
-    assert "torch" not in reached_by(module, SOURCES)
-
-
-@pytest.mark.parametrize("module", modules_under("http"))
-def test_http_reaches_neither_ray_nor_torch(module: str) -> None:
-    assert not reached_by(module, SOURCES) & {"ray", "torch", "transformers"}
+def test_a_folder_reaches_nothing_that_it_must_not_know(module: str, forbidden: set[str]) -> None:
+    assert not reached_by(module, SOURCES) & forbidden
 
 
 @pytest.mark.parametrize("module", modules_under("model/processor.py", "model/source.py"))
@@ -109,24 +97,27 @@ def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
     assert not reached_by(module, SOURCES) & {"torch", "transformers"}
 
 
-@pytest.mark.parametrize("module", ALL)
-def test_only_the_kernels_know_their_compiler(module: str) -> None:
-    known = {name.partition(".")[0] for name in imports_of(SOURCES[module], module)}
+# Package -> the only places whose own imports may name it.
+HOMES = {
+    "ray": ("app", "cli", "stages", "observe", "serve_internals", "fast_mode"),
+    "numba": ("compute.cpu",),
+    "llvmlite": ("compute.cpu",),
+    "triton": ("compute.cuda",),
+}
 
-    assert module.startswith(f"{PACKAGE}.kernels.") or not known & {"numba", "llvmlite"}
 
-
-MAY_KNOW_RAY = ("app", "cli", "deployments")
-
-
-def test_only_the_deployments_and_what_starts_them_know_ray() -> None:
-    knowing = {
-        name.removeprefix(f"{PACKAGE}.").partition(".")[0]
+@pytest.mark.parametrize(("package", "homes"), HOMES.items())
+def test_a_package_is_imported_at_home_only(package: str, homes: tuple[str, ...]) -> None:
+    importing = {
+        name.removeprefix(f"{PACKAGE}.")
         for name, source in SOURCES.items()
-        if any(imported.partition(".")[0] == "ray" for imported in imports_of(source, name))
+        if any(imported.partition(".")[0] == package for imported in imports_of(source, name))
     }
 
-    assert knowing <= set(MAY_KNOW_RAY)
+    assert importing
+    assert not {
+        name for name in importing if not f"{name}.".startswith(tuple(f"{h}." for h in homes))
+    }
 
 
 def loaded_with(modules: list[str], of: set[str]) -> set[str]:
@@ -142,7 +133,7 @@ def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
         f"{PACKAGE}.http.api",
         f"{PACKAGE}.model.processor",
         f"{PACKAGE}.model.source",
-        *(f"{PACKAGE}.engine.{name}" for name in TORCH_FREE_ENGINE),
+        *modules_under("engine"),
     ]
 
     assert not loaded_with(modules, {"ray", "torch"})
@@ -150,7 +141,7 @@ def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
 
 def test_engine_and_model_can_be_loaded_without_a_compiler_for_cpus() -> None:
     """A GPU machine has none."""
-    modules = [*modules_under("engine", "model")]
+    modules = [*modules_under("engine", "model"), f"{PACKAGE}.compute.runner"]
 
     assert loaded_with(modules, {"torch", "numba", "llvmlite"}) == {"torch"}
 

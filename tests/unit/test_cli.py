@@ -152,11 +152,11 @@ def test_unknown_weights_are_told_with_those_that_exist(up: Up) -> None:
 
 def test_a_flag_for_a_stage_leaves_the_rest_of_the_files_stage(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("generator: {max_running: 4}\nencoder: {max_batch_size: 2}\n")
+    file.write_text("generator: {max_num_seqs: 4}\nencoder: {max_batch_size: 2}\n")
     config = read_config(file, {"generator": {"quantize": "int8"}})
 
     assert config.generator.quantize == "int8"
-    assert config.generator.max_running == 4
+    assert config.generator.max_num_seqs == 4
     assert config.encoder.max_batch_size == 2
 
 

@@ -41,15 +41,17 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param({"max_model_len": 0}, id="no positions"),
         pytest.param({"encoder": {"num_replicas": 0}}, id="no replicas"),
         pytest.param({"encoder": {"max_batch_size": 0}}, id="empty batches"),
-        pytest.param({"encoder": {"scaling": {"drain_s": 0}}}, id="a backlog drained in no time"),
+        pytest.param(
+            {"encoder": {"scaling": {"backlog_drain_s": 0}}}, id="a backlog drained in no time"
+        ),
         pytest.param(
             {"encoder": {"scaling": {"target_utilization": 1.2}}}, id="more than replicas can do"
         ),
-        pytest.param({"encoder": {"scaling": {"reserve": -0.1}}}, id="less than no reserve"),
-        pytest.param({"generator": {"max_step_tokens": 1}}, id="steps of one token"),
+        pytest.param({"encoder": {"scaling": {"headroom": -0.1}}}, id="less than no headroom"),
+        pytest.param({"generator": {"max_num_batched_tokens": 1}}, id="steps of one token"),
         pytest.param({"generator": {"kv_memory_fraction": 1.5}}, id="more than all memory"),
         pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),
-        pytest.param({"ingress": {"prefix_cache_entries": -1}}, id="fewer than no entries"),
+        pytest.param({"ingress": {"feature_cache_entries": -1}}, id="fewer than no entries"),
     ],
 )
 def test_a_wrong_value_is_an_error(values: dict[str, Any]) -> None:
@@ -74,15 +76,19 @@ def test_strings_are_read_as_what_they_stand_for() -> None:
     config = AppConfig.model_validate(
         {
             "max_model_len": "128",
-            "generator": {"max_running": "4", "kv_memory_fraction": "0.5", "kv_reuse": "false"},
+            "generator": {
+                "max_num_seqs": "4",
+                "kv_memory_fraction": "0.5",
+                "prefix_caching": "false",
+            },
             "ingress": {"images": {"allow_urls": "true"}},
         }
     )
 
     assert config.max_model_len == 128
-    assert config.generator.max_running == 4
+    assert config.generator.max_num_seqs == 4
     assert config.generator.kv_memory_fraction == 0.5
-    assert config.generator.kv_reuse is False
+    assert config.generator.prefix_caching is False
     assert config.ingress.images.allow_urls is True
 
 

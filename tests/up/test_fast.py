@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("fast")
     config = folder / "config.yaml"
     # One sequence at a time: whoever is still in the engine keeps the next one waiting.
-    config.write_text(yaml.safe_dump({"generator": {"max_running": 1}}))
+    config.write_text(yaml.safe_dump({"generator": {"max_num_seqs": 1}}))
     with running_up(folder, "--fast", "--config", config) as server:
         yield server
 

@@ -52,7 +52,7 @@ class BeamSearch:
     def step(self, candidates: list[Candidate]) -> list[Sequence]:
         """The beams that live on, the best first; none when the search is over.
 
-        `candidates` come best first. The request's KV rows go to the beams that are returned.
+        `candidates` come best first. The request's KV slots go to the beams that are returned.
         """
         params = self._request.params
         length = len(candidates[0].beam.output) + 1

@@ -46,12 +46,12 @@ class EngineStats:
 
     running: int
     waiting: int
-    kv_rows_used: int  # by requests, or by what is kept of them
-    kv_rows_kept: int  # of earlier requests, for later ones
-    kv_rows_total: int
-    kv_rows_reach: int  # that running requests can come to, shared ones counted for each
+    kv_slots_used: int  # by requests, or by what is kept of them
+    kv_slots_cached: int  # of earlier requests, for later ones
+    kv_slots_total: int
+    kv_slots_needed: int  # that running requests can come to, shared ones counted for each
     steps: int
-    reused_tokens: int  # of prompts, whose KV was there already
+    cached_tokens: int  # of prompts, whose KV was there already
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StepReport:
 
     @property
     def phase(self) -> str:
-        return "decode" if not self.prompts else "mixed" if self.decodes else "prompt"
+        return "decode" if not self.prompts else "mixed" if self.decodes else "prefill"
 
 
 @dataclass
@@ -105,16 +105,16 @@ class Engine:
     def stats(self) -> EngineStats:
         s = self._scheduler
         running = sum(len(request.sequences) for request in s.running)
-        kept = s.kept.rows
+        kept = s.cached.slots
         return EngineStats(
             running=running,
             waiting=len(s.waiting),
-            kv_rows_used=s.kv.used,
-            kv_rows_kept=kept,
-            kv_rows_total=s.kv.total,
-            kv_rows_reach=sum(request.reach for request in s.running),
+            kv_slots_used=s.kv.used,
+            kv_slots_cached=kept,
+            kv_slots_total=s.kv.total,
+            kv_slots_needed=sum(request.slots_needed for request in s.running),
             steps=self._steps,
-            reused_tokens=s.reused_tokens,
+            cached_tokens=s.cached_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -155,7 +155,7 @@ class Engine:
 
     def check_idle(self) -> None:
         """Asserts, at little cost, that nothing is held while there is no work."""
-        assert self._scheduler.kv.used == self._scheduler.kept.rows
+        assert self._scheduler.kv.used == self._scheduler.cached.slots
         assert not self._live
 
     def _choose(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:

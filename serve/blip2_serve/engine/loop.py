@@ -20,7 +20,7 @@ from functools import partial
 from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
-from blip2_serve.metrics import harmless
+from blip2_serve.observe.metrics import harmless
 from blip2_serve.types import TokenEvent
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,8 @@
-"""Beginnings of earlier requests whose KV is kept for later ones.
+"""Beginnings of earlier requests whose KV is cached for later ones.
 
-A radix tree for each image: a node is a run of tokens with their KV rows, and its children go on
+A radix tree for each image: a node is a run of tokens with their KV slots, and its children go on
 from there. Image and tokens together are the key, never tokens alone: all images have the
-same image tokens. Whatever is least recently used goes first when rows are needed.
+same image tokens. Whatever is least recently used goes first when slots are needed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from blip2_serve.engine.kv import KvRows
+from blip2_serve.engine.slots import KvSlots
 
 
 @dataclass(eq=False)
 class _Node:
     parent: _Node | None
     tokens: list[int]
-    rows: array[int]
+    slots: array[int]
     children: dict[int, _Node] = field(default_factory=dict)  # by their first token
 
     def common(self, tokens: Sequence[int], start: int) -> int:
@@ -31,10 +31,10 @@ class _Node:
 
 
 class PrefixTree:
-    """Keeps rows of `kv`, which requests may hold as well."""
+    """Keeps slots of `kv`, which requests may hold as well."""
 
-    def __init__(self, kv: KvRows) -> None:
-        self.rows = 0  # that are kept
+    def __init__(self, kv: KvSlots) -> None:
+        self.slots = 0  # that are cached
         self._kv = kv
         self._roots: dict[str, _Node] = {}
         # Oldest first. Walks touch a node before its parent, so a parent is always younger than
@@ -42,32 +42,32 @@ class PrefixTree:
         self._by_age: OrderedDict[_Node, str] = OrderedDict()
 
     def match(self, digest: str, tokens: list[int]) -> array[int]:
-        """The rows of the longest known beginning; the caller becomes a holder of them."""
-        rows = array("q")
+        """The slots of the longest known beginning; the caller becomes a holder of them."""
+        slots = array("q")
         root = self._roots.get(digest)
         if root is None:
-            return rows
+            return slots
         node = root
-        while child := node.children.get(tokens[len(rows)]) if len(rows) < len(tokens) else None:
-            common = child.common(tokens, len(rows))
-            rows.extend(child.rows[:common])
+        while child := node.children.get(tokens[len(slots)]) if len(slots) < len(tokens) else None:
+            common = child.common(tokens, len(slots))
+            slots.extend(child.slots[:common])
             node = child
             if common < len(child.tokens):
                 break
         self._touch(node, digest)
-        self._kv.share(rows)
-        return rows
+        self._kv.share(slots)
+        return slots
 
-    def insert(self, digest: str, tokens: list[int], rows: array[int]) -> None:
-        """Keeps the rows of these tokens, as far as none are kept for them already."""
+    def insert(self, digest: str, tokens: list[int], slots: array[int]) -> None:
+        """Keeps the slots of these tokens, as far as none are cached for them already."""
         node = self._roots.setdefault(digest, _Node(None, [], array("q")))
         at = 0
         while at < len(tokens):
             child = node.children.get(tokens[at])
             if child is None:
-                child = _Node(node, tokens[at:], rows[at : len(tokens)])
-                self._kv.keep(child.rows)
-                self.rows += len(child.rows)
+                child = _Node(node, tokens[at:], slots[at : len(tokens)])
+                self._kv.cache(child.slots)
+                self.slots += len(child.slots)
                 node.children[tokens[at]] = child
             else:
                 common = child.common(tokens, at)
@@ -78,9 +78,9 @@ class PrefixTree:
         self._touch(node, digest)
 
     def make_room(self, count: int) -> bool:
-        """Evicts the oldest beginnings until `count` rows are free; evicts none if that cannot be.
+        """Evicts the oldest beginnings until `count` slots are free; evicts none if that cannot be.
 
-        What a request holds stays: no row would be free for it.
+        What a request holds stays: no slot would be free for it.
         """
         missing = count - self._kv.free
         if missing <= 0:
@@ -88,12 +88,12 @@ class PrefixTree:
         # Each step asks again for the request that waits; mostly, one comparison answers.
         evicted = self._oldest(missing) if missing <= self._kv.evictable else {}
         for node, digest in evicted.items():
-            self._forget(node, digest)
+            self._evict(node, digest)
         return bool(evicted)
 
     def holdings(self) -> Iterator[array[int]]:
-        """The rows of each node."""
-        return (node.rows for node in self._by_age)
+        """The slots of each node."""
+        return (node.slots for node in self._by_age)
 
     def check_integrity(self) -> None:
         """Asserts that the tree is one, with parents younger than their children."""
@@ -102,7 +102,7 @@ class PrefixTree:
         seen = 0
         while stack:
             node = stack.pop()
-            assert len(node.tokens) == len(node.rows)
+            assert len(node.tokens) == len(node.slots)
             assert node.parent is None or node in ages
             for first, child in node.children.items():
                 assert child.tokens[0] == first
@@ -111,41 +111,43 @@ class PrefixTree:
                 stack.append(child)
                 seen += 1
         assert seen == len(ages)
-        assert self.rows == sum(len(rows) for rows in self.holdings())
+        assert self.slots == sum(len(slots) for slots in self.holdings())
         assert all(root.children for root in self._roots.values())
 
     def _oldest(self, missing: int) -> dict[_Node, str]:
-        """The oldest nodes that free `missing` rows together, children first; empty if none do."""
+        """The oldest nodes that free `missing` slots together, children first; empty if none do."""
         chosen: dict[_Node, str] = {}
         for node, digest in self._by_age.items():  # parents come after their children
-            # Who holds a row holds those before it in its node: if any is held, the first is.
-            if self._kv.is_held(node.rows[-1]) or not chosen.keys() >= {*node.children.values()}:
+            # Who holds a slot holds those before it in its node: if any is held, the first is.
+            if self._kv.is_held(node.slots[-1]) or not chosen.keys() >= {*node.children.values()}:
                 continue
             chosen[node] = digest
-            all_free = not self._kv.is_held(node.rows[0])
+            all_free = not self._kv.is_held(node.slots[0])
             missing -= (
-                len(node.rows) if all_free else sum(not self._kv.is_held(row) for row in node.rows)
+                len(node.slots)
+                if all_free
+                else sum(not self._kv.is_held(slot) for slot in node.slots)
             )
             if missing <= 0:
                 return chosen
         return {}
 
-    def _forget(self, leaf: _Node, digest: str) -> None:
+    def _evict(self, leaf: _Node, digest: str) -> None:
         parent = leaf.parent
         assert parent is not None
         del parent.children[leaf.tokens[0]]
         if parent.parent is None and not parent.children:
             del self._roots[digest]
         del self._by_age[leaf]
-        self._kv.forget(leaf.rows)
-        self.rows -= len(leaf.rows)
+        self._kv.uncache(leaf.slots)
+        self.slots -= len(leaf.slots)
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Cuts a node in two after `at` of its tokens; the upper half, which takes its place."""
         assert node.parent is not None
-        upper = _Node(node.parent, node.tokens[:at], node.rows[:at], {node.tokens[at]: node})
+        upper = _Node(node.parent, node.tokens[:at], node.slots[:at], {node.tokens[at]: node})
         node.parent.children[node.tokens[0]] = upper
-        node.parent, node.tokens, node.rows = upper, node.tokens[at:], node.rows[at:]
+        node.parent, node.tokens, node.slots = upper, node.tokens[at:], node.slots[at:]
         return upper
 
     def _touch(self, node: _Node, digest: str) -> None:

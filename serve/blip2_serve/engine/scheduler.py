@@ -1,10 +1,10 @@
 """Which tokens the next step computes. Pure Python on ints: no torch, no text, no clock.
 
-First come, first served. A request is admitted once all the KV rows that it can ever reach are
-free, less those of a beginning that is known already, so a running request never waits for memory
-and is never preempted. Each step decodes one token of every sequence that is past its prompt, and
-spends what is left of `max_step_tokens` on prompts, in chunks: however long a prompt is, the others
-wait for one bounded step only.
+First come, first served. A request is admitted once every KV slot it can ever need is free, less
+those of a prefix that is cached, so a running request never waits for memory and is never
+preempted. Each step decodes one token of every sequence past its prompt and spends the rest of
+`max_num_batched_tokens` on prefill, in chunks: however long a prompt is, it delays the others by
+one bounded step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from array import array
 from collections import deque
 from dataclasses import dataclass
 
-from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.prefix_tree import PrefixTree
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 
 
@@ -25,7 +25,7 @@ class Admission:
 
     request_id: str
     prompt_tokens: int
-    reused_tokens: int  # of them, whose keys and values were there
+    cached_tokens: int  # of them, whose keys and values were there
 
 
 class Scheduler:
@@ -33,26 +33,26 @@ class Scheduler:
 
     def __init__(
         self,
-        kv: KvRows,
+        kv: KvSlots,
         *,
-        max_running: int,
+        max_num_seqs: int,
         max_waiting: int,
-        max_step_tokens: int,
-        reuse: bool = True,
+        max_num_batched_tokens: int,
+        prefix_caching: bool = True,
     ) -> None:
         assert (
-            max_step_tokens > max_running
+            max_num_batched_tokens > max_num_seqs
         )  # or prompts would starve; the configuration sees to it
         self.kv = kv
-        self.kept = PrefixTree(kv)
+        self.cached = PrefixTree(kv)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.admitted: list[Admission] = []  # by the last `schedule`
-        self.reused_tokens = 0  # of prompts, since the start
-        self._max_running = max_running  # sequences
+        self.cached_tokens = 0  # of prompts, since the start
+        self._max_running = max_num_seqs  # sequences
         self._max_waiting = max_waiting  # requests
-        self._max_step_tokens = max_step_tokens
-        self._reuse = reuse
+        self._max_step_tokens = max_num_batched_tokens
+        self._prefix_caching = prefix_caching
 
     @property
     def has_work(self) -> bool:
@@ -71,10 +71,10 @@ class Scheduler:
             InvalidRequest: it has more beams or samples than ever run at once.
             Overloaded: the queue is full.
         """
-        if request.reach > self.kv.total:
+        if request.slots_needed > self.kv.total:
             raise ContextLengthExceeded(
-                f"prompt and max_tokens reach {request.reach} tokens; this server's KV has room "
-                f"for {self.kv.total}",
+                f"prompt and max_tokens need {request.slots_needed} KV slots; this server has "
+                f"{self.kv.total}",
                 "max_tokens",
             )
         if request.width > self._max_running:
@@ -106,12 +106,12 @@ class Scheduler:
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
             if chunk.completes and not chunk.sequence.output:
-                self._keep(chunk.sequence)  # for requests that come while this one runs
+                self._cache(chunk.sequence)  # for requests that come while this one runs
 
     def end(self, sequence: Sequence) -> None:
-        """Takes a sequence out; with its last sequence, a request gives back its rows."""
+        """Takes a sequence out; with its last sequence, a request gives back its slots."""
         request = sequence.request
-        self._keep(sequence)
+        self._cache(sequence)
         request.sequences.remove(sequence)
         if not request.sequences:
             self.release(request)
@@ -122,21 +122,21 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self.running.remove(request)
-            self.kv.give_back(request.held)
-        request.sequences, request.held, request.spare = [], array("q"), array("q")
+            self.kv.release(request.slots)
+        request.sequences, request.slots, request.unused = [], array("q"), array("q")
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
-        self.kept.check_integrity()
-        self.kv.check_integrity((r.held for r in self.running), self.kept.holdings())
+        self.cached.check_integrity()
+        self.kv.check_integrity((r.slots for r in self.running), self.cached.holdings())
         assert self.running_sequences <= self._max_running
         for request in self.running:
-            assert len(request.held) == request.reach
+            assert len(request.slots) == request.slots_needed
             for sequence in request.sequences:
-                assert len(sequence.table) == sequence.length
+                assert len(sequence.slots) == sequence.length
                 assert sequence.computed < sequence.length
-                assert {*sequence.table} <= {*request.held}
-        assert not any(request.held for request in self.waiting)
+                assert {*sequence.slots} <= {*request.slots}
+        assert not any(request.slots for request in self.waiting)
 
     def _admit(self) -> None:
         while self.waiting:
@@ -144,23 +144,23 @@ class Scheduler:
             if self.running_sequences + request.width > self._max_running:
                 return
             # Not the last token: its logits are needed, so it must be computed.
-            known = self.kept.match(request.digest, request.prompt[:-1])
-            missing = request.reach - len(known)
-            own = self.kv.take(missing) if self.kept.make_room(missing) else None
+            known = self.cached.match(request.digest, request.prompt[:-1])
+            missing = request.slots_needed - len(known)
+            own = self.kv.allocate(missing) if self.cached.make_room(missing) else None
             if own is None:
-                self.kv.give_back(known)
+                self.kv.release(known)
                 return
             self.waiting.popleft()
             self.running.append(request)
-            request.held = known + own
-            request.spare = request.held[len(request.prompt) :]
+            request.slots = known + own
+            request.unused = request.slots[len(request.prompt) :]
             request.sequences = [
-                Sequence(request, table=request.held[: len(request.prompt)], computed=len(known))
+                Sequence(request, slots=request.slots[: len(request.prompt)], computed=len(known))
             ]
             self.admitted.append(Admission(request.id, len(request.prompt), len(known)))
-            self.reused_tokens += len(known)
+            self.cached_tokens += len(known)
 
-    def _keep(self, sequence: Sequence) -> None:
-        if self._reuse and sequence.computed:
+    def _cache(self, sequence: Sequence) -> None:
+        if self._prefix_caching and sequence.computed:
             tokens = [*sequence.request.prompt, *sequence.output][: sequence.computed]
-            self.kept.insert(sequence.request.digest, tokens, sequence.table)
+            self.cached.insert(sequence.request.digest, tokens, sequence.slots)

@@ -17,13 +17,13 @@ def _rows() -> array[int]:
 class Sequence:
     """A line of tokens: the answer itself, one of n samples, or one of the beams.
 
-    `table` has the KV row of each token, the last one included, which is computed next.
+    `slots` has the KV slot of each token, the last one included, which is computed next.
     """
 
     request: Request
     index: int = 0
     output: list[int] = field(default_factory=list)
-    table: array[int] = field(default_factory=_rows)
+    slots: array[int] = field(default_factory=_rows)
     computed: int = 0  # tokens whose keys and values are in the KV
     score: float = 0.0  # of a beam: the sum of its log-probabilities
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of a beam, if asked for
@@ -42,23 +42,23 @@ class Sequence:
             self.request,
             index,
             [*self.output],
-            self.table[:],
+            self.slots[:],
             self.computed,
             self.score,
             [*self.logprobs],
         )
 
     def append(self, token: int) -> None:
-        """Adds a token that is to be computed, and gives it a row."""
+        """Adds a token that is to be computed, and gives it a slot."""
         self.output.append(token)
-        self.table.append(self.request.spare.pop())
+        self.slots.append(self.request.unused.pop())
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, how to answer it, and the KV rows it holds.
+    """A prompt, how to answer it, and the KV slots it holds.
 
-    `prompt` starts with as many image token ids as `image` has rows; the runner puts the rows in
+    `prompt` starts with as many image token ids as `image` has slots; the runner puts the slots in
     their place. `image` is opaque here, `digest` stands for it. `params.max_tokens` is set.
     """
 
@@ -68,8 +68,8 @@ class Request:
     digest: str
     params: SamplingParams
     sequences: list[Sequence] = field(default_factory=list)  # one until the prompt is computed
-    held: array[int] = field(default_factory=_rows)  # every row, shared ones included
-    spare: array[int] = field(default_factory=_rows)  # those that no token has yet
+    slots: array[int] = field(default_factory=_rows)  # every slot, shared ones included
+    unused: array[int] = field(default_factory=_rows)  # those that no token has yet
 
     @property
     def width(self) -> int:
@@ -77,8 +77,8 @@ class Request:
         return max(self.params.num_beams, self.params.n)
 
     @property
-    def reach(self) -> int:
-        """KV rows it can ever need: the last token of a sequence is never fed back."""
+    def slots_needed(self) -> int:
+        """KV slots it can ever need: the last token of a sequence is never fed back."""
         assert self.params.max_tokens is not None
         return len(self.prompt) + self.width * (self.params.max_tokens - 1)
 

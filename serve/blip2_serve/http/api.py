@@ -31,12 +31,11 @@ from blip2_serve.errors import (
     RequestTooLarge,
     Unavailable,
 )
-from blip2_serve.http import sse
+from blip2_serve.http import openai
 from blip2_serve.http.body import QuickJson, RequestBody
 from blip2_serve.http.chat import image_urls, prompt_of
 from blip2_serve.http.images import ImageReader, is_data_url
 from blip2_serve.http.measure import Measure, note_error, timed
-from blip2_serve.http.metrics_page import MetricsPage
 from blip2_serve.http.schema import (
     MAX_IMAGES,
     CaptionFields,
@@ -46,8 +45,9 @@ from blip2_serve.http.schema import (
     GenerationFields,
 )
 from blip2_serve.http.validation import explain
-from blip2_serve.metrics import Recorder
-from blip2_serve.types import Completion, ImagePrefix, SamplingParams, TokenEvent
+from blip2_serve.observe.metrics import Recorder
+from blip2_serve.observe.metrics_page import MetricsPage
+from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
 
 LIMITATIONS = (
     "BLIP-2's authors: for research; not to be deployed without assessing safety and fairness in "
@@ -61,14 +61,14 @@ class Backend(Protocol):
     @property
     def is_ready(self) -> bool: ...
 
-    async def prefix(self, image: bytes) -> ImagePrefix: ...
+    async def prefix(self, image: bytes) -> ImageFeatures: ...
 
     async def generate(
-        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
     ) -> Completion: ...
 
     def stream(
-        self, prefix: ImagePrefix, prompt: str, params: SamplingParams
+        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]: ...
 
     async def metrics_urls(self) -> dict[str, str]:
@@ -105,7 +105,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         params = request.sampling_params()
         prompt = prompt_of(request.messages, config.ingress.chat, short=request.preset == "vqa")
         data = await one_image(image_urls(request.messages))
-        return await answer(sse.ChatShape, request, data, prompt, params)
+        return await answer(openai.ChatShape, request, data, prompt, params)
 
     @app.post("/v1/generate")
     async def generate(request: GenerateRequest) -> Response:
@@ -113,7 +113,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         check_model(request)
         params = request.sampling_params()
         data = await images.fetch(request.image, "image")
-        return await answer(sse.TextShape, request, data, request.prompt or "", params)
+        return await answer(openai.TextShape, request, data, request.prompt or "", params)
 
     @app.post("/v1/caption", openapi_extra=_CAPTION_BODY)
     async def caption(request: Request) -> Response:
@@ -179,7 +179,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         if request.model is not None and request.model != config.model_name:
             raise _no_such_model(request.model, config.model_name)
 
-    def model_card() -> sse.Json:
+    def model_card() -> openai.Json:
         return {
             "id": config.model_name,
             "object": "model",
@@ -211,7 +211,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
             )
         return data
 
-    async def prefix_of(data: bytes, param: str) -> ImagePrefix:
+    async def prefix_of(data: bytes, param: str) -> ImageFeatures:
         try:
             return await backend.prefix(data)
         except InvalidRequest as error:
@@ -219,7 +219,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
             raise error.about(param) from error
 
     async def answer(
-        shape: sse.Shape,
+        shape: openai.Shape,
         request: ChatRequest | GenerateRequest,
         image: bytes,
         prompt: str,
@@ -235,14 +235,16 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
         if not request.stream:
             with _named_as_in(request):
                 completion = await backend.generate(prefix, prompt, params)
-            return JSONResponse(sse.body(shape, head, completion, bool(request.return_token_ids)))
+            return JSONResponse(
+                openai.body(shape, head, completion, bool(request.return_token_ids))
+            )
         # The first event comes before the headers: an early failure is a status, not a broken 200.
         events = timed(backend.stream(prefix, prompt, params), recorder)
         with _named_as_in(request):
             first = await anext(events)
         return _Stream(
             events,
-            sse.chunks(
+            openai.chunks(
                 shape,
                 head,
                 _chain(first, events),
@@ -349,8 +351,8 @@ async def _read_form(request: Request) -> tuple[CaptionFields, list[str | bytes]
 
 def _caption_list(
     model: str, results: list[Completion | Blip2ServeError], fields: CaptionFields
-) -> sse.Json:
-    data: list[sse.Json] = []
+) -> openai.Json:
+    data: list[openai.Json] = []
     for index, result in enumerate(results):
         if isinstance(result, Blip2ServeError):
             data.append({"index": index, "error": result.details()})
@@ -371,7 +373,7 @@ def _caption_list(
         "object": "caption.list",
         "model": model,
         "data": data,
-        "usage": sse.usage(
+        "usage": openai.usage(
             sum(c.prompt_tokens for c in done), sum(c.completion_tokens for c in done)
         ),
     }

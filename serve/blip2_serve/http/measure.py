@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2_serve import metrics
 from blip2_serve.errors import Blip2ServeError, InvalidImage, Overloaded, Unavailable
-from blip2_serve.metrics import Recorder
+from blip2_serve.observe import metrics
+from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import TokenEvent
 
 # Errors of requests whose form was right.
@@ -76,7 +76,7 @@ class Measure:
             route = exchange.route
             self._recorder.add(metrics.REQUESTS, route=route, outcome=outcome)
             seconds = time.perf_counter() - exchange.arrived
-            self._recorder.observe(metrics.REQUEST_SECONDS, seconds, route=route)
+            self._recorder.observe(metrics.REQUEST_DURATION, seconds, route=route)
 
 
 def note_error(recorder: Recorder, error: Blip2ServeError, *, answers: bool = True) -> None:
@@ -84,7 +84,7 @@ def note_error(recorder: Recorder, error: Blip2ServeError, *, answers: bool = Tr
     if answers and (exchange := _current.get(None)):
         exchange.error = error
     if isinstance(error, InvalidImage):
-        recorder.add(metrics.INPUT_FAILURES, kind=error.kind)
+        recorder.add(metrics.IMAGE_ERRORS, kind=error.kind)
     elif error.code in _REJECTIONS:
         recorder.add(metrics.REJECTIONS, reason=error.code)
 
@@ -103,7 +103,7 @@ async def timed(
                 recorder.observe(metrics.TIME_TO_FIRST_TOKEN, seconds, route=exchange.route)
             elif event.index in before and event.token_ids:
                 seconds = (now - before[event.index]) / len(event.token_ids)
-                recorder.observe(metrics.INTER_TOKEN, seconds, route=exchange.route)
+                recorder.observe(metrics.INTER_TOKEN_LATENCY, seconds, route=exchange.route)
             before[event.index] = now
             yield event
     finally:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
 
+from blip2_serve.compute.cpu.linear import for_many_rows, pack_linears
+from blip2_serve.compute.cpu.vision import pack_vision
+from blip2_serve.compute.cuda.capture import Record
+from blip2_serve.compute.transfer import pinned, upload
 from blip2_serve.model.checkpoint import Checkpoint
-from blip2_serve.model.linear import for_many_rows, pack_linears
-from blip2_serve.model.packed_vision import pack_vision
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.recording import Record
-from blip2_serve.model.transfer import pinned, upload
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ class Search:
 
     def __init__(self, num_beams: int = 2, ends: frozenset[int] = ENDS, **params: Any) -> None:
         request = make_request("a", num_beams=num_beams, **{"max_tokens": 10, **params})
-        request.spare = array("q", range(10_000))
+        request.unused = array("q", range(10_000))
         self.search = BeamSearch(request, ends)
         self.beams = [Sequence(request)]
         self.agreed: list[int] = []
@@ -57,7 +57,7 @@ def test_beams_of_one_parent_share_its_rows_and_have_their_own_for_the_new_token
     search = Search(3)
     search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0))
     search.step((0, 5, -1.1), (0, 6, -1.2), (1, 7, -2.1))
-    first, second, third = (beam.table for beam in search.beams)
+    first, second, third = (beam.slots for beam in search.beams)
     assert first[0] == second[0] != third[0]
     assert len({first[1], second[1], third[1]}) == 3
 

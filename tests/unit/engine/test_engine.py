@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from blip2_serve.compute.sampler import Choice
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.engine import Engine
-from blip2_serve.engine.kv import KvRows
-from blip2_serve.engine.sampler import Choice
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.requests import make_request
@@ -81,19 +81,19 @@ class Bench:
     def __init__(
         self,
         rows: int = 200,
-        max_running: int = 4,
+        max_num_seqs: int = 4,
         max_waiting: int = 1000,
         step: int = 16,
-        reuse: bool = False,
+        prefix_caching: bool = False,
     ) -> None:
         self.scripts: dict[str, list[list[int]]] = {}
         self.runner = NoRunner()
         scheduler = Scheduler(
-            KvRows(rows),
-            max_running=max_running,
+            KvSlots(rows),
+            max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
-            max_step_tokens=step,
-            reuse=reuse,
+            max_num_batched_tokens=step,
+            prefix_caching=prefix_caching,
         )
         self.engine = Engine(
             self.runner,
@@ -237,7 +237,7 @@ def test_an_aborted_request_leaves_nothing(steps: int, params: dict[str, int]) -
 
 
 def test_an_aborted_request_leaves_the_others_alone() -> None:
-    bench = Bench(max_running=2)
+    bench = Bench(max_num_seqs=2)
     for name in "abcd":
         bench.add(name, f"answer {name}")
     bench.step()
@@ -260,7 +260,7 @@ def test_aborting_what_has_ended_or_never_was_is_no_error() -> None:
 
 
 def test_a_refused_request_leaves_nothing() -> None:
-    bench = Bench(rows=10, max_running=1, max_waiting=0)
+    bench = Bench(rows=10, max_num_seqs=1, max_waiting=0)
     with pytest.raises(ContextLengthExceeded):
         bench.add("large", "cat", prompt=11)
     bench.add("a", "cat")
@@ -274,18 +274,18 @@ def test_a_refused_request_leaves_nothing() -> None:
 
 
 def test_the_counts_tell_what_is_held() -> None:
-    bench = Bench(max_running=4)
+    bench = Bench(max_num_seqs=4)
     for name in "abc":
         bench.add(name, "cat", "cow", n=2)
     stats = bench.engine.stats()
-    assert (stats.running, stats.waiting, stats.kv_rows_used, stats.steps) == (0, 3, 0, 0)
+    assert (stats.running, stats.waiting, stats.kv_slots_used, stats.steps) == (0, 3, 0, 0)
     bench.step()
     stats = bench.engine.stats()
     assert (stats.running, stats.waiting, stats.steps) == (4, 1, 1)
-    assert (stats.kv_rows_used, stats.kv_rows_total) == (2 * (3 + 2 * (3 - 1)), 200)
-    assert stats.kv_rows_kept == 0
+    assert (stats.kv_slots_used, stats.kv_slots_total) == (2 * (3 + 2 * (3 - 1)), 200)
+    assert stats.kv_slots_cached == 0
     bench.finish()
-    assert bench.engine.stats().kv_rows_used == 0
+    assert bench.engine.stats().kv_slots_used == 0
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -335,9 +335,9 @@ def test_the_end_of_a_beam_search_gives_back_all_rows() -> None:
     bench.step()
     bench.step()
     assert bench.engine.stats().running == 3
-    assert bench.engine.stats().kv_rows_used == 3 + 3 * 6
+    assert bench.engine.stats().kv_slots_used == 3 + 3 * 6
     bench.finish()
-    assert bench.engine.stats().kv_rows_used == 0
+    assert bench.engine.stats().kv_slots_used == 0
 
 
 def test_a_stop_string_that_all_beams_share_ends_the_search() -> None:
@@ -358,7 +358,7 @@ def test_a_stop_string_is_cut_off_each_of_several_answers() -> None:
 
 
 def test_beams_of_several_requests_do_not_mix_with_each_other_and_with_samples() -> None:
-    bench = Bench(max_running=10)
+    bench = Bench(max_num_seqs=10)
     bench.add("a", "abcdef", "abcxyz", num_beams=2, n=2)
     bench.add("b", "123456", "123789", n=2)
     bench.step()
@@ -408,37 +408,39 @@ def test_every_token_comes_with_its_log_probability_where_they_are_asked_for(
 def test_prompt_and_answer_are_kept_for_a_request_that_goes_on_from_them(
     params: dict[str, int],
 ) -> None:
-    bench = Bench(reuse=True, step=100)
+    bench = Bench(prefix_caching=True, step=100)
     bench.add("first", "cat", "cow", prompt=30, **params)
     bench.finish()
-    assert bench.engine.stats().kv_rows_kept == bench.engine.stats().kv_rows_used > 30
+    assert bench.engine.stats().kv_slots_cached == bench.engine.stats().kv_slots_used > 30
     before = bench.runner.computed
     bench.add("second", "ok", prompt=[7] * 30 + tokens("cat") + [8])
     bench.finish()
     # "t", the prompt's last token and "o" had to be computed.
     assert bench.runner.computed - before == 3
-    assert bench.engine.stats().reused_tokens == 30 + len("ca")
+    assert bench.engine.stats().cached_tokens == 30 + len("ca")
     assert bench.texts("second") == ["ok"]
 
 
 def test_after_an_abort_the_prompt_is_known_still() -> None:
-    bench = Bench(reuse=True, step=100)
+    bench = Bench(prefix_caching=True, step=100)
     bench.add("a", "a long answer", "another one", prompt=30, num_beams=2)
     bench.step()
     bench.step()
     bench.engine.abort("a")
     bench.engine.check_integrity()
     bench.engine.check_idle()
-    assert bench.engine.stats().kv_rows_used == bench.engine.stats().kv_rows_kept == 30
+    assert bench.engine.stats().kv_slots_used == bench.engine.stats().kv_slots_cached == 30
     bench.add("b", "x", prompt=30)
     bench.finish()
-    assert bench.engine.stats().reused_tokens == 29
+    assert bench.engine.stats().cached_tokens == 29
 
 
-@pytest.mark.parametrize("reuse", [True, False], ids=["with reuse", "without reuse"])
-def test_requests_join_and_leave_at_every_step(reuse: bool) -> None:
+@pytest.mark.parametrize(
+    "prefix_caching", [True, False], ids=["with prefix_caching", "without prefix_caching"]
+)
+def test_requests_join_and_leave_at_every_step(prefix_caching: bool) -> None:
     random = Random(0)
-    bench = Bench(rows=120, max_running=6, step=10, reuse=reuse)
+    bench = Bench(rows=120, max_num_seqs=6, step=10, prefix_caching=prefix_caching)
     texts: dict[str, list[str]] = {}
     aborted: set[str] = set()
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from blip2_serve.compute.sampler import Choice
 from blip2_serve.engine.engine import Engine
-from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.loop import EngineLoop, Step
-from blip2_serve.engine.sampler import Choice
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.requests import make_request
@@ -62,7 +62,7 @@ class Bench:
 
     def __init__(
         self,
-        max_running: int = 4,
+        max_num_seqs: int = 4,
         max_waiting: int = 100,
         free: bool = False,
         eos: tuple[int, ...] = (),
@@ -73,11 +73,11 @@ class Bench:
         if free:
             self.runner.allow(1_000_000)
         scheduler = Scheduler(
-            KvRows(1000),
-            max_running=max_running,
+            KvSlots(1000),
+            max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
-            max_step_tokens=32,
-            reuse=False,
+            max_num_batched_tokens=32,
+            prefix_caching=False,
         )
         self.engine = Engine(
             self.runner,
@@ -158,7 +158,7 @@ async def test_an_answer_is_streamed_token_by_token(make: Callable[..., Bench]) 
 
 
 async def test_many_answers_are_streamed_at_once(make: Callable[..., Bench]) -> None:
-    bench = make(max_running=8, free=True)
+    bench = make(max_num_seqs=8, free=True)
     lengths = [1 + n * 7 % 25 for n in range(60)]
     async with asyncio.timeout(DEADLINE):
         answers = await asyncio.gather(
@@ -279,7 +279,7 @@ async def test_a_reader_that_leaves_takes_its_request_out_before_the_next_step(
     await stream.aclose()
     bench.runner.allow(1)  # of the step that may be under way
     await bench.held(0)
-    assert bench.loop.stats().kv_rows_used == 0
+    assert bench.loop.stats().kv_slots_used == 0
     assert bench.loop.stats().steps <= 2
 
 
@@ -296,7 +296,7 @@ async def test_a_cancelled_reader_takes_its_request_out(make: Callable[..., Benc
 
 
 async def test_a_waiting_request_can_be_left_too(make: Callable[..., Bench]) -> None:
-    bench = make(max_running=1)
+    bench = make(max_num_seqs=1)
     running = await bench.begin("a", 3)
     waiting = await bench.begin("b", 3)
     bench.runner.allow(1)
@@ -332,7 +332,7 @@ async def test_the_engine_serves_again_after_being_idle(make: Callable[..., Benc
 async def test_a_full_queue_is_told_to_the_one_who_came_too_late(
     make: Callable[..., Bench],
 ) -> None:
-    bench = make(max_running=1, max_waiting=1)
+    bench = make(max_num_seqs=1, max_waiting=1)
     first = await bench.begin("a")
     await until(lambda: bench.loop.stats().running == 1)
     second, third = await bench.begin("b"), await bench.begin("c")
@@ -354,7 +354,7 @@ async def test_what_can_never_fit_is_told_to_the_caller(make: Callable[..., Benc
 async def test_more_answers_than_ever_run_at_once_is_told_to_the_caller(
     make: Callable[..., Bench],
 ) -> None:
-    bench = make(free=True, max_running=4)
+    bench = make(free=True, max_num_seqs=4)
     with pytest.raises(InvalidRequest) as error:
         await bench.collect("a", n=5)
     assert error.value.param == "n"
@@ -374,7 +374,7 @@ async def test_the_time_of_finished_requests_is_summed_whatever_their_answers(
 async def test_a_failing_step_fails_everyone_and_all_who_come_later(
     make: Callable[..., Bench],
 ) -> None:
-    bench = make(max_running=2)
+    bench = make(max_num_seqs=2)
     tasks = [await bench.begin(f"r{n}", 50) for n in range(4)]
     bench.runner.allow(2)
     await until(lambda: bench.loop.stats().steps == 2)

@@ -8,8 +8,8 @@ from itertools import takewhile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.prefix_tree import PrefixTree
+from blip2_serve.engine.slots import KvSlots
 
 Beginning = tuple[str, tuple[int, ...]]  # an image's digest and tokens up to the last one
 
@@ -19,105 +19,105 @@ def beginnings(digest: str, tokens: list[int]) -> list[Beginning]:
 
 
 class Bench:
-    """A tree and its KV; `memory` is what was computed into each row."""
+    """A tree and its KV; `memory` is what was computed into each slot."""
 
-    def __init__(self, rows: int = 100) -> None:
-        self.kv = KvRows(rows)
+    def __init__(self, slots: int = 100) -> None:
+        self.kv = KvSlots(slots)
         self.tree = PrefixTree(self.kv)
         self.memory: dict[int, Beginning] = {}
 
     def compute(self, digest: str, tokens: list[int], known: array[int]) -> array[int]:
         """Rows for all tokens, of which the first have known ones."""
-        own = self.kv.take(len(tokens) - len(known))
+        own = self.kv.allocate(len(tokens) - len(known))
         assert own is not None
-        rows = known + own
+        slots = known + own
         self.memory |= zip(own, beginnings(digest, tokens)[len(known) :], strict=True)
-        return rows
+        return slots
 
-    def keep(self, tokens: list[int], digest: str = "x") -> array[int]:
-        """Computes and inserts tokens; nobody but the tree holds their rows then."""
-        rows = self.compute(digest, tokens, array("q"))
-        self.tree.insert(digest, tokens, rows)
-        self.kv.give_back(rows)
-        return rows
+    def cache(self, tokens: list[int], digest: str = "x") -> array[int]:
+        """Computes and inserts tokens; nobody but the tree holds their slots then."""
+        slots = self.compute(digest, tokens, array("q"))
+        self.tree.insert(digest, tokens, slots)
+        self.kv.release(slots)
+        return slots
 
     def known(self, tokens: list[int], digest: str = "x") -> list[int]:
-        """The part of the tokens that is kept."""
-        rows = self.tree.match(digest, tokens)
-        self.kv.give_back(rows)
-        assert [self.memory[row] for row in rows] == beginnings(digest, tokens)[: len(rows)]
-        return tokens[: len(rows)]
+        """The part of the tokens that is cached."""
+        slots = self.tree.match(digest, tokens)
+        self.kv.release(slots)
+        assert [self.memory[slot] for slot in slots] == beginnings(digest, tokens)[: len(slots)]
+        return tokens[: len(slots)]
 
-    def kept(self) -> dict[Beginning, int]:
-        return {self.memory[row]: row for rows in self.tree.holdings() for row in rows}
+    def cached(self) -> dict[Beginning, int]:
+        return {self.memory[slot]: slot for slots in self.tree.holdings() for slot in slots}
 
 
 @dataclass
 class Model:
-    """What must be kept, as a plain table; requests come, run for a while, and end."""
+    """What must be cached, as a plain table; requests come, run for a while, and end."""
 
     bench: Bench = field(default_factory=lambda: Bench(30))
-    kept: dict[Beginning, int] = field(default_factory=dict)
+    cached: dict[Beginning, int] = field(default_factory=dict)
     running: list[array[int]] = field(default_factory=list)
 
     def begin(self, digest: str, tokens: list[int]) -> None:
         bench = self.bench
-        rows = bench.tree.match(digest, tokens)
-        known = list(takewhile(self.kept.__contains__, beginnings(digest, tokens)))
-        assert [*rows] == [self.kept[beginning] for beginning in known]
-        assert [bench.memory[row] for row in rows] == known
+        slots = bench.tree.match(digest, tokens)
+        known = list(takewhile(self.cached.__contains__, beginnings(digest, tokens)))
+        assert [*slots] == [self.cached[beginning] for beginning in known]
+        assert [bench.memory[slot] for slot in slots] == known
 
-        needed = len(tokens) - len(rows)
-        self.room(needed, rows)
+        needed = len(tokens) - len(slots)
+        self.room(needed, slots)
         if bench.kv.free < needed:
-            bench.kv.give_back(rows)
+            bench.kv.release(slots)
             return
-        self._insert(digest, tokens, bench.compute(digest, tokens, rows))
+        self._insert(digest, tokens, bench.compute(digest, tokens, slots))
 
-    def _insert(self, digest: str, tokens: list[int], rows: array[int]) -> None:
-        self.running.append(rows)
-        self.bench.tree.insert(digest, tokens, rows)
-        for beginning, row in zip(beginnings(digest, tokens), rows, strict=True):
-            self.kept.setdefault(beginning, row)
+    def _insert(self, digest: str, tokens: list[int], slots: array[int]) -> None:
+        self.running.append(slots)
+        self.bench.tree.insert(digest, tokens, slots)
+        for beginning, slot in zip(beginnings(digest, tokens), slots, strict=True):
+            self.cached.setdefault(beginning, slot)
 
     def end(self, choice: int) -> None:
         if self.running:
-            self.bench.kv.give_back(self.running.pop(choice % len(self.running)))
+            self.bench.kv.release(self.running.pop(choice % len(self.running)))
 
     def begin_apart(self, digest: str, tokens: list[int]) -> None:
-        """As if it had been admitted before what is known was computed: no row is shared."""
+        """As if it had been admitted before what is known was computed: no slot is shared."""
         if self.room(len(tokens), array("q")):
-            rows = self.bench.compute(digest, tokens, array("q"))
-            self._insert(digest, tokens, rows)
+            slots = self.bench.compute(digest, tokens, array("q"))
+            self._insert(digest, tokens, slots)
 
     def room(self, count: int, matched: array[int] | None = None) -> bool:
         """Either there is room afterwards, or nothing was evicted and it could not have been."""
         bench = self.bench
         possible = bench.kv.total - len(self._stuck(matched or array("q"))) >= count
         assert bench.tree.make_room(count) == (bench.kv.free >= count) == possible
-        left = bench.kept()
-        assert left.items() <= self.kept.items()
-        assert possible or left == self.kept
-        self.kept = left
+        left = bench.cached()
+        assert left.items() <= self.cached.items()
+        assert possible or left == self.cached
+        self.cached = left
         return possible
 
     def _stuck(self, matched: array[int]) -> set[int]:
-        """Rows that requests hold, and kept ones on the way to them in the tree."""
-        held = {row for rows in [*self.running, matched] for row in rows}
+        """Rows that requests hold, and cached ones on the way to them in the tree."""
+        held = {slot for slots in [*self.running, matched] for slot in slots}
         above = {
             (digest, line[:end])
-            for (digest, line), row in self.kept.items()
-            if row in held
+            for (digest, line), slot in self.cached.items()
+            if slot in held
             for end in range(1, len(line))
         }
-        return held | {row for beginning, row in self.kept.items() if beginning in above}
+        return held | {slot for beginning, slot in self.cached.items() if beginning in above}
 
     def check(self) -> None:
         tree = self.bench.tree
         tree.check_integrity()
         self.bench.kv.check_integrity(self.running, tree.holdings())
-        assert self.bench.kept() == self.kept
-        assert tree.rows == len(self.kept)
+        assert self.bench.cached() == self.cached
+        assert tree.slots == len(self.cached)
 
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=10)
@@ -139,11 +139,11 @@ def test_the_longest_known_beginning_is_found_whatever_was_kept_and_forgotten(
 
 
 use = st.tuples(st.just("use"), st.integers(0, 9))
-keep = st.tuples(st.just("keep"), st.integers(0, 9))
+cache = st.tuples(st.just("cache"), st.integers(0, 9))
 room = st.tuples(st.just("room"), st.integers(0, 20))
 
 
-@given(st.lists(st.one_of(use, keep, room), max_size=40))
+@given(st.lists(st.one_of(use, cache, room), max_size=40))
 def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
     plan: list[tuple[str, int]],
 ) -> None:
@@ -165,23 +165,23 @@ def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
                 order.move_to_end(value)
         else:
             make_room(len(line))
-            bench.keep(line)
+            bench.cache(line)
             order[value] = len(line)
             order.move_to_end(value)
         bench.tree.check_integrity()
-        assert {key[1][0] for key in bench.kept()} == order.keys()
+        assert {key[1][0] for key in bench.cached()} == order.keys()
 
 
 def test_tokens_of_another_image_are_not_known() -> None:
     bench = Bench()
-    bench.keep([1, 2, 3], "x")
+    bench.cache([1, 2, 3], "x")
     assert bench.known([1, 2, 3], "y") == []
     assert bench.known([1, 2, 3], "x") == [1, 2, 3]
 
 
 def test_a_beginning_may_be_known_in_part() -> None:
     bench = Bench()
-    bench.keep([1, 2, 3, 4])
+    bench.cache([1, 2, 3, 4])
     assert bench.known([1, 2, 9]) == [1, 2]
     assert bench.known([1, 2]) == [1, 2]
     assert bench.known([9, 2, 3]) == []
@@ -191,79 +191,79 @@ def test_a_beginning_may_be_known_in_part() -> None:
 def test_lines_that_part_are_all_known_and_their_common_beginning_is_kept_once() -> None:
     bench = Bench()
     for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [1]):
-        bench.keep(line)
+        bench.cache(line)
         bench.tree.check_integrity()
-    assert bench.tree.rows == len([1, 2, 3, 4, 5, 6])
-    assert bench.kv.used == bench.tree.rows
+    assert bench.tree.slots == len([1, 2, 3, 4, 5, 6])
+    assert bench.kv.used == bench.tree.slots
     for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]):
         assert bench.known([*line, 8]) == line
 
 
 def test_rows_that_come_for_known_tokens_are_not_kept() -> None:
     bench = Bench()
-    first = bench.keep([1, 2, 3])
-    bench.keep([1, 2, 3, 4])
-    rows = bench.tree.match("x", [1, 2, 3, 4])
-    assert rows[:3] == first
-    assert bench.tree.rows == 4
+    first = bench.cache([1, 2, 3])
+    bench.cache([1, 2, 3, 4])
+    slots = bench.tree.match("x", [1, 2, 3, 4])
+    assert slots[:3] == first
+    assert bench.tree.slots == 4
 
 
 def test_the_end_of_a_line_is_forgotten_before_its_beginning() -> None:
     bench = Bench(10)
-    bench.keep([1, 2, 3])
-    bench.keep([1, 2, 4])
-    bench.keep([1, 2, 5])
+    bench.cache([1, 2, 3])
+    bench.cache([1, 2, 4])
+    bench.cache([1, 2, 5])
     assert bench.known([1, 2, 3]) == [1, 2, 3]  # the other two are older now
     lines = ([1, 2, 3], [1, 2, 4], [1, 2, 5])
     left = []
     for count in (6, 7, 8, 10):
         bench.tree.make_room(count)
         bench.tree.check_integrity()
-        left.append({line[-1] for line in lines if ("x", (*line,)) in bench.kept()})
+        left.append({line[-1] for line in lines if ("x", (*line,)) in bench.cached()})
     assert left == [{3, 5}, {3}, set(), set()]
-    assert bench.tree.rows == 0
+    assert bench.tree.slots == 0
 
 
 def test_no_room_is_made_where_there_is_enough() -> None:
     bench = Bench(10)
-    bench.keep([1, 2, 3])
+    bench.cache([1, 2, 3])
     bench.tree.make_room(7)
     assert bench.known([1, 2, 3]) == [1, 2, 3]
 
 
 def test_what_a_running_request_holds_is_not_forgotten_as_no_row_would_be_free_for_it() -> None:
     bench = Bench(20)
-    bench.keep([1, 2, 3])
-    bench.keep([1, 2, 3, 4, 5])
-    bench.keep([6, 7, 8])
+    bench.cache([1, 2, 3])
+    bench.cache([1, 2, 3, 4, 5])
+    bench.cache([6, 7, 8])
     held = bench.tree.match("x", [1, 2, 3, 4])
     bench.known([6, 7, 8])  # the youngest now, and still the first to go
     assert bench.tree.make_room(16)
     bench.tree.check_integrity()
-    assert bench.kept().keys() == {*beginnings("x", [1, 2, 3])}
-    bench.kv.give_back(held)
+    assert bench.cached().keys() == {*beginnings("x", [1, 2, 3])}
+    bench.kv.release(held)
     assert bench.tree.make_room(20)
-    assert (bench.tree.rows, bench.kv.free) == (0, 20)
+    assert (bench.tree.slots, bench.kv.free) == (0, 20)
 
 
 def test_rows_of_a_running_request_are_not_given_to_others() -> None:
     bench = Bench(10)
-    bench.keep([1, 2, 3])
+    bench.cache([1, 2, 3])
     held = bench.tree.match("x", [1, 2, 3])
     assert not bench.tree.make_room(10)
-    others = bench.kv.take(7)
+    others = bench.kv.allocate(7)
     assert others is not None
-    assert bench.kv.take(1) is None
+    assert bench.kv.allocate(1) is None
     assert not {*others} & {*held}
 
 
 def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
     bench = Bench(10)
-    bench.keep([1, 2, 3])
-    bench.keep([6, 7])
-    running = bench.kv.take(4)
+    bench.cache([1, 2, 3])
+    bench.cache([6, 7])
+    running = bench.kv.allocate(4)
     assert running is not None
     assert not bench.tree.make_room(7)
-    assert bench.tree.rows == 5
+    assert bench.tree.slots == 5
     assert bench.tree.make_room(6)
-    assert bench.tree.rows == 0
+    assert bench.tree.slots == 0

@@ -8,26 +8,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip2_serve.engine.kv import KvRows
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from support.requests import make_request
 
 
 def scheduler(
-    rows: int = 64,
-    max_running: int = 4,
+    slots: int = 64,
+    max_num_seqs: int = 4,
     max_waiting: int = 1000,
-    max_step_tokens: int = 8,
-    reuse: bool = True,
+    max_num_batched_tokens: int = 8,
+    prefix_caching: bool = True,
 ) -> Scheduler:
     return Scheduler(
-        KvRows(rows),
-        max_running=max_running,
+        KvSlots(slots),
+        max_num_seqs=max_num_seqs,
         max_waiting=max_waiting,
-        max_step_tokens=max_step_tokens,
-        reuse=reuse,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_caching=prefix_caching,
     )
 
 
@@ -39,12 +39,12 @@ def work(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
 class Simulation:
     """Drives a scheduler as the engine does, and checks what it promises after every step.
 
-    In `memory`, each KV row has the image and all tokens up to the one that was computed into it.
+    In `memory`, each KV slot has the image and all tokens up to the one that was computed into it.
     """
 
     scheduler: Scheduler
-    max_running: int
-    max_step_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
     random: Random = field(default_factory=lambda: Random(0))
     arrived: list[Request] = field(default_factory=list)
     ends_after: dict[str, int] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Simulation:
         running = {r.id for r in self.scheduler.running}
         chunks = self.scheduler.schedule()
 
-        assert sum(c.end - c.start for c in chunks) <= self.max_step_tokens
+        assert sum(c.end - c.start for c in chunks) <= self.max_num_batched_tokens
         assert len({c.sequence for c in chunks}) == len(chunks)
         for chunk in chunks:
             assert chunk.start == chunk.sequence.computed < chunk.end <= chunk.sequence.length
@@ -99,10 +99,10 @@ class Simulation:
     def finish(self) -> None:
         while self.scheduler.has_work:
             assert self.step(), "there is work, yet nothing was scheduled"
-        kv, kept = self.scheduler.kv, self.scheduler.kept
-        assert kv.used == kept.rows
-        kept.make_room(kv.total)
-        assert (kv.used, kept.rows) == (0, 0)
+        kv, cached = self.scheduler.kv, self.scheduler.cached
+        assert kv.used == cached.slots
+        cached.make_room(kv.total)
+        assert (kv.used, cached.slots) == (0, 0)
 
     def check_answers(self) -> None:
         """Whoever was not aborted has as many tokens, and as many answers, as it asked for."""
@@ -122,17 +122,17 @@ class Simulation:
             first = self.scheduler.waiting[0]
             assert int(first.id) > self.last_admitted
             width = sum(r.width for r in self.scheduler.running) + first.width
-            assert width > self.max_running or first.reach > self.scheduler.kv.free
+            assert width > self.max_num_seqs or first.slots_needed > self.scheduler.kv.free
 
     def _compute(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
             line: tuple[object, ...] = (chunk.sequence.request.digest,)
             for position in range(chunk.end):
                 line = (hash(line), chunk.sequence.token_at(position))
-                row = chunk.sequence.table[position]
+                slot = chunk.sequence.slots[position]
                 if position >= chunk.start:
-                    self.memory[row] = line
-                assert self.memory[row] == line, "KV of other tokens"
+                    self.memory[slot] = line
+                assert self.memory[slot] == line, "KV of other tokens"
 
     def _choose(self, request: Request) -> None:
         if request.params.num_beams > 1:
@@ -189,11 +189,20 @@ actions = st.one_of(
     st.booleans(),
 )
 def test_whatever_comes_and_goes_every_request_is_served_in_turn(
-    plan: list[tuple[Any, ...]], rows: int, max_running: int, prompt_tokens: int, reuse: bool
+    plan: list[tuple[Any, ...]],
+    slots: int,
+    max_num_seqs: int,
+    prompt_tokens: int,
+    prefix_caching: bool,
 ) -> None:
-    max_step_tokens = max_running + prompt_tokens
-    made = scheduler(rows, max_running, max_step_tokens=max_step_tokens, reuse=reuse)
-    simulation = Simulation(made, max_running, max_step_tokens)
+    max_num_batched_tokens = max_num_seqs + prompt_tokens
+    made = scheduler(
+        slots,
+        max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        prefix_caching=prefix_caching,
+    )
+    simulation = Simulation(made, max_num_seqs, max_num_batched_tokens)
     for name, *arguments in plan:
         if name == "add":
             *arguments, params, digest = arguments
@@ -206,8 +215,8 @@ def test_whatever_comes_and_goes_every_request_is_served_in_turn(
 
 def test_a_thousand_mixed_requests_go_through_a_kv_with_room_for_sixteen() -> None:
     random = Random(0)
-    typical = make_request(prompt=16, max_tokens=8, num_beams=3).reach
-    simulation = Simulation(scheduler(16 * typical, 24, max_step_tokens=40), 24, 40)
+    typical = make_request(prompt=16, max_tokens=8, num_beams=3).slots_needed
+    simulation = Simulation(scheduler(16 * typical, 24, max_num_batched_tokens=40), 24, 40)
     beginning = [random.randrange(3) for _ in range(10)]
     params: list[dict[str, int]] = [{}, {}, {"n": 4}, {"num_beams": 5}, {"num_beams": 8, "n": 8}]
     for _ in range(1000):
@@ -222,11 +231,11 @@ def test_a_thousand_mixed_requests_go_through_a_kv_with_room_for_sixteen() -> No
     simulation.finish()
     simulation.check_answers()
     assert len(simulation.answers) == 1000
-    assert simulation.scheduler.reused_tokens > 1000
+    assert simulation.scheduler.cached_tokens > 1000
 
 
 def test_the_others_get_a_token_in_every_step_of_a_long_prompt() -> None:
-    simulation = Simulation(scheduler(rows=200, max_step_tokens=8), 4, 8)
+    simulation = Simulation(scheduler(slots=200, max_num_batched_tokens=8), 4, 8)
     simulation.add([1, 1], 50)
     simulation.add([2, 2], 50)
     simulation.step()
@@ -248,7 +257,7 @@ def test_the_others_get_a_token_in_every_step_of_a_long_prompt() -> None:
 
 
 def test_prompts_share_a_step_oldest_first() -> None:
-    s = scheduler(max_step_tokens=8)
+    s = scheduler(max_num_batched_tokens=8)
     for name, prompt in [("a", 5), ("b", 5), ("c", 5)]:
         s.add(make_request(name, prompt))
     chunks = s.schedule()
@@ -257,9 +266,9 @@ def test_prompts_share_a_step_oldest_first() -> None:
 
 
 def test_a_request_waits_until_its_whole_reach_is_free() -> None:
-    s = scheduler(rows=20)
-    first = make_request("a", 10, max_tokens=3)  # reach 12
-    second = make_request("b", 8, max_tokens=2)  # reach 9
+    s = scheduler(slots=20)
+    first = make_request("a", 10, max_tokens=3)  # slots_needed 12
+    second = make_request("b", 8, max_tokens=2)  # slots_needed 9
     s.add(first)
     s.add(second)
     assert work(s.schedule()) == [("a", 0, 8)]
@@ -279,9 +288,9 @@ def test_a_request_waits_until_its_whole_reach_is_free() -> None:
 def test_a_wide_request_reaches_its_prompt_once_and_every_line_of_its_answer(
     params: dict[str, int],
 ) -> None:
-    simulation = Simulation(scheduler(rows=10 + 3 * 4), 4, 8)
+    simulation = Simulation(scheduler(slots=10 + 3 * 4), 4, 8)
     request = simulation.add(10, 5, **params)
-    assert request.reach == 10 + 3 * 4
+    assert request.slots_needed == 10 + 3 * 4
     simulation.step()
     assert simulation.scheduler.kv.free == 0
     simulation.finish()
@@ -289,7 +298,7 @@ def test_a_wide_request_reaches_its_prompt_once_and_every_line_of_its_answer(
 
 
 def test_a_short_request_does_not_overtake_a_long_one() -> None:
-    s = scheduler(rows=20)
+    s = scheduler(slots=20)
     for name, prompt in [("a", 15), ("long", 10), ("short", 1)]:
         s.add(make_request(name, prompt))
     s.schedule()
@@ -297,7 +306,7 @@ def test_a_short_request_does_not_overtake_a_long_one() -> None:
 
 
 def test_no_more_run_than_allowed() -> None:
-    s = scheduler(max_running=2)
+    s = scheduler(max_num_seqs=2)
     for name in "abc":
         s.add(make_request(name, 1))
     assert work(s.schedule()) == [("a", 0, 1), ("b", 0, 1)]
@@ -306,7 +315,7 @@ def test_no_more_run_than_allowed() -> None:
 
 @pytest.mark.parametrize("name", ["n", "num_beams"])
 def test_every_line_of_a_request_counts_as_running_its_prompt_not_yet_computed(name: str) -> None:
-    s = scheduler(max_running=4)
+    s = scheduler(max_num_seqs=4)
     s.add(make_request("a", 20, **{name: 3}))
     s.add(make_request("b", 1))
     s.add(make_request("c", 1))
@@ -326,7 +335,7 @@ def test_every_line_of_a_request_counts_as_running_its_prompt_not_yet_computed(n
 def test_a_request_that_is_wider_than_all_that_may_run_is_refused_by_name(
     params: dict[str, int], param: str
 ) -> None:
-    s = scheduler(max_running=4)
+    s = scheduler(max_num_seqs=4)
     with pytest.raises(InvalidRequest) as error:
         s.add(make_request("a", 1, **params))
     assert error.value.param == param
@@ -335,27 +344,27 @@ def test_a_request_that_is_wider_than_all_that_may_run_is_refused_by_name(
 
 
 def test_the_last_token_needs_no_row() -> None:
-    simulation = Simulation(scheduler(rows=6), 4, 8)
+    simulation = Simulation(scheduler(slots=6), 4, 8)
     simulation.add(4, 3)
     simulation.finish()
     simulation.check_answers()
 
 
 def test_rows_of_a_finished_request_are_used_again_first() -> None:
-    s = scheduler(rows=1000, reuse=False)
+    s = scheduler(slots=1000, prefix_caching=False)
     first = make_request("a", 10)
     s.add(first)
     s.schedule()
-    rows = set(first.held)
+    slots = set(first.slots)
     s.end(first.sequences[0])
     second = make_request("b", 10)
     s.add(second)
     s.schedule()
-    assert set(second.held) == rows
+    assert set(second.slots) == slots
 
 
 def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
-    s = scheduler(max_running=1, max_waiting=2)
+    s = scheduler(max_num_seqs=1, max_waiting=2)
     for name in "abc":  # the first will not wait: a place is free
         s.add(make_request(name))
     with pytest.raises(Overloaded):
@@ -369,9 +378,9 @@ def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "params"),
     [
-        pytest.param(64, 2, {}, id="a prompt of all rows and a second token"),
-        pytest.param(65, 1, {}, id="a prompt of more than all rows"),
-        pytest.param(1, 65, {}, id="more tokens than rows"),
+        pytest.param(64, 2, {}, id="a prompt of all slots and a second token"),
+        pytest.param(65, 1, {}, id="a prompt of more than all slots"),
+        pytest.param(1, 65, {}, id="more tokens than slots"),
         pytest.param(30, 19, {"n": 2}, id="two samples that fit alone"),
         pytest.param(30, 19, {"num_beams": 2}, id="two beams that fit alone"),
     ],
@@ -379,7 +388,7 @@ def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
 def test_what_can_never_fit_is_refused(
     prompt: int, max_tokens: int, params: dict[str, int]
 ) -> None:
-    s = scheduler(rows=64)
+    s = scheduler(slots=64)
     with pytest.raises(ContextLengthExceeded) as error:
         s.add(make_request("a", prompt, max_tokens=max_tokens, **params))
     assert error.value.param == "max_tokens"
@@ -395,8 +404,8 @@ def test_what_can_never_fit_is_refused(
     ],
 )
 def test_what_just_fits_is_served(prompt: int, max_tokens: int, params: dict[str, int]) -> None:
-    simulation = Simulation(scheduler(rows=64), 4, 8)
-    assert simulation.add(prompt, max_tokens, **params).reach == 64
+    simulation = Simulation(scheduler(slots=64), 4, 8)
+    assert simulation.add(prompt, max_tokens, **params).slots_needed == 64
     simulation.finish()
     simulation.check_answers()
 
@@ -406,9 +415,11 @@ def test_what_just_fits_is_served(prompt: int, max_tokens: int, params: dict[str
 PROMPT = [5, 1, 5, 2, 5, 3, 5, 4, 5, 5]
 
 
-def served(*requests: dict[str, Any], reuse: bool = True) -> Simulation:
+def served(*requests: dict[str, Any], prefix_caching: bool = True) -> Simulation:
     """A simulation in which these requests have come and ended, one after the other."""
-    simulation = Simulation(scheduler(200, max_step_tokens=50, reuse=reuse), 4, 50)
+    simulation = Simulation(
+        scheduler(200, max_num_batched_tokens=50, prefix_caching=prefix_caching), 4, 50
+    )
     for request in requests:
         simulation.add(**{"prompt": PROMPT, "max_tokens": 4, **request})
         while simulation.scheduler.has_work:
@@ -441,13 +452,13 @@ def test_of_a_known_prompt_only_the_last_token_is_computed(
 ) -> None:
     simulation = served(earlier)
     assert computed(simulation, PROMPT, **later) == 1
-    assert simulation.scheduler.reused_tokens == len(PROMPT) - 1
+    assert simulation.scheduler.cached_tokens == len(PROMPT) - 1
     simulation.finish()
     simulation.check_answers()
 
 
 def test_the_prompt_of_a_request_that_still_runs_is_known() -> None:
-    simulation = Simulation(scheduler(200, max_step_tokens=50), 4, 50)
+    simulation = Simulation(scheduler(200, max_num_batched_tokens=50), 4, 50)
     simulation.add(PROMPT, 20)
     simulation.step()
     later = simulation.add([*PROMPT, 6], 2)
@@ -460,41 +471,41 @@ def test_the_prompt_of_a_request_that_still_runs_is_known() -> None:
 )
 def test_an_answer_is_known_when_it_comes_back_in_the_next_prompt(params: dict[str, int]) -> None:
     simulation = served(params)
-    answer = simulation.answers["0"][-1]  # of the beams, the one that is kept
+    answer = simulation.answers["0"][-1]  # of the beams, the one that is cached
     # The answer's last token was never fed back.
     assert computed(simulation, [*PROMPT, *answer, 8, 9]) == 3
 
 
 @pytest.mark.parametrize(
-    ("reuse", "prompt", "digest", "expected"),
+    ("prefix_caching", "prompt", "digest", "expected"),
     [
         pytest.param(True, PROMPT, "other", 10, id="another image"),
         pytest.param(True, [*PROMPT[:4], 8, 8], "picture", 2, id="another end"),
         pytest.param(True, [8, *PROMPT[1:]], "picture", 10, id="another beginning"),
         pytest.param(True, PROMPT[:1], "picture", 1, id="a single token"),
-        pytest.param(False, PROMPT, "picture", 10, id="reuse is off"),
+        pytest.param(False, PROMPT, "picture", 10, id="prefix_caching is off"),
     ],
 )
 def test_what_is_not_known_is_computed(
-    reuse: bool, prompt: list[int], digest: str, expected: int
+    prefix_caching: bool, prompt: list[int], digest: str, expected: int
 ) -> None:
-    simulation = served({}, reuse=reuse)
+    simulation = served({}, prefix_caching=prefix_caching)
     assert computed(simulation, prompt, digest=digest) == expected
 
 
 def test_without_reuse_nothing_is_kept() -> None:
-    simulation = served({}, {"n": 3}, {"num_beams": 3}, reuse=False)
-    assert simulation.scheduler.kept.rows == 0
+    simulation = served({}, {"n": 3}, {"num_beams": 3}, prefix_caching=False)
+    assert simulation.scheduler.cached.slots == 0
     assert simulation.scheduler.kv.used == 0
 
 
 def test_what_is_kept_makes_room_for_those_who_come() -> None:
-    simulation = Simulation(scheduler(rows=20, max_step_tokens=50), 4, 50)
+    simulation = Simulation(scheduler(slots=20, max_num_batched_tokens=50), 4, 50)
     for first_token in range(5):
-        simulation.add([first_token] * 12, 5)  # reach 16
+        simulation.add([first_token] * 12, 5)  # slots_needed 16
         while simulation.scheduler.has_work:
             simulation.step()
-    assert simulation.scheduler.kept.rows > 0
+    assert simulation.scheduler.cached.slots > 0
     assert computed(simulation, [4] * 12) == 1  # the youngest is known still
     simulation.finish()
 
@@ -509,29 +520,29 @@ def test_what_is_kept_never_makes_a_request_wait() -> None:
 
 
 def test_a_request_that_waits_for_room_does_not_lose_the_beginning_that_is_known() -> None:
-    simulation = Simulation(scheduler(rows=40, max_step_tokens=50), 4, 50)
+    simulation = Simulation(scheduler(slots=40, max_num_batched_tokens=50), 4, 50)
     simulation.add([1] * 10, 1)
     simulation.step()
-    simulation.add([2] * 10, 16)  # reach 25: 5 rows are free beside those that are kept
+    simulation.add([2] * 10, 16)  # slots_needed 25: 5 slots are free beside those that are cached
     simulation.step()
-    waiting = simulation.add([*[1] * 10, 3], 10)  # 10 rows are known, 10 more are needed
+    waiting = simulation.add([*[1] * 10, 3], 10)  # 10 slots are known, 10 more are needed
     while waiting in simulation.scheduler.waiting:
         simulation.step()
-    assert simulation.scheduler.reused_tokens == 10
+    assert simulation.scheduler.cached_tokens == 10
     simulation.finish()
 
 
 def test_a_request_that_cannot_enter_yet_evicts_nothing() -> None:
-    simulation = Simulation(scheduler(rows=60, max_step_tokens=50), 4, 50)
+    simulation = Simulation(scheduler(slots=60, max_num_batched_tokens=50), 4, 50)
     simulation.add([1] * 20, 1)
-    simulation.step()  # its 20 rows are kept, and no request's
-    simulation.add([2] * 10, 21)  # reach 30
+    simulation.step()  # its 20 slots are cached, and no request's
+    simulation.add([2] * 10, 21)  # slots_needed 30
     simulation.step()
-    waiting = simulation.add([3] * 40, 5)  # reach 44: 10 rows are free, and 20 could be
+    waiting = simulation.add([3] * 40, 5)  # slots_needed 44: 10 slots are free, and 20 could be
     for _ in range(5):
         simulation.step()
         assert waiting in simulation.scheduler.waiting
-        known = simulation.scheduler.kept.match("picture", [1] * 20)
-        simulation.scheduler.kv.give_back(known)
+        known = simulation.scheduler.cached.match("picture", [1] * 20)
+        simulation.scheduler.kv.release(known)
         assert len(known) == 20
     simulation.finish()

@@ -10,7 +10,6 @@ from typing import Any
 import httpx
 import pytest
 
-from blip2_serve import metrics
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import (
     Blip2ServeError,
@@ -20,6 +19,7 @@ from blip2_serve.errors import (
     Unavailable,
 )
 from blip2_serve.http.api import create_app
+from blip2_serve.observe import metrics
 from support.fake_backend import (
     ROUTES,
     TOKEN_IDS,
@@ -63,7 +63,7 @@ async def test_an_answer_is_counted_under_its_route_and_timed(
     await ask(recorder, route, body_for(route))
 
     assert counted(recorder, metrics.REQUESTS) == {(route, "ok"): 1}
-    (seconds,) = observed(recorder, metrics.REQUEST_SECONDS, route)
+    (seconds,) = observed(recorder, metrics.REQUEST_DURATION, route)
     assert 0 < seconds < 60
 
 
@@ -128,7 +128,7 @@ async def test_images_that_cannot_be_used_are_counted_by_kind(
     backend = FakeBackend(failures={b"odd": InvalidImage("odd", kind="format")})
     await ask(recorder, "/v1/caption", {"image": url}, backend)
 
-    assert counted(recorder, metrics.INPUT_FAILURES) == {(kind,): 1}
+    assert counted(recorder, metrics.IMAGE_ERRORS) == {(kind,): 1}
 
 
 async def test_of_several_images_each_failure_counts_once(recorder: FakeRecorder) -> None:
@@ -136,7 +136,7 @@ async def test_of_several_images_each_failure_counts_once(recorder: FakeRecorder
     for images, failures in (((b"1", b"2", b"good"), 2), ((b"1", b"2"), 4)):
         body = {"images": [data_url(image) for image in images]}
         await ask(recorder, "/v1/caption", body, FakeBackend(failures={**bad}))
-        assert counted(recorder, metrics.INPUT_FAILURES) == {("broken",): failures}
+        assert counted(recorder, metrics.IMAGE_ERRORS) == {("broken",): failures}
 
     assert counted(recorder, metrics.REQUESTS) == {
         ("/v1/caption", "ok"): 1,
@@ -152,7 +152,7 @@ async def test_a_stream_has_one_first_token_and_a_time_between_the_others(
     await ask(recorder, CHAT, body)
 
     assert len(observed(recorder, metrics.TIME_TO_FIRST_TOKEN, CHAT)) == 1
-    assert len(observed(recorder, metrics.INTER_TOKEN, CHAT)) == n * (len(TOKEN_IDS) - 1)
+    assert len(observed(recorder, metrics.INTER_TOKEN_LATENCY, CHAT)) == n * (len(TOKEN_IDS) - 1)
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "ok"): 1}
 
 
@@ -160,7 +160,7 @@ async def test_a_whole_answer_has_neither(recorder: FakeRecorder) -> None:
     await ask(recorder, CHAT, chat())
 
     assert observed(recorder, metrics.TIME_TO_FIRST_TOKEN, CHAT) == []
-    assert observed(recorder, metrics.INTER_TOKEN, CHAT) == []
+    assert observed(recorder, metrics.INTER_TOKEN_LATENCY, CHAT) == []
 
 
 async def test_a_stream_that_breaks_is_no_success(recorder: FakeRecorder) -> None:
@@ -183,7 +183,7 @@ async def test_a_client_that_leaves_is_counted_as_such(recorder: FakeRecorder) -
 
     task = asyncio.create_task(call())
     await begun.wait()
-    while not observed(recorder, metrics.INTER_TOKEN, CHAT):
+    while not observed(recorder, metrics.INTER_TOKEN_LATENCY, CHAT):
         await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -199,7 +199,7 @@ async def test_a_connection_that_breaks_while_it_is_listened_to_is_a_client_that
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def receive() -> Any:
-        while not observed(recorder, metrics.INTER_TOKEN, CHAT):
+        while not observed(recorder, metrics.INTER_TOKEN_LATENCY, CHAT):
             if (message := next(messages, None)) is not None:
                 return message
             await asyncio.sleep(0)
@@ -234,7 +234,7 @@ async def test_the_page_is_what_the_nodes_say() -> None:
 
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
-    assert 'ray_blip2_node_answered{node="a"} 0.0' in response.text
+    assert 'ray_blip2_node_up{node="a"} 0.0' in response.text
 
 
 def test_an_images_kind_of_failure_survives_the_way_between_processes() -> None:

@@ -18,7 +18,7 @@ from blip2_serve.model.checkpoint import (
     open_checkpoint,
     resolve_dtype,
 )
-from blip2_serve.model.opt import OptDecoder
+from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from support.checkpoints import Recipe, write_checkpoint

@@ -99,7 +99,7 @@ def run(code: str, hub: Hub, folder: Path) -> None:
 PREPROCESSOR = """
 import sys
 from blip2_serve.config import AppConfig
-from blip2_serve.deployments.preprocessor import Preprocessor
+from blip2_serve.stages.preprocessor import Preprocessor
 cls = Preprocessor.func_or_class
 cls.__init__(object.__new__(cls), AppConfig(model=sys.argv[1]))
 """

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip2_serve.compute.cuda.capture import no_recorder
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.recording import no_recorder
 from blip2_serve.model.vision import ImageEncoder
 from support.checkpoints import Recipe, write_checkpoint
 

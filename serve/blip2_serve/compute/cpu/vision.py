@@ -1,0 +1,86 @@
+"""transformers' vision modules with the parts replaced that are slow on a CPU in bfloat16.
+
+Linear layers are packed, with the activation behind them; the convolution over patches, which do
+not overlap, is a linear layer too; and attention is two matrix products for each image. DESIGN.md
+has what each of it gains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Blip2QFormerModel, Blip2VisionModel
+
+from blip2_serve.compute.cpu.linear import (
+    OneDnnLinear,
+    for_many_rows,
+    pack_linears,
+    pack_with_activation,
+    packable,
+)
+
+ATTENTION = "blip2_serve_products"
+
+
+def pack_vision(vision: Blip2VisionModel, qformer: Blip2QFormerModel) -> None:
+    """Replaces what is slow, where this build and the models' dtype allow it."""
+    convolution = vision.embeddings.patch_embedding
+    if not packable(convolution.weight):
+        return
+    vision.embeddings.patch_embedding = PackedPatches(convolution)
+    for layer in vision.encoder.layers:
+        name = vision.config.hidden_act
+        pack_with_activation(layer.mlp, "fc1", "activation_fn", name, for_many_rows)
+    for layer in qformer.encoder.layer:
+        part = layer.intermediate_query
+        name = qformer.config.hidden_act
+        pack_with_activation(part, "dense", "intermediate_act_fn", name, for_many_rows)
+    for model in (vision, qformer):
+        pack_linears(model, for_many_rows)
+        model.set_attn_implementation(ATTENTION)
+
+
+class PackedPatches(nn.Module):
+    """A convolution whose stride is its size, as a linear layer over each patch."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        assert convolution.stride == convolution.kernel_size
+        self.weight = convolution.weight  # transformers asks for its dtype
+        self._size = convolution.kernel_size[0]
+        self._linear = OneDnnLinear(self.weight.flatten(1), convolution.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, channels, H, W] -> [B, out channels, H / size, W / size]."""
+        size = self._size
+        patches = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+        rows, columns = patches.shape[1:3]
+        seen: Tensor = self._linear(patches.flatten(3).flatten(1, 2))
+        grid: Tensor = seen.mT.unflatten(2, (rows, columns))
+        return grid
+
+
+def _attend(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """[B, heads, tokens, head_dim] each -> [B, tokens, heads, head_dim].
+
+    Image by image: the scores of one stay in the cache.
+    """
+    assert attention_mask is None  # every token of an image sees all the others
+    attended = query.new_empty(query.transpose(1, 2).shape)
+    for q, k, v, out in zip(query, key, value, attended, strict=True):
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+        out.copy_(torch.bmm(scores.softmax(-1), v).transpose(0, 1))
+    return attended, None
+
+
+AttentionInterface.register(ATTENTION, _attend)

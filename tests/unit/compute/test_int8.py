@@ -1,0 +1,246 @@
+"""int8 weights: how far off they are, and that a row's result does not depend on its company."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from array import array
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import OPTConfig
+
+from blip2_serve.compute.cpu import int8, int8_product
+from blip2_serve.compute.cpu.int8 import (
+    FbgemmLinear,
+    KernelLinear,
+    check_int8,
+    quantize_decoder,
+    quantized,
+)
+from blip2_serve.compute.runner import Runner
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.errors import StartupError
+from blip2_serve.model.decoder import OptDecoder
+from blip2_serve.types import SamplingParams
+
+kernel_only = pytest.mark.skipif(
+    not int8_product.available(), reason="this CPU lacks AVX512's products of bytes"
+)
+
+IN, OUT = 200, 70  # no multiples of what kernels like
+
+
+@pytest.fixture
+def plain() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT).requires_grad_(False)
+
+
+def dequantized(plain: nn.Linear) -> Tensor:
+    """What the int8 weight stands for, float64 [out, in]."""
+    weight, scales = quantized(plain.weight)
+    return weight.double() * scales.double()[:, None]
+
+
+def check_close(x: Tensor, plain: nn.Linear) -> None:
+    """Against the exact product: each activation may be off by half a step of the low digit."""
+    y = FbgemmLinear(plain)(x)
+    weight = dequantized(plain)
+    exact = x.double() @ weight.T + (0 if plain.bias is None else plain.bias.double())
+    step = x.abs().amax(1, keepdim=True).double() / (63 * 126)
+    bound = 0.51 * step * weight.abs().sum(1) + 1e-5 * exact.abs().amax(1, keepdim=True)
+    assert y.shape == exact.shape
+    assert y.dtype == torch.float32
+    assert ((y - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 300])
+def test_activations_are_off_by_less_than_a_step_of_the_low_digit(
+    plain: nn.Linear, rows: int
+) -> None:
+    check_close(torch.randn(rows, IN), plain)
+
+
+def test_weights_are_off_by_half_a_step_of_their_channel(plain: nn.Linear) -> None:
+    plain.weight[3] *= 1000  # a channel's scale is its own
+    step = plain.weight.abs().amax(1, keepdim=True) / 127
+
+    assert ((plain.weight - dequantized(plain)).abs() <= 0.501 * step).all()
+
+
+def test_the_result_is_close_to_the_plain_layers(plain: nn.Linear) -> None:
+    x = torch.randn(50, IN)
+    expected = linear(x, plain.weight)
+    y = FbgemmLinear(plain)(x) - plain.bias
+
+    assert (y - expected).norm() < 0.006 * expected.norm()
+
+
+def test_a_layer_needs_no_bias() -> None:
+    check_close(torch.randn(3, IN), nn.Linear(IN, OUT, bias=False).requires_grad_(False))
+
+
+def test_a_row_gives_the_same_bits_in_any_company(plain: nn.Linear) -> None:
+    layer = FbgemmLinear(plain)
+    x = torch.randn(40, IN)
+    x[7] *= 1e6
+    x[8] = 0
+    together = layer(x)
+
+    for row in range(len(x)):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+    assert torch.equal(layer(torch.cat([x, 1e3 * torch.randn(300, IN)]))[: len(x)], together)
+
+
+def test_a_row_of_zeros_gives_the_bias(plain: nn.Linear) -> None:
+    x = torch.randn(3, IN)
+    x[1] = 0
+
+    assert torch.equal(FbgemmLinear(plain)(x)[1], plain.bias)
+
+
+def test_an_outlier_leaves_the_others_what_is_left_of_14_bits(plain: nn.Linear) -> None:
+    x = torch.randn(4, IN)
+    x[:, 11] = 100
+    check_close(x, plain)
+
+
+def test_a_channel_of_zeros_gives_the_bias(plain: nn.Linear) -> None:
+    plain.weight[5] = 0
+
+    assert torch.equal(FbgemmLinear(plain)(torch.randn(3, IN))[:, 5], plain.bias[5].expand(3))
+
+
+def test_no_rows_give_none(plain: nn.Linear) -> None:
+    assert FbgemmLinear(plain)(torch.empty(0, IN)).shape == (0, OUT)
+
+
+def test_numbers_that_are_none_are_not_hidden(plain: nn.Linear) -> None:
+    x = torch.randn(2, IN)
+    x[0, 3] = torch.nan
+    y = FbgemmLinear(plain)(x)
+
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+ODD, WHOLE = 60, 64  # vocabularies: one that the kernel does not take, and one that it does
+
+
+def decoder(dtype: torch.dtype, vocabulary: int = ODD, *, norm_first: bool = True) -> OptDecoder:
+    config = OPTConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=64,
+        do_layer_norm_before=norm_first,
+    )
+    torch.manual_seed(0)
+    made = OptDecoder(config).eval().requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.normal_(std=0.4)
+    return made.to(dtype)
+
+
+def logits(model: OptDecoder, dtype: torch.dtype) -> Tensor:
+    """After a prompt that begins with an image, computed in two steps."""
+    image = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    vocabulary = model.config.vocab_size
+    request = Request("a", [59] * 3 + [5, 6, 7, 8], image, "", SamplingParams())
+    sequence = Sequence(request, slots=array("q", range(1, 8)))
+    runner = Runner(model, rows=10)
+    assert runner.run([Chunk(sequence, 0, 5)]).shape == (0, vocabulary)
+    return runner.run([Chunk(sequence, 5, 7)])
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norms first", "norms last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_the_kernel_a_decoder_computes_in_float32(
+    dtype: torch.dtype, norm_first: bool
+) -> None:
+    model = decoder(dtype, norm_first=norm_first)
+    quantize_decoder(model)
+
+    assert isinstance(model.lm_head, FbgemmLinear)
+    torch.testing.assert_close(
+        logits(model, dtype),
+        logits(rounded(decoder(dtype, norm_first=norm_first)), dtype),
+        atol=2e-3,
+        rtol=2e-3,
+    )
+
+
+def rounded(model: OptDecoder) -> OptDecoder:
+    """The same in float32 with the weights that int8 stands for."""
+    model.float()
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+    head = nn.Linear(hidden, vocabulary, bias=False)  # tied to the embeddings, not rounded
+    head.weight = nn.Parameter(dequantized(model.lm_head).float())
+    for module in model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(dequantized(module))
+    model.lm_head = head
+    return model
+
+
+@kernel_only
+@pytest.mark.parametrize("norm_first", [True, False], ids=["norms first", "norms last"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=str
+)
+def test_where_the_kernel_fits_the_dtype_stays_and_activations_are_inside(
+    dtype: torch.dtype, tolerance: float, norm_first: bool
+) -> None:
+    model = decoder(dtype, WHOLE, norm_first=norm_first)
+    quantize_decoder(model)
+
+    assert isinstance(model.lm_head, KernelLinear)
+    assert all(isinstance(layer.activation, nn.Identity) for layer in model.layers)
+    assert model.embed_tokens.weight.dtype == dtype
+    expected = logits(rounded(decoder(dtype, WHOLE, norm_first=norm_first)), dtype)
+    off = (logits(model, dtype) - expected).norm() / expected.norm()
+    assert off < tolerance
+
+
+@kernel_only
+def test_float16_has_no_kernel() -> None:
+    model = decoder(torch.float16, WHOLE)
+    quantize_decoder(model)
+
+    assert isinstance(model.lm_head, FbgemmLinear)
+
+
+@pytest.mark.parametrize("vocabulary", [ODD, WHOLE])
+def test_the_plain_weights_are_gone(vocabulary: int) -> None:
+    model = decoder(torch.bfloat16, vocabulary)
+    weights = [weakref.ref(m.weight) for m in model.layers.modules() if isinstance(m, nn.Linear)]
+    quantize_decoder(model)
+    gc.collect()
+
+    assert len(weights) == 8
+    assert not any(weight() is not None for weight in weights)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+
+
+def test_packing_leaves_torchs_engine_as_it_was(plain: nn.Linear) -> None:
+    before = torch.backends.quantized.engine
+    FbgemmLinear(plain)
+
+    assert torch.backends.quantized.engine == before
+
+
+def test_another_device_is_refused_with_the_flags_that_help() -> None:
+    with pytest.raises(StartupError, match=r"--quantize int8 .* --device cpu"):
+        check_int8(torch.device("cuda"))
+
+
+def test_a_torch_without_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "ENGINE", "absent")
+    with pytest.raises(StartupError, match="FBGEMM"):
+        check_int8(torch.device("cpu"))

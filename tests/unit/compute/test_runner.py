@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from array import array
+from random import Random
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from blip2_serve.compute.runner import Runner, row_bytes
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
+from blip2_serve.model.decoder import OptDecoder
+from support.device import DEVICE
+from support.requests import make_request
+
+VOCABULARY = 60
+HIDDEN = 32
+ROWS = 100
+IMAGE_TOKEN = 59
+
+
+class Model:
+    """A small random decoder and transformers' with the same weights."""
+
+    sequences, longest, gpu = 0, 0, False  # see Runner
+    row_multiple = 1
+
+    def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
+        config = OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            max_position_embeddings=64,
+            do_layer_norm_before=norm_first,
+            tie_word_embeddings=tied,
+        )
+        torch.manual_seed(0)
+        self.reference = OPTForCausalLM(config).eval().requires_grad_(False)
+        for parameter in self.reference.parameters():  # biases and norms too
+            parameter.normal_(std=0.4)
+        self.decoder = OptDecoder(config).eval().requires_grad_(False).to(DEVICE)
+        weights = self.reference.state_dict()
+        for name, tensor in self.decoder.checkpoint_tensors().items():
+            tensor.copy_(weights[name.removeprefix("language_model.")])
+
+    def runner(self) -> Runner:
+        runner = Runner(
+            self.decoder, ROWS, sequences=self.sequences, longest=self.longest, gpu=self.gpu
+        )
+        runner._rows.fill_(torch.nan)  # nobody may read a row that was not written before
+        runner._row_multiple = self.row_multiple
+        return runner
+
+    def logits(self, sequence: Sequence) -> Tensor:
+        """After every token of the sequence, by transformers."""
+        embeddings = self.reference.get_input_embeddings()
+        request = sequence.request
+        embedded = embeddings(torch.tensor(request.prompt + sequence.output))
+        embedded[: len(request.image)] = request.image
+        result: Tensor = self.reference(inputs_embeds=embedded[None]).logits[0]
+        return result
+
+    def check(self, runner: Runner, chunks: list[Chunk]) -> None:
+        """Runs the chunks; the logits must be transformers'."""
+        logits = runner.run(chunks).cpu()
+        expected = [self.logits(c.sequence)[-1] for c in chunks if c.completes]
+        assert logits.shape == (len(expected), VOCABULARY)
+        assert logits.dtype == torch.float32
+        if expected:
+            torch.testing.assert_close(logits, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model()
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        pytest.param((0, 0, False), id="as on a CPU"),
+        pytest.param((0, 0, False, 4), id="as on a CPU, with padded rows"),
+        pytest.param((0, 0, True), id="as on a GPU, without recordings"),
+        pytest.param((8, 64, True), id="as on a GPU"),
+        pytest.param((2, 13, True), id="as on a GPU, with recordings for few short sequences"),
+    ],
+)
+def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cuda" and not request.param[2]:
+        pytest.skip("attends on a CPU; the decoder is on a GPU here")
+    names = ("sequences", "longest", "gpu", "row_multiple")
+    for name, value in zip(names, request.param, strict=False):
+        monkeypatch.setattr(Model, name, value)
+
+
+def sequence(
+    length: int, rows: list[int] | None = None, image: int = 0, seed: int = 0, max_tokens: int = 1
+) -> Sequence:
+    random = Random(seed)
+    prompt = [IMAGE_TOKEN] * image + [random.randrange(VOCABULARY) for _ in range(length - image)]
+    picture = torch.randn(image, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    request = make_request(
+        f"{seed}", prompt, image=picture, digest=f"picture {seed}", max_tokens=max_tokens
+    )
+    return Sequence(request, slots=array("q", rows or range(1, length + 1)))
+
+
+@pytest.mark.parametrize(
+    ("norm_first", "tied"),
+    [
+        pytest.param(True, True, id="as in the released checkpoints"),
+        pytest.param(False, True, id="norms come after each block"),
+        pytest.param(True, False, id="the head has weights of its own"),
+        pytest.param(False, False, id="both"),
+    ],
+)
+def test_a_prompt_and_its_answer_have_the_logits_of_transformers(
+    norm_first: bool, tied: bool
+) -> None:
+    model = Model(norm_first, tied)
+    runner = model.runner()
+    s = sequence(9, rows=list(range(40, 60)), image=3)
+    model.check(runner, [Chunk(s, 0, 9)])
+    for token in (5, 17, 0):
+        s.output.append(token)
+        model.check(runner, [Chunk(s, s.length - 1, s.length)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 10, 11])
+def test_a_prompt_may_be_computed_in_chunks_of_any_size(model: Model, size: int) -> None:
+    runner = model.runner()
+    s = sequence(11, image=4)
+    for start in range(0, 11, size):
+        model.check(runner, [Chunk(s, start, min(start + size, 11))])
+
+
+def test_image_rows_take_the_place_of_image_tokens(model: Model) -> None:
+    with_image = sequence(8, image=4)
+    without = sequence(8, image=4)
+    without.request.image = torch.empty(0, HIDDEN)
+    seen = model.runner().run([Chunk(with_image, 0, 8)]).cpu()
+    unseen = model.runner().run([Chunk(without, 0, 8)]).cpu()
+    torch.testing.assert_close(seen[0], model.logits(with_image)[-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(unseen[0], model.logits(without)[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(seen, unseen, atol=0.1)
+
+
+def test_sequences_share_a_step_without_seeing_each_other(model: Model) -> None:
+    runner = model.runner()
+    short = sequence(2, rows=[1, 2, 3], image=1, seed=1)
+    long = sequence(20, rows=list(range(30, 60)), image=4, seed=2)
+    for s in (short, long):
+        model.check(runner, [Chunk(s, 0, s.length)])
+        s.output.append(11)
+    chunked = sequence(9, rows=list(range(10, 20)), image=4, seed=3)
+    tiny = sequence(1, rows=[5], seed=4)
+    whole = sequence(6, rows=[99, 4, 98, 6, 97, 7], image=2, seed=5)
+    model.check(
+        runner,
+        [
+            Chunk(short, 2, 3),
+            Chunk(long, 20, 21),
+            Chunk(chunked, 0, 5),
+            Chunk(tiny, 0, 1),
+            Chunk(whole, 0, 6),
+        ],
+    )
+    long.output.append(12)
+    model.check(runner, [Chunk(long, 21, 22), Chunk(chunked, 5, 9)])
+
+
+def test_a_last_chunk_of_one_token_may_come_after_decodes(model: Model) -> None:
+    runner = model.runner()
+    decoding = sequence(12, rows=list(range(20, 40)), seed=1)
+    prompt = sequence(4, seed=2)
+    model.check(runner, [Chunk(decoding, 0, 12), Chunk(prompt, 0, 3)])
+    decoding.output.append(3)
+    model.check(runner, [Chunk(decoding, 12, 13), Chunk(prompt, 3, 4)])
+
+
+def test_a_step_that_completes_nothing_has_no_logits(model: Model) -> None:
+    assert model.runner().run([Chunk(sequence(8), 0, 5)]).shape == (0, VOCABULARY)
+
+
+def test_rows_of_an_earlier_sequence_leave_no_trace(model: Model) -> None:
+    runner = model.runner()
+    earlier = sequence(20, image=4, seed=1)
+    model.check(runner, [Chunk(earlier, 0, 20)])
+    later = sequence(7, rows=[20, 3, 11, 1, 2, 19, 7, 8], image=2, seed=2)
+    model.check(runner, [Chunk(later, 0, 4)])
+    model.check(runner, [Chunk(later, 4, 7)])
+    later.output.append(9)
+    model.check(runner, [Chunk(later, 7, 8)])
+
+
+def test_lines_that_share_rows_go_on_each_in_its_own_way(model: Model) -> None:
+    runner = model.runner()
+    parent = sequence(9, rows=list(range(40, 49)), image=3)
+    model.check(runner, [Chunk(parent, 0, 9)])
+    lines = [parent.fork(i) for i in range(3)]
+    for step in range(3):
+        for i, line in enumerate(lines):
+            line.output.append(10 * i + step)
+            line.slots.append(1 + 10 * i + step)
+        model.check(runner, [Chunk(line, line.length - 1, line.length) for line in lines])
+    # Two lines part once more; their tables are longer in common then.
+    child = lines[1].fork(3)
+    for line, token, row in ((lines[1], 50, 80), (child, 51, 81)):
+        line.output.append(token)
+        line.slots.append(row)
+    model.check(runner, [Chunk(line, line.length - 1, line.length) for line in (child, lines[1])])
+
+
+def test_a_prompt_may_begin_in_rows_that_another_one_was_computed_into(model: Model) -> None:
+    runner = model.runner()
+    earlier = sequence(12, rows=list(range(20, 32)), image=4)
+    model.check(runner, [Chunk(earlier, 0, 12)])
+    same = sequence(12, rows=[*range(20, 31), 5], image=4)
+    model.check(runner, [Chunk(same, 11, 12)])
+    # One that parts from it among the image's rows, and one after them.
+    for known in (2, 9):
+        other = sequence(12, rows=[*range(20, 20 + known), *range(50, 62 - known)], image=4)
+        other.request.prompt[known:] = [(token + 1) % VOCABULARY for token in other.request.prompt][
+            known:
+        ]
+        model.check(runner, [Chunk(other, known, 12)])
+
+
+@pytest.mark.parametrize(
+    "prefix_caching", [True, False], ids=["with prefix_caching", "without prefix_caching"]
+)
+def test_many_requests_through_few_rows_have_the_logits_of_transformers(
+    model: Model, prefix_caching: bool
+) -> None:
+    """Single lines, samples and beams, of prompts that begin alike."""
+    random = Random(0)
+    runner = model.runner()
+    scheduler = Scheduler(
+        KvSlots(ROWS),
+        max_num_seqs=6,
+        max_waiting=100,
+        max_num_batched_tokens=12,
+        prefix_caching=prefix_caching,
+    )
+    picture = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
+    beginning = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
+    for name in range(40):
+        prompt = beginning[: random.randint(2, 14)]
+        prompt += [random.randrange(VOCABULARY) for _ in range(random.randint(1, 10))]
+        width = random.choice([{}, {"n": 3}, {"num_beams": 4}])
+        request = make_request(
+            f"{name}", prompt, image=picture, max_tokens=random.randint(1, 8), **width
+        )
+        scheduler.add(request)
+    while scheduler.has_work:
+        chunks = scheduler.schedule()
+        model.check(runner, chunks)
+        scheduler.advance(chunks)
+        for request in {c.sequence.request: None for c in chunks if c.completes}:
+            go_on(scheduler, request, random)
+        scheduler.check_integrity()
+    assert (scheduler.cached_tokens > 100) is prefix_caching
+
+
+def go_on(scheduler: Scheduler, request: Request, random: Random) -> None:
+    """A random next token for every line of a request; beams go on from random beams."""
+    lines = request.sequences
+    if len(lines[0].output) + 1 == request.params.max_tokens:
+        for line in [*lines]:
+            scheduler.end(line)
+        return
+    if request.width > len(lines) or request.params.num_beams > 1:
+        parents = random.choices(lines, k=request.width)
+        request.sequences = [line.fork(i) for i, line in enumerate(parents)]
+    for line in request.sequences:
+        line.append(random.randrange(VOCABULARY))
+
+
+def test_a_row_is_the_keys_and_values_of_all_layers(model: Model) -> None:
+    assert row_bytes(model.decoder) == 2 * 2 * HIDDEN * 4

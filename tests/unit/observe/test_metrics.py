@@ -1,0 +1,48 @@
+"""The catalogue: names as Prometheus wants them."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client import Counter as PrometheusCounter
+from prometheus_client import Gauge as PrometheusGauge
+from prometheus_client import Histogram as PrometheusHistogram
+
+from blip2_serve.observe import metrics
+from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
+
+BASE_UNITS = ("_seconds", "_bytes", "_slots", "_tokens", "_size", "_capacity")
+
+
+def test_no_name_is_there_twice() -> None:
+    names = [metric.name for metric in metrics.catalogue()]
+    assert len({*names}) == len(names)
+
+
+def test_prometheus_own_library_takes_all_of_them_together() -> None:
+    registry = CollectorRegistry()
+    kinds = {
+        Counter: PrometheusCounter,
+        Gauge: PrometheusGauge,
+        Histogram: PrometheusHistogram,
+    }
+    for metric in metrics.catalogue():
+        more = {"buckets": metric.buckets} if isinstance(metric, Histogram) else {}
+        kinds[type(metric)](metric.name, metric.help, metric.labels, registry=registry, **more)
+
+
+@pytest.mark.parametrize("metric", metrics.catalogue(), ids=lambda metric: metric.name)
+def test_names_follow_prometheus_rules(metric: Metric) -> None:
+    assert metric.name.startswith("blip2_")
+    assert metric.name.endswith("_total") == isinstance(metric, Counter)
+    assert not any(f"_{word}" in metric.name for word in ("ms", "millis", "kb", "mb", "percent"))
+    assert metric.help.endswith(".")
+    if isinstance(metric, Histogram):
+        assert metric.name.endswith(BASE_UNITS)
+        assert [*metric.buckets] == sorted({*metric.buckets})
+        assert min(metric.buckets) > 0  # Ray wants it
+
+
+def test_every_metric_is_in_the_catalogue() -> None:
+    defined = [value for value in vars(metrics).values() if isinstance(value, Metric)]
+    assert defined == [*metrics.MEASURED]

@@ -1,0 +1,120 @@
+"""The page at /metrics: the nodes' pages merged, foreign metrics left out, the missing marked."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from blip2_serve.observe.metrics_page import MetricsPage, render
+
+ONE = """\
+# HELP ray_blip2_requests_total HTTP requests answered.
+# TYPE ray_blip2_requests_total counter
+ray_blip2_requests_total{route="/v1/caption",WorkerId="a"} 3.0
+# HELP ray_blip2_queue_time_seconds Waiting.
+# TYPE ray_blip2_queue_time_seconds histogram
+ray_blip2_queue_time_seconds_bucket{le="0.1",stage="encoder"} 1.0
+ray_blip2_queue_time_seconds_bucket{le="+Inf",stage="encoder"} 2.0
+ray_blip2_queue_time_seconds_count{stage="encoder"} 2.0
+ray_blip2_queue_time_seconds_sum{stage="encoder"} 1.5
+# HELP ray_node_cpu_count CPUs.
+# TYPE ray_node_cpu_count gauge
+ray_node_cpu_count 2.0
+# HELP ray_serve_deployment_replica_healthy Tracks healthy replicas.
+# TYPE ray_serve_deployment_replica_healthy gauge
+ray_serve_deployment_replica_healthy{deployment="Encoder"} 1.0
+"""
+OTHER = """\
+# HELP ray_blip2_requests_total HTTP requests answered.
+# TYPE ray_blip2_requests_total counter
+ray_blip2_requests_total{route="/v1/caption",WorkerId="b"} 4.0
+"""
+
+
+def samples(page: bytes) -> dict[str, float]:
+    """By name and labels."""
+    return {
+        f"{s.name}{sorted(s.labels.items())}": s.value
+        for family in parse(page.decode())
+        for s in family.samples
+    }
+
+
+def test_the_pages_of_all_nodes_are_one() -> None:
+    page, _ = render({"a": ONE, "b": OTHER}, "")
+    found = samples(page)
+
+    assert found["ray_blip2_requests_total[('WorkerId', 'a'), ('route', '/v1/caption')]"] == 3
+    assert found["ray_blip2_requests_total[('WorkerId', 'b'), ('route', '/v1/caption')]"] == 4
+    assert found["ray_blip2_queue_time_seconds_bucket[('le', '+Inf'), ('stage', 'encoder')]"] == 2
+    assert found["ray_serve_deployment_replica_healthy[('deployment', 'Encoder')]"] == 1
+    assert page.decode().count("# TYPE ray_blip2_requests_total counter") == 1
+
+
+def test_what_is_not_this_applications_or_serves_is_left_out() -> None:
+    page, _ = render({"a": ONE}, "")
+
+    assert b"ray_node_cpu_count" not in page
+
+
+def test_a_node_that_did_not_answer_is_marked() -> None:
+    page, _ = render({"a": ONE, "b": None}, "")
+    found = samples(page)
+
+    assert found["ray_blip2_node_up[('node', 'a')]"] == 1
+    assert found["ray_blip2_node_up[('node', 'b')]"] == 0
+
+
+def test_openmetrics_is_for_those_who_ask() -> None:
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+    page, content_type = render({"a": ONE, "b": OTHER}, accept)
+
+    assert content_type.startswith("application/openmetrics-text")
+    families = {family.name: family for family in parse_openmetrics(page.decode())}
+    assert len(families["ray_blip2_requests"].samples) == 2
+    assert render({"a": ONE}, "")[1].startswith("text/plain")
+
+
+class Exporter(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/silent":
+            self.server.released.wait()  # type: ignore[attr-defined]
+        self.send_response(500 if self.path == "/broken" else 200)
+        self.end_headers()
+        if self.path == "/good":
+            self.wfile.write(ONE.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def exporter() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Exporter)
+    server.released = threading.Event()  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.released.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+async def test_nodes_that_are_silent_broken_or_gone_hold_up_nobody(exporter: str) -> None:
+    nodes = {"good": f"{exporter}/good", "broken": f"{exporter}/broken"}
+    nodes |= {"silent": f"{exporter}/silent", "gone": "http://127.0.0.1:9/metrics"}
+    page, _ = await asyncio.wait_for(MetricsPage().page(nodes, ""), 10)
+    found = samples(page)
+
+    answered = {node: found[f"ray_blip2_node_up[('node', '{node}')]"] for node in nodes}
+    assert answered == {"good": 1, "broken": 0, "silent": 0, "gone": 0}
+    assert found["ray_serve_deployment_replica_healthy[('deployment', 'Encoder')]"] == 1

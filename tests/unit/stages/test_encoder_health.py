@@ -1,0 +1,33 @@
+"""An encoder that can compute nothing any more says so to Serve, which replaces it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from blip2_serve.config import AppConfig
+from blip2_serve.stages.encoder import Encoder
+from support.replicas import replica
+
+
+async def test_an_encoder_is_unhealthy_while_batches_fail_and_healthy_again_after() -> None:
+    encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
+    await loaded
+    await encoder.check_health()
+    works, pixels = encoder._model, np.zeros((3, 224, 224), np.uint8)
+
+    def is_gone(_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    encoder._model = is_gone
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        await encoder.encode(pixels, "digest")
+    for _ in range(2):  # Serve asks several times
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            await encoder.check_health()
+
+    encoder._model = works  # as if the failure had been one image's only
+    await encoder.check_health()
+    assert encoder._batching.failure is None

@@ -1,0 +1,163 @@
+"""The ingress's prefix cache: once computed, shared by all who wait, forgotten in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+from collections import Counter
+
+import pytest
+
+from blip2_serve.errors import InvalidImage
+from blip2_serve.stages.ingress import FeatureCache
+from blip2_serve.types import ImageFeatures
+
+
+class Encoder:
+    """Counts computations; they end when `gate` is set."""
+
+    def __init__(self, *, open_gate: bool = True) -> None:
+        self.calls: Counter[str] = Counter()
+        self.gate = asyncio.Event()
+        self.started = asyncio.Event()
+        self.failure: Exception | None = None
+        if open_gate:
+            self.gate.set()
+
+    async def get(self, cache: FeatureCache, name: str) -> ImageFeatures:
+        return await cache.get(name, lambda: self._compute(name))
+
+    async def _compute(self, name: str) -> ImageFeatures:
+        self.calls[name] += 1
+        self.started.set()
+        await self.gate.wait()
+        if self.failure:
+            raise self.failure
+        return ImageFeatures(name, b"", (0, 8), "float32")
+
+
+async def waiters(
+    encoder: Encoder, cache: FeatureCache, count: int
+) -> list[asyncio.Task[ImageFeatures]]:
+    """So many tasks that all wait for one computation under way."""
+    tasks = [asyncio.create_task(encoder.get(cache, "a")) for _ in range(count)]
+    async with asyncio.timeout(10):
+        await encoder.started.wait()
+    return tasks
+
+
+@pytest.mark.parametrize("entries", [8, 0])
+async def test_an_image_asked_for_32_times_at_once_is_computed_once(entries: int) -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(entries)
+    tasks = await waiters(encoder, cache, 32)
+    encoder.gate.set()
+
+    assert {prefix.digest for prefix in await asyncio.gather(*tasks)} == {"a"}
+    assert encoder.calls["a"] == 1
+
+
+async def test_a_kept_prefix_is_not_computed_again() -> None:
+    encoder, cache = Encoder(), FeatureCache(1)
+
+    assert await encoder.get(cache, "a") is await encoder.get(cache, "a")
+    assert encoder.calls["a"] == 1
+
+
+async def test_different_images_are_computed_side_by_side() -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(2)
+    tasks = [asyncio.create_task(encoder.get(cache, name)) for name in "ab"]
+    async with asyncio.timeout(10):
+        while len(encoder.calls) < 2:
+            await asyncio.sleep(0)
+    encoder.gate.set()
+
+    assert [prefix.digest for prefix in await asyncio.gather(*tasks)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("leaving", [0, 1], ids=["the first one leaves", "a later one leaves"])
+async def test_a_client_that_leaves_does_not_take_the_others_prefix_away(leaving: int) -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(8)
+    tasks = await waiters(encoder, cache, 3)
+    tasks.pop(leaving).cancel()
+    await asyncio.sleep(0)  # the cancellation arrives
+    encoder.gate.set()
+
+    assert {prefix.digest for prefix in await asyncio.gather(*tasks)} == {"a"}
+    assert encoder.calls["a"] == 1
+
+
+async def test_work_that_every_client_left_is_still_kept_for_the_next() -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(8)
+    tasks = await waiters(encoder, cache, 2)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    encoder.gate.set()
+
+    assert (await encoder.get(cache, "a")).digest == "a"
+    assert encoder.calls["a"] == 1
+
+
+async def test_a_failure_that_every_client_left_is_not_reported_as_forgotten(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(8)
+    encoder.failure = InvalidImage("broken")
+    clients = await waiters(encoder, cache, 2)
+    for client in clients:
+        client.cancel()
+    await asyncio.wait(clients)
+    encoding = [*cache._under_way.values()]
+    encoder.gate.set()
+    await asyncio.wait(encoding)
+    del encoding, clients, client
+    gc.collect()  # asyncio complains when it sees the last of the task
+
+    assert "never retrieved" not in caplog.text
+
+
+async def test_an_error_reaches_everyone_who_waits_and_is_not_kept() -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(8)
+    encoder.failure = InvalidImage("broken")
+    tasks = await waiters(encoder, cache, 3)
+    encoder.gate.set()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [str(error) for error in errors] == ["broken"] * 3
+    encoder.failure = None
+    assert (await encoder.get(cache, "a")).digest == "a"
+    assert encoder.calls["a"] == 2
+
+
+async def test_the_prefix_that_was_not_used_for_longest_is_forgotten() -> None:
+    encoder, cache = Encoder(), FeatureCache(2)
+    for name in "abac":  # `a` is used again before `c` comes, so `b` goes
+        await encoder.get(cache, name)
+    assert encoder.calls == {"a": 1, "b": 1, "c": 1}
+
+    for name in "acb":
+        await encoder.get(cache, name)
+    assert encoder.calls == {"a": 1, "b": 2, "c": 1}
+
+
+async def test_a_cache_without_entries_keeps_nothing() -> None:
+    encoder, cache = Encoder(), FeatureCache(0)
+    for _ in range(2):
+        await encoder.get(cache, "a")
+
+    assert encoder.calls["a"] == 2
+
+
+async def test_the_computation_does_not_belong_to_the_request_that_began_it() -> None:
+    request = contextvars.ContextVar("request", default="none")
+    seen = []
+
+    async def compute() -> ImageFeatures:
+        seen.append(request.get())
+        return ImageFeatures("a", b"", (0, 8), "float32")
+
+    request.set("the first client's")
+    await FeatureCache(1).get("a", compute)
+
+    assert seen == ["none"]

@@ -1,0 +1,1 @@
+"""How the shipped checkpoint was made."""
