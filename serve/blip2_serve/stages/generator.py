@@ -170,7 +170,7 @@ class Generator:
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
         record.observe(metrics.STEP_DURATION, step.seconds, phase=report.phase)
-        record.observe(metrics.BATCH_SIZE, report.prompts + report.decodes, stage=STAGE)
+        record.observe(metrics.BATCH_SIZE, report.prefills + report.decodes, stage=STAGE)
         record.add(metrics.BATCH_CAPACITY, self._limit, stage=STAGE)
         record.add(metrics.GENERATED_TOKENS, step.answered)
 
