@@ -71,8 +71,6 @@ def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -
     checkpoint = InMemory(Path("memory"), config, {}, reference.state_dict())
     encoder = ImageEncoder.load(checkpoint, processor, device, dtype)
     decoder = OptDecoder.load(checkpoint, device, dtype)
-    encoder.pack()  # on a CPU, as the server does
-    decoder.pack()
     return Models(reference, encoder, decoder)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, GenerationMixin
 
+from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.runner import Runner
 from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.engine import Engine, EngineStats
@@ -150,8 +151,8 @@ def run(
         prefix_caching=prefix_caching,
     )
     engine = Engine(
-        # On a GPU, there are more and longer sequences than steps are recorded for.
-        Runner(model.decoder, rows, sequences=20, longest=30),
+        # On a GPU, some steps have more or longer sequences than were captured.
+        Runner(model.decoder, open_device(str(DEVICE)), rows, max_num_seqs=20, max_len=30),
         scheduler,
         Sampler(tuple(model.eos)),
         decode=decode,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig, ChatConfig
 from blip2_serve.demo import scenes
 from blip2_serve.engine.sequence import Request
@@ -39,7 +40,7 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(
             },
         }
     )
-    engine, tokenizer, *_ = generator._load(config, "cpu")
+    engine, tokenizer, *_ = generator._load(config, open_device("cpu"))
     assert not isinstance(engine._runner._decoder.lm_head, nn.Linear)
     asking = ChatConfig().asked
     wanted: dict[str, str] = {}

@@ -86,7 +86,7 @@ class KvSlots:
         if sorted(self._free) != [slot for slot in slots[1:] if not holders[slot] | caching[slot]]:
             raise AssertionError("KV slots were lost, or are both free and in use")
         if any(self._holders[slot] != holders[slot] for slot in slots):
-            raise AssertionError("the holders of a KV slot were miscounted")
+            raise AssertionError("the holders of KV slots were miscounted")
         if any(self._cached[slot] != caching[slot] for slot in slots):
             raise AssertionError("the cached KV slots are not those of the prefix tree")
         if self.evictable != sum(not holders[slot] for slot in caching):

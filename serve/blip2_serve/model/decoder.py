@@ -1,8 +1,9 @@
 """The OPT decoder, over a ragged batch of tokens laid end to end.
 
-All linear layers see one [tokens, hidden] matrix, whichever sequences the tokens belong to; only
-attention needs to know, and it is handed in. So this module knows nothing of sequences, caches or
-scheduling. Arithmetic follows transformers' `OPTForCausalLM`; q, k and v are one matrix.
+Linear layers see one [tokens, hidden] matrix, whichever sequences the tokens belong to. Only
+attention has to tell them apart, and it is passed in, so this module knows nothing of sequences,
+the KV cache or scheduling. Arithmetic follows transformers' `OPTForCausalLM`; q, k and v are one
+matrix.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from blip2_serve.compute.cpu.linear import Pack, for_few_rows, pack_linears, pack_with_activation
 from blip2_serve.errors import StartupError
 from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.packing import MakeLinear, replace_linears, replace_with_activation
 
-POSITION_OFFSET = 2  # OPT's table of positions starts with two rows that are never used
+POSITION_OFFSET = 2  # OPT's position embeddings start with two unused rows
 
 # (layer, queries, keys and values as [tokens, 3, heads, head_dim]) -> [tokens, heads, head_dim]
 Attend = Callable[[int, Tensor], Tensor]
@@ -27,18 +28,20 @@ AddNorm = Callable[[Tensor, Tensor, nn.LayerNorm], tuple[Tensor, Tensor]]
 
 
 def add_norm(x: Tensor, more: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Wherever torch runs."""
+    """The `AddNorm` of plain torch."""
     x = x + more
     return x, norm(x)
 
 
-# transformers' table of them takes a second to import. OPT's checkpoints have the first.
+# transformers' own table takes a second to import. OPT checkpoints use the first.
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 def _activation(name: str) -> nn.Module:
     if name not in _ACTIVATIONS:
-        raise StartupError(f"OPT with the activation {name!r} is not served")
+        raise StartupError(
+            f"OPT with the activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+        )
     return _ACTIVATIONS[name]()
 
 
@@ -60,7 +63,7 @@ class OptLayer(nn.Module):
     def forward(
         self, x: Tensor, more: Tensor, layer: int, attend: Attend, add_norm: AddNorm
     ) -> tuple[Tensor, Tensor]:
-        """The layer's input, and its output, in two parts that are still to be added up."""
+        """Input and output are sums in two parts, (x, more), which the next norm adds up."""
         if self.norm_first:
             x, y = add_norm(x, more, self.self_attn_layer_norm)
         else:
@@ -98,26 +101,30 @@ class OptDecoder(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> OptDecoder:
-        """Reads the language model only."""
+        """Reads only the language model from the checkpoint."""
         with torch.device("meta"):
             decoder = cls(checkpoint.config.text_config).to(dtype).eval()
         decoder.to_empty(device=device).requires_grad_(False)
-        if decoder.config.tie_word_embeddings:  # to_empty has parted them
+        if decoder.config.tie_word_embeddings:  # to_empty untied them
             decoder.lm_head.weight = decoder.embed_tokens.weight
         checkpoint.load(decoder.checkpoint_tensors(), "language model")
         return decoder
 
-    def pack(self, pack: Pack = for_few_rows) -> None:
-        """Packs the linear layers, where this build and the decoder's dtype and device allow it."""
+    @property
+    def head_dim(self) -> int:
+        return int(self.config.hidden_size) // int(self.config.num_attention_heads)
+
+    def replace_linears(self, make: MakeLinear) -> None:
+        """Replaces the linear layers, and the activations behind them where `make` fuses both."""
         name = self.config.activation_function
         for layer in self.layers:
-            pack_with_activation(layer, "fc1", "activation", name, pack)
-        pack_linears(self, pack)
+            replace_with_activation(layer, "fc1", "activation", name, make)
+        replace_linears(self, make)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Name in the checkpoint -> (part of) the parameter that holds it."""
+        """Maps each name in the checkpoint to the parameter, or the part of one, that holds it."""
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():  # a tied head is listed once, as embedding
+        for name, parameter in self.named_parameters():  # lists a tied head once, as embedding
             if name.startswith("lm_head"):
                 tensors[f"language_model.{name}"] = parameter
             elif ".qkv_proj." in name:

@@ -10,8 +10,7 @@ import torch
 from numpy.typing import NDArray
 from ray import serve
 
-from blip2_serve.compute.cuda.capture import cuda_recorder
-from blip2_serve.compute.transfer import download
+from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype
 from blip2_serve.model.processor import ImageProcessor
@@ -47,17 +46,15 @@ class Encoder:
 
     def _load(self, config: AppConfig, device_name: str) -> None:
         set_threads(config.encoder.threads)
-        self._device = device = torch.device(device_name)
+        self._device = device = open_device(device_name)
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
         self._blank = np.zeros((3, *processor.size), np.uint8)
-        dtype = resolve_dtype(config.dtype, device, checkpoint.config)
+        dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
         with measured_loading("vision model") as self._loading:
-            self._model = ImageEncoder.load(checkpoint, processor, device, dtype)
-            self._loading.tensor_bytes = size_of(self._model)
-            self._model.pack()
-            if device.type == "cuda":
-                self._model.record(config.encoder.max_batch_size, cuda_recorder())
+            encoder = ImageEncoder.load(checkpoint, processor, device.place, dtype)
+            self._loading.tensor_bytes = size_of(encoder)
+            self._run = device.prepare_encoder(encoder, config.encoder.max_batch_size)
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImageFeatures:
         """uint8 [3, S, S] -> the prefix of the image that `digest` names."""
@@ -101,10 +98,12 @@ class Encoder:
 
     def _report(self) -> None:
         self._recorder.set(metrics.QUEUE_DEPTH, self._batching.waiting, stage=STAGE)
-        record_model(self._recorder, STAGE, self._loading, self._device)
+        record_model(self._recorder, STAGE, self._loading, self._device.place)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
-        prefixes = download(self._model(torch.from_numpy(np.stack(pixels))))
+        batch = self._device.host_tensor((len(pixels), *pixels[0].shape), torch.uint8)
+        np.stack(pixels, out=batch.numpy())
+        prefixes = self._device.download(self._run(batch))
         shape = (prefixes.shape[1], prefixes.shape[2])
         dtype = str(prefixes.dtype).removeprefix("torch.")
         # numpy knows no bfloat16, but bytes are bytes.

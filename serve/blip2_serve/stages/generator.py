@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +17,14 @@ from ray import serve
 from torch import Tensor
 
 from blip2_serve import __version__
-from blip2_serve.compute.cpu.int8 import check_int8, quantize_decoder
-from blip2_serve.compute.runner import Runner, row_bytes
-from blip2_serve.compute.sampler import Sampler
-from blip2_serve.config import AppConfig, GeneratorConfig
+from blip2_serve.compute.assembly import EngineLimits, assemble
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.devices import open_device
+from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop, Step
-from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
-from blip2_serve.engine.slots import KvSlots
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, StartupError
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
     longest_sequence,
@@ -42,7 +39,6 @@ from blip2_serve.observe.meter import EngineMeter
 from blip2_serve.observe.recorder import RayRecorder, stage_seconds
 from blip2_serve.stages.loading import (
     LoadReport,
-    free_memory,
     measured_loading,
     record_model,
     set_threads,
@@ -57,11 +53,7 @@ from blip2_serve.types import (
     TokenLogprob,
 )
 
-logger = logging.getLogger(__name__)
-
 STAGE = "generator"  # in metrics
-
-USUAL_LENGTH = 512  # tokens: more than a chat of ten turns about an image has
 
 
 @serve.deployment
@@ -72,12 +64,15 @@ class Generator:
         logs.configure(config.log_format)
         self._default_max_tokens = config.generator.default_max_tokens
         self._limit = config.generator.max_num_seqs
+        self._device = open_device(device)
         self._recorder = RayRecorder()
         self._meter = EngineMeter(self._limit)
         # In a thread that ends: libgomp counts the threads of every one that ever computed, and
         # where they are more than the cores, it lets none of them spin.
         with ThreadPoolExecutor(1) as thread:
-            parts = await asyncio.get_running_loop().run_in_executor(thread, _load, config, device)
+            parts = await asyncio.get_running_loop().run_in_executor(
+                thread, _load, config, self._device
+            )
         self._tokenizer, self._max_model_len, self._loading = parts[1:]
         self._loop = EngineLoop(
             parts[0],
@@ -85,8 +80,7 @@ class Generator:
             observe=self._observe,
             events_per_s=config.generator.stream_events_per_s,
         )
-        self._device = torch.device(device)
-        self._build = _build_info(config, self._device, self._loading)
+        self._build = _build_info(config, self._device.place, self._loading)
         self._recorder.report_by(self._report)
         self._meter.ready()
 
@@ -182,7 +176,7 @@ class Generator:
         record.set(metrics.KV_SLOTS_CACHED, stats.kv_slots_cached)
         record.set(metrics.KV_SLOTS_CAPACITY, stats.kv_slots_total)
         record.set(metrics.BUILD_INFO, 1, **self._build)
-        record_model(record, STAGE, self._loading, self._device)
+        record_model(record, STAGE, self._loading, self._device.place)
 
     def _with_bytes(self, logprob: TokenLogprob) -> TokenLogprob:
         return replace(
@@ -224,70 +218,38 @@ def _choice(event: TokenEvent) -> Choice:
     return Choice(event.token_ids, event.text, event.finish_reason, event.logprobs)
 
 
-def _load(config: AppConfig, device_name: str) -> tuple[Engine, Tokenizer, int, LoadReport]:
-    """The engine with all its parts, the tokenizer, the longest sequence, the cost of loading."""
+def _load(config: AppConfig, device: Device) -> tuple[Engine, Tokenizer, int, LoadReport]:
+    """The engine, the tokenizer, the longest sequence in tokens, and what loading took."""
     own = config.generator
     set_threads(own.threads)
-    device = torch.device(device_name)
-    if own.quantize:
-        check_int8(device)
+    device.check_quantize(own.quantize)
     checkpoint = open_checkpoint(config.model, config.revision)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
-    dtype = resolve_dtype(config.dtype, device, checkpoint.config)
+    dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
     with measured_loading("language model") as report:
-        decoder = OptDecoder.load(checkpoint, device, dtype)
+        decoder = OptDecoder.load(checkpoint, device.place, dtype)
         report.tensor_bytes = size_of(decoder)
         report.dtype = str(dtype).removeprefix("torch.")
-        if own.quantize:
-            quantize_decoder(decoder)
-        else:
-            decoder.pack()
-    max_model_len = longest_sequence(checkpoint.config, config.max_model_len)
-    rows = _kv_rows(own, max_model_len, free_memory(device) // row_bytes(decoder), device)
-    _check_kv_rows(rows, shortest_sequence(checkpoint.config), row_bytes(decoder), own)
-    logger.info("KV: %d rows, %.2f GB", rows, rows * row_bytes(decoder) / 1e9)
-    scheduler = Scheduler(
-        KvSlots(rows),
-        max_num_seqs=own.max_num_seqs,
-        max_waiting=own.max_waiting,
-        max_num_batched_tokens=own.max_num_batched_tokens,
-        prefix_caching=own.prefix_caching,
-    )
-    eos = eos_token_ids(checkpoint.config)
-    engine = Engine(
-        Runner(decoder, rows, sequences=own.max_num_seqs, longest=max_model_len),
-        scheduler,
-        Sampler(eos),
+        pad_to = device.prepare_decoder(decoder, own.quantize)
+    max_len = longest_sequence(checkpoint.config, config.max_model_len)
+    engine = assemble(
+        decoder,
+        device,
+        EngineLimits(
+            max_num_seqs=own.max_num_seqs,
+            max_waiting=own.max_waiting,
+            max_num_batched_tokens=own.max_num_batched_tokens,
+            kv_slots=own.kv_slots,
+            kv_memory_fraction=own.kv_memory_fraction,
+            prefix_caching=own.prefix_caching,
+        ),
+        pad_to=pad_to,
+        min_len=shortest_sequence(checkpoint.config),
+        max_len=max_len,
         decode=tokenizer.decode,
-        eos_token_ids=eos,
+        eos_token_ids=eos_token_ids(checkpoint.config),
     )
-    return engine, tokenizer, max_model_len, report
-
-
-def _kv_rows(config: GeneratorConfig, longest: int, free_rows: int, device: torch.device) -> int:
-    """Rows of the KV: as many as `max_num_seqs` sequences need, as far as the memory allows.
-
-    That is `kv_memory_fraction` of what is free. Sequences are of full length on a GPU, whose
-    memory nobody else wants, and of USUAL_LENGTH on a CPU.
-    """
-    if device.type != "cuda":
-        longest = min(longest, USUAL_LENGTH)
-    allowed = int(free_rows * config.kv_memory_fraction)
-    return config.kv_slots or min(config.max_num_seqs * longest, allowed)
-
-
-def _check_kv_rows(rows: int, shortest: int, row: int, config: GeneratorConfig) -> None:
-    """Raises StartupError where not even the shortest request would fit into the KV."""
-    if rows >= shortest:
-        return
-    needed = f"the shortest request needs {shortest} rows of {row:,} bytes"
-    if config.kv_slots:
-        raise StartupError(f"generator.kv_slots is {rows}, but {needed}: set it higher")
-    raise StartupError(
-        f"after loading the model there is memory for {rows} KV rows "
-        f"({config.kv_memory_fraction:g} of what is free, generator.kv_memory_fraction), but "
-        f"{needed}: give the replica more memory, raise the fraction, or serve in bfloat16"
-    )
+    return engine, tokenizer, max_len, report
 
 
 def _tensor(prefix: ImageFeatures) -> Tensor:

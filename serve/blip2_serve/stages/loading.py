@@ -81,10 +81,3 @@ def record_model(recorder: Recorder, stage: str, loading: LoadReport, device: to
 def size_of(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters, each counted once."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return machine.available_memory()

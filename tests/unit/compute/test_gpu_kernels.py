@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blip2_serve.compute import attention
-from blip2_serve.model import decoder as opt
+from blip2_serve.compute.base import Device
+from blip2_serve.model import decoder
 from support.device import DEVICE
 
 NO_TRITON = "Triton is not here: it comes with torch for GPUs, and for the tests on x86-64 Linux"
@@ -36,9 +36,13 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def in_plain_torch(qkv: Tensor, kv: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    return Device(DEVICE).attend_decode(kv[None], slots, positions)(0, qkv)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("dim", [pytest.param(16, id="16"), pytest.param(20, id="no power of 2")])
-def test_last_tokens_attend_to_the_rows_of_their_tables(
+def test_tokens_attend_to_the_slots_of_their_sequences(
     dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     """Sequences of 1, 2, a block, and more than a block of tokens; and one of padding."""
@@ -53,10 +57,10 @@ def test_last_tokens_attend_to_the_rows_of_their_tables(
     qkv = randn(5, 3, heads, dim, seed=1).to(DEVICE, dtype)
     kv, tables, starts = kv.to(DEVICE, dtype), tables.to(DEVICE), starts.to(DEVICE)
     expected_kv = kv.clone()
-    expected = attention.last_tokens(qkv.float(), expected_kv.float(), tables, starts)
+    expected = in_plain_torch(qkv.float(), expected_kv.float(), tables, starts)
     expected_kv[:, own] = qkv[:, 1:].transpose(0, 1)
 
-    attended = decode_attention.last_tokens(qkv, kv, tables, starts)
+    attended = decode_attention.attend(qkv, kv, tables, starts)
 
     assert attended.dtype == dtype
     torch.testing.assert_close(attended.float(), expected, atol=tolerance, rtol=tolerance)
@@ -68,8 +72,8 @@ def test_tables_and_positions_may_be_parts_of_a_wider_tensor() -> None:
     inputs[:, 1] = torch.tensor([4, 20, 37])
     qkv, kv = randn(3, 3, 2, 16).to(DEVICE), randn(2, ROWS, 2, 16, seed=1).to(DEVICE)
     tables, starts = inputs[:, 2:], inputs[:, 1]
-    expected = attention.last_tokens(qkv, kv.clone(), tables, starts)
-    attended = decode_attention.last_tokens(qkv, kv, tables, starts)
+    expected = in_plain_torch(qkv, kv.clone(), tables, starts)
+    attended = decode_attention.attend(qkv, kv, tables, starts)
     torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -84,7 +88,7 @@ def test_a_sum_and_its_norm_are_those_of_torch(dtype: torch.dtype, tolerance: fl
     summed, normed = add_norm.add_norm(x, more, norm)
 
     torch.testing.assert_close(x, kept, atol=0, rtol=0)
-    torch.testing.assert_close(summed, opt.add_norm(x, more, norm)[0], atol=0, rtol=tolerance)
+    torch.testing.assert_close(summed, decoder.add_norm(x, more, norm)[0], atol=0, rtol=tolerance)
     torch.testing.assert_close(normed, norm(summed), atol=tolerance, rtol=tolerance)
 
 

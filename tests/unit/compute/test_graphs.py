@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig
 
-from blip2_serve.compute.cuda.capture import cuda_recorder, no_recorder
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.cuda.capture import cuda_capture
 from blip2_serve.compute.cuda.graphs import DecodeGraphs, batch_sizes
 from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE
+from support.device import DEVICE, Capturing, run_again
 from support.requests import make_request
 
 VOCABULARY = 50
-ROWS = 64
+SLOTS = 64
 
 
 @pytest.mark.parametrize(
@@ -37,18 +38,18 @@ def test_batch_sizes_are_close_and_end_with_all_sequences(sequences: int, sizes:
     assert batch_sizes(sequences) == sizes
 
 
-class Recorded:
+class Captured:
     """Graphs of a step that only notes what it is given."""
 
-    def __init__(self, sequences: int, columns: int) -> None:
+    def __init__(self, max_num_seqs: int, max_len: int) -> None:
         self.calls: list[list[list[int]]] = []
         self.graphs = DecodeGraphs(
             self.step,
-            sequences=sequences,
-            columns=columns,
+            Device(torch.device("cpu")),
+            max_num_seqs=max_num_seqs,
+            max_len=max_len,
             vocabulary=2,
-            device=torch.device("cpu"),
-            record=no_recorder,
+            capture=run_again,
         )
 
     def step(self, inputs: Tensor) -> Tensor:
@@ -62,31 +63,31 @@ class Recorded:
 
 
 def test_every_size_is_recorded_at_the_start_the_largest_first() -> None:
-    recorded = Recorded(sequences=4, columns=9)
-    assert [len(lines) for lines in recorded.calls] == [4, 2, 1]
+    captured = Captured(max_num_seqs=4, max_len=9)
+    assert [len(lines) for lines in captured.calls] == [4, 2, 1]
 
 
 def test_a_step_is_padded_to_the_next_size() -> None:
-    recorded = Recorded(sequences=8, columns=3)
+    captured = Captured(max_num_seqs=8, max_len=3)
 
-    logits = recorded.run([5, 1, 30, 31], [6, 1, 32, 33], [7, 0, 34, 0])
+    logits = captured.run([5, 1, 30, 31], [6, 1, 32, 33], [7, 0, 34, 0])
 
     lines = [[5, 1, 30, 31, 0], [6, 1, 32, 33, 0], [7, 0, 34, 0, 0], [0, 0, 0, 0, 0]]
-    assert recorded.calls == [lines]
+    assert captured.calls == [lines]
     assert logits == [[5, 1], [6, 1], [7, 0]]
 
 
 def test_a_step_that_fits_is_not_padded() -> None:
-    recorded = Recorded(sequences=2, columns=1)
-    recorded.run([5, 0, 3], [6, 0, 1])
-    assert recorded.calls == [[[5, 0, 3], [6, 0, 1]]]
+    captured = Captured(max_num_seqs=2, max_len=1)
+    captured.run([5, 0, 3], [6, 0, 1])
+    assert captured.calls == [[[5, 0, 3], [6, 0, 1]]]
 
 
 def test_what_an_earlier_step_left_is_no_padding() -> None:
-    recorded = Recorded(sequences=4, columns=2)
-    recorded.run(*[[9, 1, 8, 8]] * 4)
-    recorded.run([5, 0, 3], [6, 0, 1], [7, 0, 2])
-    (lines,) = recorded.calls
+    captured = Captured(max_num_seqs=4, max_len=2)
+    captured.run(*[[9, 1, 8, 8]] * 4)
+    captured.run([5, 0, 3], [6, 0, 1], [7, 0, 2])
+    (lines,) = captured.calls
     assert [line[:3] for line in lines] == [[5, 0, 3], [6, 0, 1], [7, 0, 2], [0, 0, 0]]
 
 
@@ -130,16 +131,14 @@ def last(sequence: Sequence) -> Chunk:
     return Chunk(sequence, sequence.length - 1, sequence.length)
 
 
-def make_runner(decoder: OptDecoder, sequences: int = 4) -> Runner:
-    """With recorded steps of so many sequences, or none."""
-    return Runner(decoder, ROWS, sequences=sequences, longest=16, gpu=True)
+def make_runner(decoder: OptDecoder, device: Device) -> Runner:
+    return Runner(decoder, device, SLOTS, max_num_seqs=4, max_len=16)
 
 
 def test_a_padded_step_has_the_logits_of_one_without_padding(decoder: OptDecoder) -> None:
     logits = []
-    for recorded in (4, 0):
-        runner = make_runner(decoder, recorded)
-        assert bool(runner.graphs) is bool(recorded)
+    for device in (Capturing(DEVICE), Device(DEVICE)):
+        runner = make_runner(decoder, device)
         sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
         for token in (11, 12):
             logits.append(runner.run([last(s) for s in sequences]).clone())
@@ -150,14 +149,14 @@ def test_a_padded_step_has_the_logits_of_one_without_padding(decoder: OptDecoder
 
 
 def test_padding_touches_no_row_but_the_first(decoder: OptDecoder) -> None:
-    runner = make_runner(decoder)
+    runner = make_runner(decoder, Capturing(DEVICE))
     sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
-    before = runner._rows.clone()
+    before = runner._kv.clone()
 
     runner.run([last(s) for s in sequences])
 
     # As bits: rows that were never written may hold anything, NaN too.
-    changed = (runner._rows.view(torch.int32) != before.view(torch.int32)).any(-1).any(3).any(0)
+    changed = (runner._kv.view(torch.int32) != before.view(torch.int32)).any(-1).any(3).any(0)
     own = {s.slots[s.length - 1] for s in sequences}
     assert {*changed.any(0).nonzero()[:, 0].tolist()} <= {0, *own}
 
@@ -195,7 +194,7 @@ def test_a_step_runs_once_before_it_is_recorded_where_it_is_recorded(
     )
     monkeypatch.setattr(torch, "cuda", cuda)
 
-    replay = cuda_recorder(priority=-1)(lambda: calls.append("step"))
+    replay = cuda_capture(priority=-1)(lambda: calls.append("step"))
     replay()
 
     own = "stream of priority -1"

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from transformers import OPTConfig
 
 from blip2_serve.compute.cpu import int8, int8_product
+from blip2_serve.compute.cpu.device import CpuDevice
 from blip2_serve.compute.cpu.int8 import (
     FbgemmLinear,
     KernelLinear,
@@ -154,7 +155,7 @@ def logits(model: OptDecoder, dtype: torch.dtype) -> Tensor:
     vocabulary = model.config.vocab_size
     request = Request("a", [59] * 3 + [5, 6, 7, 8], image, "", SamplingParams())
     sequence = Sequence(request, slots=array("q", range(1, 8)))
-    runner = Runner(model, rows=10)
+    runner = Runner(model, CpuDevice(torch.device("cpu")), 10, max_num_seqs=1, max_len=10)
     assert runner.run([Chunk(sequence, 0, 5)]).shape == (0, vocabulary)
     return runner.run([Chunk(sequence, 5, 7)])
 

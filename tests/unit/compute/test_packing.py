@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from transformers import OPTConfig
 
 from blip2_serve.compute.cpu import dot_product
+from blip2_serve.compute.cpu.device import CpuDevice
 from blip2_serve.compute.cpu.linear import (
     DotLinear,
     OneDnnLinear,
     for_few_rows,
-    for_many_rows,
-    pack_with_activation,
+    for_images,
     packable,
 )
-from blip2_serve.compute.cpu.vision import PackedPatches
+from blip2_serve.compute.cpu.vision import PackedPatches, pack_vision
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.decoder import OptDecoder
+from blip2_serve.model.packing import replace_with_activation
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from support.checkpoints import Recipe, write_checkpoint
@@ -47,7 +48,7 @@ def test_a_packed_encoder_is_as_near_to_float32_as_the_plain_one(tmp_path: Path)
     images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
     exact = encoder(tmp_path, torch.float32)(images)
     plain, packed = (encoder(tmp_path, torch.bfloat16) for _ in range(2))
-    packed.pack()
+    pack_vision(packed)
 
     assert not any(isinstance(m, nn.Linear | nn.Conv2d) for m in packed.modules())
     assert 0 < error(packed(images), exact) < 1.5 * error(plain(images), exact)
@@ -58,14 +59,14 @@ def test_packing_leaves_float32_alone(tmp_path: Path) -> None:
     images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     packed = encoder(tmp_path, torch.float32)
     expected = packed(images)
-    packed.pack()
+    pack_vision(packed)
     assert torch.equal(packed(images), expected)
 
 
 def test_an_image_is_encoded_alike_alone_and_in_company(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Recipe("seeing", seed=1))
     packed = encoder(tmp_path, torch.bfloat16)
-    packed.pack()
+    pack_vision(packed)
     images = torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8)
     together = packed(images)
     for i in range(4):
@@ -91,14 +92,14 @@ def test_an_activation_may_be_part_of_the_layer(name: str, activation: object) -
     x = torch.randn(5, 16)
     expected = activation(module["fc"](x))  # type: ignore[operator]
     module.bfloat16()
-    pack_with_activation(module, "fc", "act", name, for_many_rows)
+    replace_with_activation(module, "fc", "act", name, for_images)
     assert isinstance(module["act"], nn.Identity)
     assert error(module["fc"](x.bfloat16()), expected) < 0.01
 
 
 def test_an_activation_that_the_library_does_not_have_stays() -> None:
     module = nn.ModuleDict({"fc": nn.Linear(16, 8).bfloat16(), "act": nn.Tanh()})
-    pack_with_activation(module, "fc", "act", "tanh", for_many_rows)
+    replace_with_activation(module, "fc", "act", "tanh", for_images)
     assert isinstance(module["act"], nn.Tanh)
     assert not isinstance(module["fc"], OneDnnLinear)
 
@@ -113,7 +114,7 @@ def test_a_packed_decoder_has_its_activations_inside() -> None:
         vocab_size=50,
     )
     decoder = OptDecoder(config).bfloat16().eval().requires_grad_(False)
-    decoder.pack()
+    CpuDevice(torch.device("cpu")).prepare_decoder(decoder)
     for layer in decoder.layers:
         assert isinstance(layer.activation, nn.Identity)
         assert (layer.fc1(torch.randn(3, 32, dtype=torch.bfloat16)) >= 0).all()

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from blip2_serve.compute.runner import Runner, row_bytes
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.devices import open_device
+from blip2_serve.compute.runner import Runner, slot_bytes
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE
+from support.device import DEVICE, Capturing
 from support.requests import make_request
 
 VOCABULARY = 60
 HIDDEN = 32
-ROWS = 100
+SLOTS = 100
 IMAGE_TOKEN = 59
 
 
 class Model:
     """A small random decoder and transformers' with the same weights."""
 
-    sequences, longest, gpu = 0, 0, False  # see Runner
-    row_multiple = 1
+    device = Device(DEVICE)
+    max_num_seqs, max_len, pad_to = 8, 64, 1  # see Runner
 
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
         config = OPTConfig(
@@ -51,10 +53,14 @@ class Model:
 
     def runner(self) -> Runner:
         runner = Runner(
-            self.decoder, ROWS, sequences=self.sequences, longest=self.longest, gpu=self.gpu
+            self.decoder,
+            self.device,
+            SLOTS,
+            max_num_seqs=self.max_num_seqs,
+            max_len=self.max_len,
+            pad_to=self.pad_to,
         )
-        runner._rows.fill_(torch.nan)  # nobody may read a row that was not written before
-        runner._row_multiple = self.row_multiple
+        runner._kv.fill_(torch.nan)  # nothing may read a slot that was not written before
         return runner
 
     def logits(self, sequence: Sequence) -> Tensor:
@@ -84,17 +90,15 @@ def model() -> Model:
 @pytest.fixture(
     autouse=True,
     params=[
-        pytest.param((0, 0, False), id="as on a CPU"),
-        pytest.param((0, 0, False, 4), id="as on a CPU, with padded rows"),
-        pytest.param((0, 0, True), id="as on a GPU, without recordings"),
-        pytest.param((8, 64, True), id="as on a GPU"),
-        pytest.param((2, 13, True), id="as on a GPU, with recordings for few short sequences"),
+        pytest.param((open_device(str(DEVICE)),), id="this device"),
+        pytest.param((open_device(str(DEVICE)), 8, 64, 4), id="this device, padded to fours"),
+        pytest.param((Device(DEVICE),), id="plain torch"),
+        pytest.param((Capturing(DEVICE),), id="captured steps"),
+        pytest.param((Capturing(DEVICE), 2, 13), id="captured steps of few short sequences"),
     ],
 )
 def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE.type == "cuda" and not request.param[2]:
-        pytest.skip("attends on a CPU; the decoder is on a GPU here")
-    names = ("sequences", "longest", "gpu", "row_multiple")
+    names = ("device", "max_num_seqs", "max_len", "pad_to")
     for name, value in zip(names, request.param, strict=False):
         monkeypatch.setattr(Model, name, value)
 
@@ -242,7 +246,7 @@ def test_many_requests_through_few_rows_have_the_logits_of_transformers(
     random = Random(0)
     runner = model.runner()
     scheduler = Scheduler(
-        KvSlots(ROWS),
+        KvSlots(SLOTS),
         max_num_seqs=6,
         max_waiting=100,
         max_num_batched_tokens=12,
@@ -283,4 +287,4 @@ def go_on(scheduler: Scheduler, request: Request, random: Random) -> None:
 
 
 def test_a_row_is_the_keys_and_values_of_all_layers(model: Model) -> None:
-    assert row_bytes(model.decoder) == 2 * 2 * HIDDEN * 4
+    assert slot_bytes(model.decoder) == 2 * 2 * HIDDEN * 4

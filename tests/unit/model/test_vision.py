@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip2_serve.compute.cuda.capture import no_recorder
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.cuda.graphs import EncoderGraphs
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from support.checkpoints import Recipe, write_checkpoint
+from support.device import run_again
 
 
 @pytest.fixture
@@ -25,17 +27,20 @@ def pixels(images: int) -> Tensor:
     return torch.randint(0, 256, (images, 3, 56, 56), dtype=torch.uint8, generator=generator)
 
 
-def test_recorded_batches_and_larger_ones_give_what_the_model_gives(encoder: ImageEncoder) -> None:
-    expected = {images: encoder(pixels(images)) for images in (1, 2, 3, 5)}
-    encoder.record(3, no_recorder)
-    given = {images: encoder(pixels(images)) for images in expected}
-    for images, prefixes in expected.items():
-        torch.testing.assert_close(given[images], prefixes, atol=0, rtol=0)
+def captured(encoder: ImageEncoder, max_batch_size: int) -> EncoderGraphs:
+    return EncoderGraphs(encoder, Device(torch.device("cpu")), max_batch_size, run_again)
+
+
+def test_captured_batches_and_larger_ones_give_what_the_model_gives(encoder: ImageEncoder) -> None:
+    graphs = captured(encoder, 3)
+    for images in (1, 2, 3, 5):
+        features = encoder(pixels(images))
+        torch.testing.assert_close(graphs.run(pixels(images)), features, atol=0, rtol=0)
 
 
 def test_the_next_batch_does_not_overwrite_what_the_one_before_gave(encoder: ImageEncoder) -> None:
-    encoder.record(2, no_recorder)
-    one = encoder(pixels(2))
-    kept = one.clone()
-    encoder(pixels(2).flip(0))
-    torch.testing.assert_close(one, kept, atol=0, rtol=0)
+    graphs = captured(encoder, 2)
+    one = graphs.run(pixels(2))
+    before = one.clone()
+    graphs.run(pixels(2).flip(0))
+    torch.testing.assert_close(one, before, atol=0, rtol=0)

@@ -16,18 +16,18 @@ async def test_an_encoder_is_unhealthy_while_batches_fail_and_healthy_again_afte
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
     await encoder.check_health()
-    works, pixels = encoder._model, np.zeros((3, 224, 224), np.uint8)
+    works, pixels = encoder._run, np.zeros((3, 224, 224), np.uint8)
 
     def is_gone(_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    encoder._model = is_gone
+    encoder._run = is_gone
     with pytest.raises(RuntimeError, match="CUDA error"):
         await encoder.encode(pixels, "digest")
     for _ in range(2):  # Serve asks several times
         with pytest.raises(RuntimeError, match="CUDA error"):
             await encoder.check_health()
 
-    encoder._model = works  # as if the failure had been one image's only
+    encoder._run = works  # as if the failure had been one image's only
     await encoder.check_health()
     assert encoder._batching.failure is None

@@ -101,9 +101,9 @@ def quantize_decoder(decoder: OptDecoder) -> None:
     is copied. The decoder must be where `check_int8` allows it.
     """
     if _suits_kernel(decoder):
-        decoder.pack(_kernel_linear)
+        decoder.replace_linears(_kernel_linear)
     else:
-        decoder.pack(_fbgemm_linear)
+        decoder.replace_linears(_fbgemm_linear)
         decoder.float()
 
 

@@ -1,8 +1,7 @@
-"""transformers' vision modules with the parts replaced that are slow on a CPU in bfloat16.
+"""transformers' vision modules, with the parts replaced that are slow in bfloat16 on a CPU.
 
-Linear layers are packed, with the activation behind them; the convolution over patches, which do
-not overlap, is a linear layer too; and attention is two matrix products for each image. DESIGN.md
-has what each of it gains.
+Linear layers are packed together with the activations behind them. The convolution over patches,
+which do not overlap, becomes a linear layer, and attention two matrix products per image.
 """
 
 from __future__ import annotations
@@ -11,44 +10,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Blip2QFormerModel, Blip2VisionModel
+from transformers import AttentionInterface
 
-from blip2_serve.compute.cpu.linear import (
-    OneDnnLinear,
-    for_many_rows,
-    pack_linears,
-    pack_with_activation,
-    packable,
-)
+from blip2_serve.compute.cpu.linear import OneDnnLinear, for_images, packable
+from blip2_serve.model.packing import replace_linears, replace_with_activation
+from blip2_serve.model.vision import ImageEncoder
 
 ATTENTION = "blip2_serve_products"
 
 
-def pack_vision(vision: Blip2VisionModel, qformer: Blip2QFormerModel) -> None:
-    """Replaces what is slow, where this build and the models' dtype allow it."""
+def pack_vision(encoder: ImageEncoder) -> None:
+    """Replaces what is slow; does nothing where this build of torch cannot pack the dtype."""
+    vision, qformer = encoder.vision_model, encoder.qformer
     convolution = vision.embeddings.patch_embedding
     if not packable(convolution.weight):
         return
     vision.embeddings.patch_embedding = PackedPatches(convolution)
     for layer in vision.encoder.layers:
         name = vision.config.hidden_act
-        pack_with_activation(layer.mlp, "fc1", "activation_fn", name, for_many_rows)
+        replace_with_activation(layer.mlp, "fc1", "activation_fn", name, for_images)
     for layer in qformer.encoder.layer:
         part = layer.intermediate_query
         name = qformer.config.hidden_act
-        pack_with_activation(part, "dense", "intermediate_act_fn", name, for_many_rows)
+        replace_with_activation(part, "dense", "intermediate_act_fn", name, for_images)
+    replace_linears(encoder, for_images)
     for model in (vision, qformer):
-        pack_linears(model, for_many_rows)
         model.set_attn_implementation(ATTENTION)
 
 
 class PackedPatches(nn.Module):
-    """A convolution whose stride is its size, as a linear layer over each patch."""
+    """A convolution whose stride is its kernel size, as a linear layer over each patch."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         assert convolution.stride == convolution.kernel_size
-        self.weight = convolution.weight  # transformers asks for its dtype
+        self.weight = convolution.weight  # transformers reads its dtype
         self._size = convolution.kernel_size[0]
         self._linear = OneDnnLinear(self.weight.flatten(1), convolution.bias)
 
@@ -73,7 +69,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """[B, heads, tokens, head_dim] each -> [B, tokens, heads, head_dim].
 
-    Image by image: the scores of one stay in the cache.
+    One image at a time, so that its scores stay in the cache.
     """
     assert attention_mask is None  # every token of an image sees all the others
     attended = query.new_empty(query.transpose(1, 2).shape)

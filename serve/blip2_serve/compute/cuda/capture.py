@@ -1,7 +1,7 @@
-"""CUDA graphs: recordings of the kernels that a function launches, which run again as one launch.
+"""CUDA graphs: capture the kernels that a function launches, and replay them as one launch.
 
-A graph is good for the same shapes and addresses: its function reads and writes tensors that stay
-where they are. This module does not know what is computed.
+A graph is bound to its shapes and addresses: the captured function must read and write tensors that
+stay where they are. This module does not know what is computed.
 """
 
 from __future__ import annotations
@@ -10,32 +10,26 @@ from collections.abc import Callable
 
 import torch
 
-# Runs what it is given and returns what runs it again.
-Record = Callable[[Callable[[], None]], Callable[[], None]]
+# Runs a function once and returns what replays its kernels.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def cuda_recorder(priority: int = 0) -> Record:
-    """Records graphs that share memory; they must never run at the same time.
+def cuda_capture(priority: int = 0) -> Capture:
+    """Captures graphs that share memory; they must never run at the same time.
 
-    Kernels keep the `priority` of the stream that they were recorded on, -1 for a high one: where
-    two threads use one GPU, each of many small kernels would wait for a large one of the other's.
+    Kernels keep the `priority` of the stream they were captured on (-1 is high). Where two threads
+    share a GPU, it keeps a stream of many small kernels from waiting for the other's large ones.
     """
     pool = torch.cuda.graph_pool_handle()
     stream = torch.cuda.Stream(priority=priority)
 
-    def record(function: Callable[[], None]) -> Callable[[], None]:
+    def capture(function: Callable[[], None]) -> Callable[[], None]:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            function()  # what happens only once (kernels are loaded) is not to be recorded
+            function()  # one-time work, such as loading kernels, must not be captured
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             function()
         return graph.replay
 
-    return record
-
-
-def no_recorder(function: Callable[[], None]) -> Callable[[], None]:
-    """For tests: the same, one kernel after the other."""
-    function()
-    return function
+    return capture

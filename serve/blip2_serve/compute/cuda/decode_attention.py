@@ -19,7 +19,7 @@ FOR_MANY = (16, 1, 2)
 MANY = 512  # programs; enough to keep a GPU's memory busy with small ones
 
 
-def last_tokens(qkv: Tensor, kv: Tensor, tables: Tensor, starts: Tensor) -> Tensor:
+def attend(qkv: Tensor, kv: Tensor, tables: Tensor, starts: Tensor) -> Tensor:
     """[n, heads, head_dim], of the dtype of `qkv`; sums are float32.
 
     `qkv` is [n, 3, heads, head_dim] of tokens at positions `starts`, int64 [n]; `kv` is one

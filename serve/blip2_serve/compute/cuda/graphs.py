@@ -1,10 +1,10 @@
-"""Decode steps as CUDA graphs: some 330 kernels, launched as one.
+"""Decode steps and batches of images as CUDA graphs: hundreds of kernels, launched as one.
 
-A decode step of few sequences takes a GPU less time than Python takes to launch its kernels. A
-graph is for a fixed number of sequences: so there is one for each number of a short list, and a
-step is padded to the next. All are recorded at the start, since recording takes longer than a step.
+A decode step of few sequences takes a GPU less time than Python takes to launch its 330 kernels. A
+graph is bound to its number of sequences, so there is one for each of a short list of sizes, and a
+step is padded to the next. All are captured at the start: capturing takes longer than a step.
 
-This module does not know what a step computes.
+This module does not know what is computed.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blip2_serve.compute.cuda.capture import Record
+from blip2_serve.compute.base import DecodeStep, Device
+from blip2_serve.compute.cuda.capture import Capture
+from blip2_serve.model.vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
 
-# int64 [n, 2 + columns] -> float32 logits [n, vocabulary]; see DecodeGraphs.run
-Step = Callable[[Tensor], Tensor]
-
 
 class DecodeGraphs:
-    """`step` for up to `sequences` sequences of up to `columns` tokens.
-
-    Padding is one token with the id 0, at position 0, in KV row 0. That row is nobody's (rows count
-    from 1), so it may be written.
-    """
+    """`step`, captured for up to `max_num_seqs` sequences of up to `max_len` tokens."""
 
     @torch.inference_mode()
     def __init__(
         self,
-        step: Step,
+        step: DecodeStep,
+        device: Device,
         *,
-        sequences: int,
-        columns: int,
+        max_num_seqs: int,
+        max_len: int,
         vocabulary: int,
-        device: torch.device,
-        record: Record,
+        capture: Capture,
     ) -> None:
-        self.sequences, self.columns = sequences, columns
-        self._sizes = batch_sizes(sequences)
-        # All graphs read and write here: what each had of its own would have to be kept.
-        self._logits = torch.empty((sequences, vocabulary), dtype=torch.float32, device=device)
-        self._inputs = torch.zeros((sequences, 2 + columns), dtype=torch.int64, device=device)
+        self._step, self._device = step, device
+        self._max_num_seqs, self._width = max_num_seqs, 2 + max_len
+        self._sizes = batch_sizes(max_num_seqs)
+        # All graphs read and write the same tensors: tensors of their own would have to be kept.
+        self._logits = torch.empty(
+            (max_num_seqs, vocabulary), dtype=torch.float32, device=device.place
+        )
+        self._inputs = torch.zeros(
+            (max_num_seqs, self._width), dtype=torch.int64, device=device.place
+        )
 
         def step_of(size: int) -> Callable[[], None]:
             def run() -> None:
@@ -55,19 +55,17 @@ class DecodeGraphs:
             return run
 
         start = time.monotonic()
-        # The largest first: the others then fit into the memory that it has left.
-        self._replays = {size: record(step_of(size)) for size in reversed(self._sizes)}
+        # The largest first: the others fit into its memory.
+        self._replays = {size: capture(step_of(size)) for size in reversed(self._sizes)}
         seconds = time.monotonic() - start
-        logger.info("recorded %d decode steps in %.1f s", len(self._replays), seconds)
+        logger.info("captured %d decode steps in %.1f s", len(self._replays), seconds)
 
     @torch.inference_mode()
     def run(self, inputs: Tensor) -> Tensor:
-        """float32 logits [n, vocabulary], which the next run overwrites.
-
-        `inputs` is int64 [n, at most 2 + columns]: a token of each sequence, its position, and the
-        KV rows of all positions up to it.
-        """
+        """A `Decode`: its logits are overwritten by the next run. Larger steps run uncaptured."""
         count, width = inputs.shape
+        if count > self._max_num_seqs or width > self._width:
+            return self._step(self._device.upload(inputs))
         size = next(size for size in self._sizes if size >= count)
         self._inputs[:count, :width].copy_(inputs, non_blocking=True)
         self._inputs[count:size, :3] = 0
@@ -75,6 +73,55 @@ class DecodeGraphs:
         return self._logits[:count]
 
 
-def batch_sizes(sequences: int) -> list[int]:
-    """1, 2, 4 and multiples of 8: a sequence more costs a step its KV reads, and little else."""
-    return [n for n in (1, 2, 4, *range(8, sequences, 8)) if n < sequences] + [sequences]
+def batch_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4 and multiples of 8: one more sequence costs a step its KV reads, and little else."""
+    return [n for n in (1, 2, 4, *range(8, max_num_seqs, 8)) if n < max_num_seqs] + [max_num_seqs]
+
+
+class EncoderGraphs:
+    """An encoder with a CUDA graph for each batch of 1 to `max_batch_size` images.
+
+    A small batch keeps a GPU busy for less time than Python takes to launch its kernels.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, encoder: ImageEncoder, device: Device, max_batch_size: int, capture: Capture
+    ) -> None:
+        self._encoder = encoder
+        self._device = device
+        start = time.monotonic()
+        # The largest first: the others fit into its memory.
+        self._batches = {
+            size: _EncoderGraph(encoder, device, size, capture)
+            for size in range(max_batch_size, 0, -1)
+        }
+        logger.info("captured %d batches in %.1f s", max_batch_size, time.monotonic() - start)
+
+    @torch.inference_mode()
+    def run(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] in main memory -> image features [B, queries, hidden]."""
+        if batch := self._batches.get(len(pixels)):
+            return batch.run(pixels)
+        features: Tensor = self._encoder(self._device.upload(pixels))
+        return features
+
+
+class _EncoderGraph:
+    """One captured batch size, with the tensors the graph reads and writes."""
+
+    def __init__(self, encoder: ImageEncoder, device: Device, size: int, capture: Capture) -> None:
+        pixels = encoder.vision_model.config.image_size
+        self._input = torch.zeros((size, 3, pixels, pixels), dtype=torch.uint8, device=device.place)
+        self._output: Tensor = encoder(self._input)
+
+        def run() -> None:
+            self._output.copy_(encoder(self._input))
+
+        self._replay: Callable[[], None] = capture(run)
+
+    def run(self, pixels: Tensor) -> Tensor:
+        """A copy of the output: the next replay overwrites it."""
+        self._input.copy_(pixels, non_blocking=True)
+        self._replay()
+        return self._output.clone()
