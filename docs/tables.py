@@ -8,14 +8,15 @@ A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Name
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from blip2_serve.observe import metrics
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -37,7 +38,6 @@ from blip2_serve.http.schema import (
     GenerationFields,
     StreamFields,
 )
-from blip2_serve.observe import metrics
 from blip2_serve.types import SamplingParams
 
 FOLDER = Path(__file__).parent
@@ -161,14 +161,13 @@ def value_of(default: Any) -> str:
 
 def _description(model: type[BaseModel], name: str) -> str:
     """The field's own, or the one of the class that it overrides."""
-    for cls in model.__mro__:
-        if issubclass(cls, BaseModel) and name in cls.model_fields:
-            if text := cls.model_fields[name].description:
-                return text
-    return ""
+    kinds = (cls for cls in model.__mro__ if issubclass(cls, BaseModel) and cls is not BaseModel)
+    fields = (cls.model_fields[name] for cls in kinds if name in cls.model_fields)
+    return next((field.description for field in fields if field.description), "")
 
 
 # -- request parameters ----------------------------------------------------------------------------
+
 
 def parameters(model: type[BaseModel], *without: type[BaseModel]) -> str:
     """The fields of a request body that are not fields of `without`."""
@@ -189,7 +188,7 @@ def _effective(name: str, field: FieldInfo) -> str:
         return "random"
     if name in ("max_tokens", "max_completion_tokens"):
         return value_of(GeneratorConfig().default_max_tokens)
-    defaults = {f.name: f.default for f in fields(SamplingParams)}
+    defaults = {f.name: f.default for f in dataclasses.fields(SamplingParams)}
     if name in defaults and defaults[name] not in (None, ()):
         return value_of(defaults[name])
     if field.default is None and bool in getattr(field.annotation, "__args__", ()):

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "serve" / "blip2_serve"
 LAB = ROOT / "docs" / "lab"
-DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "serve" / "DESIGN.md"]
-    + [*(ROOT / "docs").rglob("*.md")]
-    + [ROOT / "k8s" / "README.md", ROOT / "loadtest" / "README.md"]
-)
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "serve/DESIGN.md")),
+    *(ROOT / folder / "README.md" for folder in ("k8s", "loadtest")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -70,7 +70,9 @@ def test_paths_exist(document: Path) -> None:
 
 
 def test_the_map_of_the_design_names_files_that_exist() -> None:
-    (block,) = re.findall(r"```text\n(.*?)```", (ROOT / "serve" / "DESIGN.md").read_text(), re.DOTALL)
+    (block,) = re.findall(
+        r"```text\n(.*?)```", (ROOT / "serve" / "DESIGN.md").read_text(), re.DOTALL
+    )
     names = re.findall(r"^ *([\w/]+(?:\.py|/))", block, re.MULTILINE)
     assert len(names) > 8
     assert [name for name in names if not (PACKAGE / name).exists()] == []
@@ -79,3 +81,9 @@ def test_the_map_of_the_design_names_files_that_exist() -> None:
 def test_every_lab_note_is_listed() -> None:
     listed = set(LINK.findall((LAB / "README.md").read_text()))
     assert {path.name for path in LAB.glob("2*.md")} == {name for name in listed if "/" not in name}
+
+
+def test_the_first_documents_stay_short() -> None:
+    """A reader gives one screen to the first and ten minutes to the other."""
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+    assert len((ROOT / "serve" / "DESIGN.md").read_text().splitlines()) <= 200

@@ -1,4 +1,4 @@
-"""The documents' tables are those that docs/tables.py makes of the code, and nothing is left out."""
+"""The tables of documents are those that docs/tables.py makes, and nothing is left out."""
 
 from __future__ import annotations
 
