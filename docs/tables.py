@@ -111,8 +111,15 @@ def _described(schema: Schema, defs: Schema) -> str:
     if kind == "array":
         return _array(schema, defs)
     if kind == "object":
-        return "empty object" if schema.get("maxProperties") == 0 else "object"
+        return _object(schema)
     return _bounded(kind, schema)
+
+
+def _object(schema: Schema) -> str:
+    if schema.get("maxProperties") == 0:
+        return "empty object"
+    names = ", ".join(f"`{name}`" for name in schema.get("properties", ()))
+    return f"object with {names}" if names else "object"
 
 
 def _one_of(kinds: list[str]) -> str:
@@ -125,7 +132,8 @@ def _one_of(kinds: list[str]) -> str:
 def _array(schema: Schema, defs: Schema) -> str:
     if schema.get("maxItems") == 0:
         return "empty list"
-    items = _described(schema.get("items", {}), defs).partition(",")[0]
+    # In short, without bounds and properties.
+    items = re.split(", | with ", _described(schema.get("items", {}), defs))[0]
     most = f", at most {schema['maxItems']}" if "maxItems" in schema else ""
     return f"list of {items}{'' if items.endswith('`') else 's'}{most}"
 

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
+from blip2_serve.observe import metrics
 from pydantic import BaseModel, Field
 
 from blip2_serve import errors
@@ -70,6 +71,30 @@ def test_every_error_is_documented() -> None:
             assert f"| {kind.status} | `{kind.type}` | {code} |" in text, kind
 
 
+PROSE = [*DOCS.glob("*.md"), *(DOCS.parent / name for name in ("README.md", "k8s/README.md"))]
+
+
+@pytest.mark.parametrize("document", PROSE, ids=lambda path: str(path.relative_to(DOCS.parent)))
+def test_metrics_that_a_document_names_exist(document: Path) -> None:
+    known = {metric.exported for metric in metrics.catalogue()}
+    named = re.findall(r"\bray_blip2_\w+", document.read_text())
+    parts = ("_bucket", "_count", "_sum")
+    assert {n for n in named if n not in known and not n.endswith(parts)} == set()
+    whole = {n.rpartition("_")[0] for n in named if n not in known}
+    assert whole <= known
+
+
+@pytest.mark.parametrize("document", PROSE, ids=lambda path: str(path.relative_to(DOCS.parent)))
+def test_keys_that_a_document_names_exist(document: Path) -> None:
+    for stage, path in re.findall(
+        rf"`({'|'.join(tables.STAGES)})\.([a-z_.]+)`", document.read_text()
+    ):
+        model: type[BaseModel] = tables.STAGES[stage]
+        for name in path.split("."):
+            assert name in model.model_fields, f"{stage}.{path}"
+            model = type(model.model_fields[name].default)
+
+
 class Section(BaseModel):
     key: int = Field(1, ge=1, le=8, description="a | b")
 
@@ -89,6 +114,8 @@ class Example(BaseModel):
     large: int = Field(0, ge=-(1 << 63))
     section: Section = Section()
     heir: Heir = Heir()
+    sections: list[Section] = []
+    nothing: Annotated[dict[str, int], Field(max_length=0)] = {}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +129,9 @@ class Example(BaseModel):
         ("share", "number, above 0 and at most 1"),
         ("size", "integer, at least 1"),
         ("large", "integer"),
+        ("section", "object with `key`"),
+        ("sections", "list of objects"),
+        ("nothing", "empty object"),
     ],
 )
 def test_types_in_words(name: str, words: str) -> None:
