@@ -3,7 +3,7 @@
     python docs/tables.py            # rewrites them
     python docs/tables.py --check    # changes nothing, and fails where one is out of date
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Names: see `TABLES`.
+A table is what stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Names: see `TABLES`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rewritten(text: str) -> str:
     """A document's text with all of its tables made anew.
 
     Raises:
-        KeyError: a marker names a table that there is not.
+        KeyError: a marker names an unknown table.
     """
     return _BLOCK.sub(lambda m: f"{m[1]}{TABLES[m['name']]()}\n{m[3]}", text)
 
@@ -189,7 +189,7 @@ def parameters(model: type[BaseModel], *without: type[BaseModel]) -> str:
 
 
 def _effective(name: str, field: FieldInfo) -> str:
-    """What holds where the parameter is missing; None stands for that in the body's model."""
+    """The value that a missing parameter has; the body's model has None for it."""
     if field.is_required():
         return "required"
     if name == "seed":

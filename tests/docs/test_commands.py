@@ -34,7 +34,7 @@ DOCUMENTS = [
 URL = "http://127.0.0.1:8000"
 WITHIN_S = 60
 
-# By the reason why they are not run here; a star stands for anything.
+# Commands that are not run, by the reason why not; a star matches anything.
 NOT_RUN: Mapping[str, tuple[str, ...]] = {
     "it is the server that the others ask": ("make serve",),
     "starts another server; tests/up does that": (
@@ -183,7 +183,7 @@ def run(command: list[str], folder: Path, server: Up) -> str:
 
 
 def matches(expected: str, printed: str) -> bool:
-    """Whether they are equal, where "..." in the document stands for anything."""
+    """Whether they are equal; "..." in the document matches anything."""
     pattern = ".*?".join(map(re.escape, expected.strip().split("...")))
     return re.fullmatch(pattern, printed.strip(), re.DOTALL) is not None
 

@@ -20,7 +20,7 @@ DOCUMENTS = [
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-# `folder/file.py`, `folder/`: what stands in code marks and can be nothing but a path.
+# `folder/file.py`, `folder/`: in code marks, and it can be nothing but a path.
 PATH = re.compile(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|md|json|ya?ml|env))?)`")
 ELSEWHERE = ("/", "../../components/")  # of a container; of an overlay, which names it so
 
