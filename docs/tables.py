@@ -3,7 +3,7 @@
     python docs/tables.py            # rewrites them
     python docs/tables.py --check    # changes nothing, and fails where one is out of date
 
-A table is what stands between the lines `<!-- table: NAME -->` and `<!-- end -->`. Names: see `TABLES`.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `TABLES` has the names.
 """
 
 from __future__ import annotations
