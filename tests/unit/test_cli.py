@@ -1,8 +1,10 @@
-"""What the operator sees when `blip2-serve up` cannot start: one line that says what to do."""
+"""The command line: configuration from flags and files, and one line if it cannot start."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +17,11 @@ import torch
 from transformers import Blip2Config
 
 from blip2_serve import __version__, preflight
-from blip2_serve.cli import main, read_config
+from blip2_serve.cli import main
+from blip2_serve.cli.commands import given
+from blip2_serve.cli.configuration import merged, read_config
+from blip2_serve.cli.running import Launch
+from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 from support.server import free_port
 
@@ -150,14 +156,81 @@ def test_unknown_weights_are_told_with_those_that_exist(up: Up) -> None:
     assert "int8" in line
 
 
-def test_a_flag_for_a_stage_leaves_the_rest_of_the_files_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("below", "above", "result"),
+    [
+        pytest.param({"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1, "b": 3, "c": 4}, id="one level"),
+        pytest.param(
+            {"a": {"b": {"c": {"d": 1, "e": 2}}, "f": 3}},
+            {"a": {"b": {"c": {"d": 4}}}},
+            {"a": {"b": {"c": {"d": 4, "e": 2}}, "f": 3}},
+            id="four levels",
+        ),
+        pytest.param({"a": [1, 2]}, {"a": [3]}, {"a": [3]}, id="a list is replaced as a whole"),
+        pytest.param({"a": {"b": 1}}, {"a": None}, {"a": None}, id="a value over a mapping"),
+        pytest.param({"a": None}, {"a": {"b": 1}}, {"a": {"b": 1}}, id="a mapping over a value"),
+    ],
+)
+def test_mappings_are_merged_at_every_depth(
+    below: dict[str, Any], above: dict[str, Any], result: dict[str, Any]
+) -> None:
+    before = copy.deepcopy(below)
+    assert merged(below, above) == result
+    assert below == before
+
+
+def test_flags_win_over_the_file_and_leave_the_rest_of_it(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("generator: {max_num_seqs: 4}\nencoder: {max_batch_size: 2}\n")
-    config = read_config(file, {"generator": {"quantize": "int8"}})
+    file.write_text(
+        "generator: {max_num_seqs: 4}\n"
+        "encoder: {max_batch_size: 2}\n"
+        "ingress: {feature_cache_entries: 7, images: {max_bytes: 1000, allow_urls: false}}\n"
+    )
+    flags = {"generator": {"quantize": "int8"}, "ingress": {"images": {"allow_urls": True}}}
+    config = read_config(file, flags)
 
     assert config.generator.quantize == "int8"
     assert config.generator.max_num_seqs == 4
     assert config.encoder.max_batch_size == 2
+    assert config.ingress.feature_cache_entries == 7
+    assert config.ingress.images.max_bytes == 1000
+    assert config.ingress.images.allow_urls
+
+
+def test_flags_that_are_not_given_leave_no_trace() -> None:
+    flags = {"a": None, "b": 0, "c": {"d": {"e": None}}, "f": {"g": "", "h": None}}
+    assert given(flags) == {"b": 0, "f": {"g": ""}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("- model", id="a list"),
+        pytest.param("{model: demo", id="not YAML"),
+        pytest.param(None, id="no file"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+
+    with pytest.raises(StartupError, match=re.escape(str(file))):
+        read_config(file, {})
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("a.example", "http://a.example:8000"),
+    ],
+)
+def test_the_url_of_a_server_can_be_used_on_its_machine(host: str, url: str) -> None:
+    assert Launch(AppConfig(), host, 8000).url == url
 
 
 def test_an_unknown_key_in_the_config_file_is_named(up: Up, tmp_path: Path) -> None:

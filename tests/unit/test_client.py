@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from blip2_serve import cli
+from blip2_serve.cli import running
 from blip2_serve.client import connect, is_loopback, post
 from blip2_serve.errors import StartupError
 
@@ -157,8 +157,8 @@ def test_waiting_for_a_server_ends_in_time_however_long_it_lets_each_question_wa
         seconds += more
 
     clock = types.SimpleNamespace(monotonic=lambda: seconds, sleep=sleep)
-    monkeypatch.setattr(cli, "time", clock)
+    monkeypatch.setattr(running, "time", clock)
     with pytest.raises(StartupError) as error:
-        cli._wait_until_ready(Hanging(), within_s=60)
+        running.wait_until_ready(Hanging(), within_s=60)
     assert "within 60 seconds" in error.value.message
     assert 60 <= seconds < 70
