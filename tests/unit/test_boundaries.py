@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,32 @@ def test_the_check_finds_a_private_name(source: str) -> None:
 def test_the_check_finds_no_private_name_where_there_is_none() -> None:
     source = "import ray, rayon\nray.__version__\nrayon._a\n_own = ray.init()\nself._ray._own"
     assert private_names_of("ray", source) == set()
+
+
+def sets_environment(source: str) -> bool:
+    """Whether a source writes to `os.environ`; reading from it is anybody's."""
+    writes = r"os\.(putenv|unsetenv)\(|environ\.(setdefault|update|pop|clear)\(|environ\[[^]]+\] = "
+    return re.search(rf"{writes}|del os\.environ|environ \|= ", source) is not None
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_environment_variables_are_set_in_one_module_only(module: str) -> None:
+    assert sets_environment(SOURCES[module]) == (module == f"{PACKAGE}.environment")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'os.environ["A"] = "b"',
+        'os.environ.setdefault("A", "b")',
+        "os.environ.update(more)",
+        "os.environ |= more",
+        'del os.environ["A"]',
+        'os.putenv("A", "b")',
+    ],
+)
+def test_the_check_finds_what_sets_the_environment(source: str) -> None:
+    assert sets_environment(source)
 
 
 def loaded_with(modules: list[str], of: set[str]) -> set[str]:

@@ -63,7 +63,7 @@ def _ports(environment: dict[str, str]) -> set[int]:
     return ports | set(range(first, last + 1))
 
 
-def test_too_long_a_temporary_folder_is_told_with_the_variable_that_moves_it() -> None:
+def test_a_long_temporary_folder_is_an_error_that_names_the_variable() -> None:
     with pytest.raises(StartupError, match="TMPDIR"):
         fast_mode.check_folder(Path("/tmp/" + "x" * 60))
 
@@ -76,12 +76,16 @@ def test_too_long_a_temporary_folder_is_told_with_the_variable_that_moves_it() -
         ("::1", None, "127.0.0.1"),
     ],
 )
-def test_what_cannot_be_fast_is_told(host: str, address: str | None, told: str) -> None:
+def test_a_server_that_cannot_be_fast_is_an_error_that_says_why(
+    host: str, address: str | None, told: str
+) -> None:
     with pytest.raises(StartupError, match=told):
         fast_mode.check(host, address)
 
 
-def test_a_machine_without_haproxy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_haproxy_is_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/absent/haproxy")
     with pytest.raises(StartupError, match="RAY_SERVE_HAPROXY_BINARY_PATH"):
         fast_mode.check("127.0.0.1", None)
