@@ -1,8 +1,8 @@
 """The environment variables that this package sets, why, and the only code that sets them.
 
-Three processes need some: `up`, before it imports Ray, which reads its variables then and hands
-them on to a local Ray; `up --fast`, which adds those of Ray Serve's throughput mode; and each
-replica, wherever Ray starts it.
+There are three sets: for `up`, which sets them before it imports Ray and passes them on to a local
+Ray; for `up --fast`, with those of Ray Serve's throughput mode; and for each replica, wherever Ray
+starts it.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ class Variables:
 
 
 def of_server(config: AppConfig, *, local: bool) -> Variables:
-    """What `up` sets before it imports Ray; `local`: it starts a Ray of its own."""
+    """Returns what `up` sets before it imports Ray; `local`: it starts a Ray of its own."""
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",  # no reports to Ray's makers
         # Seconds. The default of 5 is too short where several processes load torch on two cores.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # Set explicitly since Ray's default may change: a job that Ray accepts is code that runs.
+        # Explicit, since Ray's default may change: anyone who can submit a job can run code.
         "RAY_AUTH_MODE": "token" if local else "disabled",
     }
     if local:
-        # A cluster of one machine, as on other systems by default, listens on loopback only.
+        # Restricts Ray to this machine, as on Windows and macOS, so it listens on loopback only.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         defaults |= short_hops(config)
     return Variables(defaults, _NO_PROXY_BETWEEN_STAGES)
 
 
 def of_fast_server(config: AppConfig, folder: Path, haproxy: Path, ports: range) -> Variables:
-    """What `up --fast` sets on top: its server has `folder`, the command `haproxy` and `ports`.
+    """Returns what `up --fast` sets first, for a server with this folder, command and ports.
 
-    The first of `ports` stays unused, as the claim on all of them. Paths of sockets in `folder`
-    must not be too long for the system; `fast_mode` checks that.
+    The first of `ports` stays unused: it is the claim on all of them. `fast_mode` checks that
+    `folder` has a path short enough for sockets in it.
     """
     defaults = {
         **short_hops(config),
@@ -89,7 +89,7 @@ def of_fast_server(config: AppConfig, folder: Path, haproxy: Path, ports: range)
 
 
 def short_hops(config: AppConfig) -> dict[str, str]:
-    """Ray Serve's variables for stages that talk by gRPC and run on one event loop each."""
+    """Returns Ray Serve's variables for stages that talk by gRPC and have one event loop each."""
     ingress = config.ingress
     largest = max(ingress.max_body_bytes, ingress.images.max_bytes) + _MESSAGE_OVERHEAD
     return {
