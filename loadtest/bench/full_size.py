@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.shapes import real_shape
 from blip2_serve.app import build
-from blip2_serve.cli import data_url
+from blip2_serve.client import data_url
 from blip2_serve.config import AppConfig
 from blip2_serve.model.source import DEMO_FOLDER, DEMO_PICTURE
 

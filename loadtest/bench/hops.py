@@ -29,7 +29,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from blip2_serve import fast_mode
+from blip2_serve import environment, fast_mode
 from blip2_serve.config import AppConfig
 
 PORT = {"default": 8766, "fast": 8767}
@@ -61,7 +61,7 @@ def main() -> None:
 def measure(profile: str, requests: int) -> Times:
     """Milliseconds of each request by part, with an application of its own."""
     config = AppConfig()
-    default = patch.dict(os.environ, fast_mode.short_hops(config))
+    default = patch.dict(os.environ, environment.short_hops(config))
     with fast_mode.profile(config) if profile == "fast" else default:
         # The handles here are asked without an event loop: they get their own, the replicas' not.
         with patch.dict(os.environ, {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}):

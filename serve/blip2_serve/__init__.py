@@ -4,4 +4,4 @@ import time
 
 __version__ = "0.1.0"
 
-IMPORTED_AT = time.monotonic()
+IMPORTED_AT = time.monotonic()  # seconds; replicas count from here how long they take to start

@@ -1,4 +1,4 @@
-"""`python -m blip2_serve` is the command line."""
+"""Runs the command line: `python -m blip2_serve`."""
 
 from blip2_serve.cli import main
 

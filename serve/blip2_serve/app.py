@@ -1,6 +1,6 @@
-"""The composition graph: three stages behind one ingress, each scaled by itself."""
+"""The Ray Serve application: three stages behind one ingress, each scaled by itself."""
 
-# No `from __future__ import annotations`: Serve reads build's annotation as a class.
+# No `from __future__ import annotations`: Ray Serve needs the annotation of `build` as a class.
 from typing import Any
 
 import ray
@@ -15,16 +15,17 @@ from blip2_serve.stages.generator import Generator
 from blip2_serve.stages.ingress import Ingress
 from blip2_serve.stages.preprocessor import Preprocessor
 
-# How encoder and generator share one GPU; the language model is the larger by far.
+# How encoder and generator share a cluster's only GPU; the language model is by far the larger.
 GPU_SHARES = (0.3, 0.7)
 
 
 def build(config: AppConfig) -> Application:
-    """The application of a configuration, for `serve.run`, `serve run` and `serve deploy`."""
+    """Builds the application, for `serve.run`, `serve run` and `serve deploy`."""
     gpus = visible_gpus()
-    device = ("cuda" if gpus else "cpu") if config.device == "auto" else config.device
-    # With none to be seen yet (an autoscaled cluster), each replica asks for a whole one.
-    encoder_gpu, generator_gpu = (0, 0) if device == "cpu" else GPU_SHARES if gpus == 1 else (1, 1)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    encoder_gpu, generator_gpu = _gpus_per_replica(device, gpus)
 
     preprocessor = _place(Preprocessor, config.preprocessor).bind(config)
     encoder = _place(Encoder, config.encoder, encoder_gpu).bind(config, device)
@@ -32,15 +33,26 @@ def build(config: AppConfig) -> Application:
     return _place(Ingress, config.ingress).bind(config, preprocessor, encoder, generator)
 
 
+def _gpus_per_replica(device: str, gpus: float) -> tuple[float, float]:
+    """GPUs for each replica of the encoder and of the generator."""
+    if device == "cpu":
+        return 0, 0
+    # A cluster that has no GPU yet may add nodes on demand: then each replica asks for a whole one.
+    return GPU_SHARES if gpus == 1 else (1, 1)
+
+
 def visible_gpus() -> float:
-    """GPUs of the cluster or, since `serve run` builds before it connects, of this machine."""
+    """Counts the GPUs of the cluster; those of this machine if Ray is not connected yet.
+
+    `serve run` builds the application before it connects.
+    """
     if ray.is_initialized():
         return float(ray.cluster_resources().get("GPU", 0))
     return torch.cuda.device_count()
 
 
 def _place(deployment: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deployment:
-    """The deployment with its replicas, limits and resources."""
+    """Gives the deployment its number of replicas, its limits and its resources."""
     asked = stage.num_gpus if isinstance(stage, ComputeConfig) else None
     scaling = (
         {"autoscaling_config": stage.autoscaling_config}

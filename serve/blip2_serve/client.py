@@ -1,9 +1,11 @@
-"""How the command line asks a server: its URL, proxies on the way, and unexpected answers."""
+"""What the command line asks of a running server, over HTTP."""
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,13 +16,13 @@ TIMEOUT_S = 600.0
 
 
 def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
-    """A client of the server at `url`, with or without a slash at its end.
+    """Returns an HTTP client of the server at `url`; a slash at the end makes no difference.
 
-    Proxies that the environment names (`http_proxy`) are for other machines: a server on a loopback
-    address, or `on_this_machine`, is asked directly.
+    A server on a loopback address, or `on_this_machine`, is asked directly. Proxies that the
+    environment names (`http_proxy`) are used for other machines only.
 
     Raises:
-        StartupError: it is not an http or https URL, or the proxy settings are wrong.
+        StartupError: `url` is not an http or https URL, or the proxy settings are wrong.
     """
     direct = on_this_machine or is_loopback(url)
     try:
@@ -34,11 +36,14 @@ def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
     try:
         return httpx.Client(base_url=parsed, timeout=TIMEOUT_S, trust_env=not direct)
     except (httpx.InvalidURL, ValueError) as error:
-        raise StartupError(f"the environment's proxy settings cannot be used: {error}") from None
+        raise StartupError(
+            f"the proxy settings in the environment are wrong ({error}): correct or unset "
+            "http_proxy, https_proxy and all_proxy"
+        ) from None
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the URL's host is this machine's loopback interface."""
+    """Tells whether the URL's host is this machine's loopback interface."""
     try:
         host = httpx.URL(url).host.lower()
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -46,11 +51,37 @@ def is_loopback(url: str) -> bool:
         return False
 
 
+def caption(server: httpx.Client, image: Path) -> str:
+    """Asks for a caption of an image file. Raises StartupError as `post` does."""
+    body = {"image": data_url(image)}
+    return post(server, "/v1/caption", body, lambda answer: answer["data"][0]["caption"])
+
+
+def ask(server: httpx.Client, image: Path, question: str) -> str:
+    """Asks a question about an image file. Raises StartupError as `post` does."""
+    content = [
+        {"type": "image_url", "image_url": {"url": data_url(image)}},
+        {"type": "text", "text": question},
+    ]
+    body = {"messages": [{"role": "user", "content": content}]}
+    return post(
+        server,
+        "/v1/chat/completions",
+        body,
+        lambda answer: answer["choices"][0]["message"]["content"],
+    )
+
+
+def data_url(path: Path) -> str:
+    """Returns a file as a data URL; the server goes by the bytes, not by the media type."""
+    return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
 def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
-    """Posts `body` and returns what `pick` finds in the server's JSON answer.
+    """Posts `body` as JSON and returns what `pick` finds in the JSON answer.
 
     Raises:
-        StartupError: no server answers, it answers with an error, or it is another kind of server.
+        StartupError: no server answers, the answer is an error, or it is not blip2-serve's.
     """
     try:
         response = server.post(path, json=body)
@@ -65,7 +96,7 @@ def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[
         message = str(answer["error"]["message"])
     except (ValueError, LookupError, TypeError):
         raise StartupError(
-            f"{response.url} answered {response.status_code}, but not as blip2-serve does: is "
-            "another server or a proxy at this address?"
+            f"{response.url} answered with status {response.status_code}, but not as blip2-serve "
+            "does: check whether the URL is that of another server or of a proxy"
         ) from None
     raise StartupError(message)

@@ -1,4 +1,4 @@
-"""Structured concurrency: what is started together ends together."""
+"""Structured concurrency: calls that start together end together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 
 async def gather(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order, like `asyncio.gather`; but after a failure, nothing runs on.
+    """Runs the calls concurrently and returns their results in order, like `asyncio.gather`.
 
-    The first failure cancels the other calls, and is raised once they have ended.
+    Unlike there, no call outlives a failure: the first one cancels the others and is raised once
+    they have ended.
     """
     try:
         async with asyncio.TaskGroup() as group:

@@ -1,8 +1,8 @@
-"""The configuration: frozen, checked, one model per deployment. Unknown keys are errors.
+"""The configuration: frozen, checked, one model per application. Unknown keys are errors.
 
-Values come from the command line, from `serve run ... key=value` or from a Serve config file's
-`args`. What is discovered at start (memory, threads) is returned by whoever discovers it and never
-written back here.
+Values come from `blip2-serve up`, from `serve run ... key=value`, or from `args` in a Serve config
+file. What is discovered at start (memory, cores) is returned by its discoverer and never written
+back here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,13 +20,26 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LogFormat = Literal["text", "json"]
 
+# Fields whose default differs from stage to stage.
+NumCpus = Annotated[float, Field(ge=0, description="CPU cores that Ray reserves for each replica.")]
+InitialOngoingRequests = Annotated[
+    float,
+    Field(
+        gt=0,
+        description="Target for ongoing requests per replica while no replica has measured its "
+        "capacity (ingress replicas never do). Ray Serve's target_ongoing_requests has no effect.",
+    ),
+]
+
+HOW_IT_SCALES = "How this package's autoscaling policy chooses the number of replicas."
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-# Serve's keys for stages that scale by this package's policy, where `autoscaling` does not say
-# otherwise. Serve's own delays are for a policy that overshoots. `look_back_period_s` must be above
+# Ray Serve's keys for a stage that scales by this package's policy, unless `autoscaling` sets them.
+# Ray Serve's own delays are for a policy that overshoots. `look_back_period_s` must be above
 # `metrics_interval_s`.
 AUTOSCALING_DEFAULTS: Mapping[str, float] = MappingProxyType(
     {
@@ -40,70 +53,94 @@ AUTOSCALING_DEFAULTS: Mapping[str, float] = MappingProxyType(
 
 
 class ScalingConfig(_Config):
-    """The policy in `autoscaling.py`. Bounds and delays are Serve's own keys, in `autoscaling`.
+    """Settings of the policy in `scaling.py`. Bounds and delays are Ray Serve's, in `autoscaling`.
 
     The defaults come from simulations (`loadtest/README.md`).
     """
 
     target_utilization: float = Field(
-        0.9, gt=0, le=1, description="of what replicas can do: the offered load that they get"
+        0.9,
+        gt=0,
+        le=1,
+        description="Target share of a replica's measured capacity that the offered load may use.",
     )
     headroom: float = Field(
         0.62,
         ge=0,
-        description="replicas on top of those: this, times the square roots of the replicas that "
-        "the load fills and of the seconds that one takes to start",
+        description="Factor for the spare replicas, which allow for growth of the load while new "
+        "replicas start: headroom times the square root of (replicas that the load fills times "
+        "seconds that a replica takes to start).",
     )
     burst_headroom: float = Field(
-        1.4, ge=1, description="times the headroom, while the load has risen twice in 8 minutes"
+        1.4,
+        ge=1,
+        description="Factor by which the headroom grows if the load has risen sharply at least "
+        "twice in the last 8 minutes.",
     )
-    backlog_drain_s: float = Field(0.3, gt=0, description="in which a backlog is to be worked off")
+    backlog_drain_s: float = Field(
+        0.3, gt=0, description="Seconds within which a backlog should be worked off."
+    )
     max_surge: float = Field(
         5.0,
         ge=1,
-        description="times the replicas that the load alone would fill: what a backlog may ask for",
+        description="Most replicas that a backlog may ask for, as a multiple of those that the "
+        "load alone fills.",
     )
     downscale_margin: float = Field(
         0.1,
         ge=0,
-        description="share by which the replicas that remain must be more than enough before "
-        "any is stopped",
+        description="Share by which the remaining replicas must exceed the need before any replica "
+        "is stopped.",
     )
     target_occupancy: float = Field(
-        0.9, gt=0, le=1, description="of a generator's places: sequences at once, and KV rows"
+        0.9,
+        gt=0,
+        le=1,
+        description="Target share of a generator replica's places in use: of max_num_seqs and of "
+        "its KV slots.",
     )
     max_step_s: float | None = Field(
-        0.1, gt=0, description="of a generator: the time between two tokens; null: any"
-    )
-    initial_ongoing_requests: float = Field(
-        4.0,
+        0.1,
         gt=0,
-        description="per replica, while no replica has measured what it can do; Serve's "
-        "target_ongoing_requests has no effect",
+        description="Longest time between two tokens of an answer to aim at, in seconds (an engine "
+        "step of a generator replica); null: any.",
     )
+    initial_ongoing_requests: InitialOngoingRequests = 4.0
 
 
 class StageConfig(_Config):
-    """Replicas of one deployment, and what each of them gets.
+    """Replicas of one stage, and what each of them gets.
 
-    The defaults of all stages together fit one CPU core; real resources are for clusters.
+    By default all stages together fit one CPU core; clusters should reserve real resources.
     """
 
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: int = Field(1, ge=1, description="Number of replicas, unless autoscaling is set.")
     autoscaling: dict[str, Any] | None = Field(
         None,
-        description="Ray Serve's autoscaling_config, instead of num_replicas; with a `policy` of "
-        "its own, or by `scaling`. min_replicas: 0 lets an idle stage go",
+        description="Ray Serve's autoscaling_config, used instead of num_replicas. Unless it has a "
+        "policy of its own, the stage scales by the settings in scaling. With min_replicas: 0, an "
+        "idle stage has no replicas.",
     )
-    scaling: ScalingConfig = ScalingConfig()
-    num_cpus: float = Field(0.1, ge=0)
-    resources: dict[str, float] = {}
-    max_ongoing_requests: int = Field(256, ge=1, description="per replica")
-    max_queued_requests: int = Field(1024, ge=1, description="per caller, beyond the ongoing ones")
+    scaling: ScalingConfig = Field(ScalingConfig(), description=HOW_IT_SCALES)
+    num_cpus: NumCpus = 0.1
+    resources: dict[str, float] = Field(
+        {},
+        description="Custom Ray resources that each replica reserves, as amounts by name. They "
+        "place a stage on nodes that have them.",
+    )
+    max_ongoing_requests: int = Field(
+        256, ge=1, description="Requests that one replica may have at once; others wait at callers."
+    )
+    max_queued_requests: int = Field(
+        1024,
+        ge=1,
+        description="Requests that may wait for a replica at each caller (an HTTP proxy or an "
+        "ingress replica); more are refused with status 503.",
+    )
 
     @property
     def autoscaling_config(self) -> dict[str, Any] | None:
-        """Serve's, with this package's policy unless there is another; None: no autoscaling."""
+        """Ray Serve's, with this package's policy unless it has another; None: no autoscaling."""
         if not self.autoscaling or "policy" in self.autoscaling:
             return self.autoscaling or None
         policy = {
@@ -119,94 +156,163 @@ class ComputeConfig(StageConfig):
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="GPUs per replica; by default none on a CPU, a whole one each where the "
-        "cluster has two, and a share of the one it has otherwise",
+        description="GPUs that Ray reserves for each replica. Default: none on a CPU; a share of "
+        "the GPU if the cluster has exactly one; else a whole GPU.",
     )
-    threads: int | None = Field(None, ge=1, description="torch's threads; by default all cores")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads that torch uses in each replica. Default: all cores that the "
+        "replica may use.",
+    )
 
 
 class ImageLimits(_Config):
-    max_bytes: int = Field(20 << 20, ge=1, description="of one image file")
-    allow_urls: bool = Field(False, description="fetch https image URLs")
-    url_timeout_s: float = Field(
-        10.0, gt=0, description="for an image: waiting for its turn, and the download"
+    """Images that clients may send."""
+
+    max_bytes: int = Field(20 << 20, ge=1, description="Largest size of an image file, in bytes.")
+    allow_urls: bool = Field(
+        False,
+        description="Fetch images from https URLs that clients send. Any client can then make the "
+        "server fetch any address that it can reach.",
     )
-    max_downloads: int = Field(16, ge=1, description="images downloaded at once, per replica")
+    url_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds that fetching an image may take, including the wait for other "
+        "downloads.",
+    )
+    max_downloads: int = Field(
+        16, ge=1, description="Images that one ingress replica may download at once."
+    )
 
 
 class ChatConfig(_Config):
-    """How chat turns become a prompt (`str.format` templates), as LAVIS writes them."""
+    """How chat turns become a prompt: `str.format` templates, by default those of LAVIS."""
 
-    answered: str = "Question: {question} Answer: {answer}. "
-    asked: str = "Question: {question} Answer:"
-    asked_short: str = Field(
-        "Question: {question} Short answer:", description='the last question, with preset "vqa"'
+    answered: str = Field(
+        "Question: {question} Answer: {answer}. ",
+        description="Template of an earlier turn: a {question} and its {answer}.",
     )
-    captioned: str = Field("{answer}. ", description="an answer to an image without a question")
-    preamble: str = Field("{text} ", description="system and developer messages, put first")
+    asked: str = Field(
+        "Question: {question} Answer:", description="Template of the last {question}."
+    )
+    asked_short: str = Field(
+        "Question: {question} Short answer:",
+        description='Template of the last {question} in a request with preset "vqa".',
+    )
+    captioned: str = Field(
+        "{answer}. ",
+        description="Template of an earlier turn without a question: an image and its {answer}.",
+    )
+    preamble: str = Field(
+        "{text} ",
+        description="Template of the {text} of a system or developer message, which comes first.",
+    )
 
 
 class IngressScaling(ScalingConfig):
-    """It measures nothing of its own: what is ongoing decides."""
+    """The ingress does not measure its capacity, so its ongoing requests decide."""
 
-    initial_ongoing_requests: float = Field(64.0, gt=0)
+    initial_ongoing_requests: InitialOngoingRequests = 64.0
 
 
 class IngressConfig(StageConfig):
-    scaling: IngressScaling = IngressScaling()
-    images: ImageLimits = ImageLimits()
-    chat: ChatConfig = ChatConfig()
-    max_body_bytes: int = Field(64 << 20, ge=1, description="of one request")
-    feature_cache_entries: int = Field(512, ge=0, description="image prefixes kept per replica")
+    """The stage that speaks HTTP."""
+
+    scaling: IngressScaling = Field(IngressScaling(), description=HOW_IT_SCALES)
+    images: ImageLimits = Field(ImageLimits(), description=ImageLimits.__doc__)
+    chat: ChatConfig = Field(ChatConfig(), description=ChatConfig.__doc__)
+    max_body_bytes: int = Field(
+        64 << 20, ge=1, description="Largest size of a request's body, in bytes."
+    )
+    feature_cache_entries: int = Field(
+        512,
+        ge=0,
+        description="Images whose features one replica caches; 0: none, but requests for the same "
+        "image at the same time still share its encoding.",
+    )
 
 
 class PreprocessorConfig(StageConfig):
-    num_cpus: float = Field(0.2, ge=0)
-    threads: int = Field(2, ge=1, description="images decoded at once in one replica")
+    """The stage that decodes and resizes images."""
+
+    num_cpus: NumCpus = 0.2
+    threads: int = Field(2, ge=1, description="Images that one replica decodes at once.")
 
 
 class EncoderScaling(ScalingConfig):
-    initial_ongoing_requests: float = Field(8.0, gt=0)
+    initial_ongoing_requests: InitialOngoingRequests = 8.0
 
 
 class EncoderConfig(ComputeConfig):
-    scaling: EncoderScaling = EncoderScaling()
-    num_cpus: float = Field(0.3, ge=0)
-    max_batch_size: int = Field(8, ge=1, description="images of one forward pass")
+    """The stage that computes image features."""
+
+    scaling: EncoderScaling = Field(EncoderScaling(), description=HOW_IT_SCALES)
+    num_cpus: NumCpus = 0.3
+    max_batch_size: int = Field(8, ge=1, description="Most images in one forward pass.")
 
 
 class GeneratorScaling(ScalingConfig):
-    initial_ongoing_requests: float = Field(32.0, gt=0)
+    initial_ongoing_requests: InitialOngoingRequests = 32.0
 
 
 class GeneratorConfig(ComputeConfig):
-    scaling: GeneratorScaling = GeneratorScaling()
-    num_cpus: float = Field(0.4, ge=0)
-    default_max_tokens: int = Field(64, ge=1, description="for requests that name no limit")
-    max_num_seqs: int = Field(64, ge=1, description="sequences generated at once")
-    max_waiting: int = Field(256, ge=1, description="sequences queued beyond that")
-    max_num_batched_tokens: int = Field(512, ge=2, description="tokens computed in one engine step")
+    """The stage that generates answers."""
+
+    scaling: GeneratorScaling = Field(GeneratorScaling(), description=HOW_IT_SCALES)
+    num_cpus: NumCpus = 0.4
+    default_max_tokens: int = Field(
+        64, ge=1, description="Most tokens of an answer if the request sets no limit."
+    )
+    max_num_seqs: int = Field(
+        64,
+        ge=1,
+        description="Sequences that one replica generates at once. A request has one for each of "
+        "its answers or beams.",
+    )
+    max_waiting: int = Field(
+        256,
+        ge=1,
+        description="Requests (not sequences) that may wait in one replica while max_num_seqs "
+        "sequences run; more are refused with status 503.",
+    )
+    max_num_batched_tokens: int = Field(
+        512,
+        ge=2,
+        description="Most tokens computed in one engine step, decode and prefill together. Must be "
+        "above max_num_seqs.",
+    )
     kv_slots: int | None = Field(
         None,
         ge=1,
-        description="tokens whose keys and values fit; by default enough for max_num_seqs "
-        "sequences of full length (on a CPU, of up to 512 tokens), as far as memory allows",
+        description="Tokens whose keys and values one replica can hold. Default: enough for "
+        "max_num_seqs sequences of max_model_len tokens (on a CPU, of at most 512 tokens), as far "
+        "as kv_memory_fraction allows.",
     )
     kv_memory_fraction: float = Field(
-        0.3, gt=0, le=1, description="of the memory that is free after loading, for the KV"
+        0.3,
+        gt=0,
+        le=1,
+        description="Most of the memory that is free after loading the model, as a share, that "
+        "keys and values may take. Has no effect if kv_slots is set.",
     )
-
     stream_events_per_s: float = Field(
         500,
         gt=0,
-        description="of all streams of a replica together; beyond that, a stream's tokens wait for "
-        "each other, since an event costs a millisecond of CPU time",
+        description="Most events per second that one replica sends, of all streams together. At "
+        "this limit, an event carries several tokens. Each event costs about a millisecond of CPU "
+        "time.",
     )
     prefix_caching: bool = Field(
-        True, description="keep keys and values of requests for later ones that begin the same"
+        True,
+        description="Cache the keys and values of requests for later ones that begin with the same "
+        "image and tokens.",
     )
     quantize: Literal["int8"] | None = Field(
-        None, description="the language model's weights; on x86 CPUs only"
+        None,
+        description="Quantization of the language model's weights: int8 (x86 CPUs only), or null "
+        "for none.",
     )
 
     @model_validator(mode="after")
@@ -222,19 +328,38 @@ class GeneratorConfig(ComputeConfig):
 class AppConfig(_Config):
     """The whole application: what `blip2_serve.app:build` takes."""
 
-    model: str = Field(DEMO, description='folder, hub id, or "demo" for the shipped checkpoint')
-    revision: str | None = Field(None, description="of a hub id")
-    served_model_name: str | None = None
-    device: Device = "auto"
-    dtype: Dtype = Field("auto", description="float32 on a CPU, the checkpoint's on a GPU")
-    log_format: LogFormat = Field("text", description="of the replicas' log lines")
-    max_model_len: int | None = Field(
-        None, ge=1, description="image, prompt and answer tokens; by default the model's positions"
+    model: str = Field(
+        DEMO,
+        description='Checkpoint to serve: a folder, a Hugging Face hub id, or "demo" for the '
+        "shipped one.",
     )
-    ingress: IngressConfig = IngressConfig()
-    preprocessor: PreprocessorConfig = PreprocessorConfig()
-    encoder: EncoderConfig = EncoderConfig()
-    generator: GeneratorConfig = GeneratorConfig()
+    revision: str | None = Field(
+        None, description="Branch, tag or commit to download if model is a hub id."
+    )
+    served_model_name: str | None = Field(
+        None, description="Model name that clients see. Default: the hub id or the folder's name."
+    )
+    device: Device = Field(
+        "auto", description="Where the model runs; auto: on GPUs if there are any, else on CPUs."
+    )
+    dtype: Dtype = Field(
+        "auto",
+        description="Data type of weights and activations; auto: float32 on a CPU, and on a GPU "
+        "that of the checkpoint (bfloat16 if that is float32).",
+    )
+    log_format: LogFormat = Field("text", description="Format of the replicas' log lines.")
+    max_model_len: int | None = Field(
+        None,
+        ge=1,
+        description="Most tokens of image, prompt and answer together. Default: as many as the "
+        "model has positions.",
+    )
+    ingress: IngressConfig = Field(IngressConfig(), description=IngressConfig.__doc__)
+    preprocessor: PreprocessorConfig = Field(
+        PreprocessorConfig(), description=PreprocessorConfig.__doc__
+    )
+    encoder: EncoderConfig = Field(EncoderConfig(), description=EncoderConfig.__doc__)
+    generator: GeneratorConfig = Field(GeneratorConfig(), description=GeneratorConfig.__doc__)
 
     @property
     def model_name(self) -> str:

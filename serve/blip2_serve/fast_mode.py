@@ -1,11 +1,11 @@
 """`blip2-serve up --fast`: Ray Serve's throughput mode, with HAProxy in front of the ingress.
 
-Serve reads this mode from the environment when it is imported, in every process. So the profile
-is entered before Ray is imported, and reaches controller, proxy and replicas, which inherit the
-environment of the local Ray.
+Ray Serve reads this mode from the environment when it is imported, in every process. So `profile`
+is entered before Ray is imported; controller, proxy and replicas inherit the environment from the
+local Ray.
 
-HAProxy's ports and files have fixed defaults; here each server gets its own, so that several of
-them run on one machine.
+HAProxy's ports and files have fixed defaults. Here each server gets its own, so that several can
+run on one machine.
 """
 
 from __future__ import annotations
@@ -25,36 +25,39 @@ from pathlib import Path
 
 import psutil
 
+from blip2_serve import environment
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 
 HOSTS = ("127.0.0.1", "0.0.0.0")  # noqa: S104 (compared with, not bound to)
 
-# Between the ports of Ray's workers (10002 to 19999) and those the kernel gives away (from 32768).
+# Between the ports of Ray's workers (10002 to 19999) and the kernel's ephemeral ports (from 32768).
 FIRST_PORT, LAST_PORT = 20_000, 31_999
-BLOCK = 100  # ports of one server; all but a few are for ingress replicas
-
-# Pickled arguments are a little larger than what they hold.
-MESSAGE_OVERHEAD = 1 << 20
+BLOCK = 100  # ports per server; all but four are for ingress replicas
 
 # HAProxy binds FOLDER/<56 digits of Ray's node id>/s.<pid>.tmp; the limit is 107 bytes.
 LONGEST_FOLDER = 107 - len(f"/{'0' * 56}/s.1234567.tmp")
 
 
 def check(host: str, address: str | None) -> None:
-    """Raises StartupError unless a server with this `--host` and `--address` can be fast."""
+    """A server with this `--host` and `--address` can use the throughput mode.
+
+    Raises:
+        StartupError: it cannot.
+    """
     if address is not None:
         raise StartupError(
-            "--fast sets up a Ray of its own and cannot change the one of --address: set "
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED=1 and RAY_SERVE_ENABLE_HA_PROXY=1 where that is started"
+            "--fast needs a Ray of its own and cannot change the one at --address: leave --fast "
+            "out, and start that Ray with RAY_SERVE_THROUGHPUT_OPTIMIZED=1 and "
+            "RAY_SERVE_ENABLE_HA_PROXY=1"
         )
-    if host not in HOSTS:  # HAProxy reaches the ingress at 127.0.0.1, the ingress listens on host
-        raise StartupError(f"--fast listens on {' or '.join(HOSTS)}, not on --host {host}")
+    if host not in HOSTS:  # HAProxy reaches the ingress at 127.0.0.1; the ingress listens on host
+        raise StartupError(f"--fast cannot listen on {host}: set --host to {' or '.join(HOSTS)}")
     haproxy()
 
 
 def haproxy() -> str:
-    """The path of an HAProxy: the operator's, else that of ray[serve], else any.
+    """The path of HAProxy: the operator's own, else the one of ray[serve], else one on PATH.
 
     Raises:
         StartupError: there is none.
@@ -68,87 +71,49 @@ def haproxy() -> str:
         if found and os.access(found, os.X_OK):
             return found
         raise StartupError(
-            f"--fast needs HAProxy ({error}): ray[serve] brings one along on Linux; elsewhere set "
-            "RAY_SERVE_HAPROXY_BINARY_PATH"
+            f"--fast needs HAProxy, which was not found ({error}): reinstall ray[serve], which "
+            "includes it on Linux, or set RAY_SERVE_HAPROXY_BINARY_PATH to an installed one"
         ) from None
 
 
 @contextmanager
 def profile(config: AppConfig) -> Iterator[None]:
-    """The environment of one fast server, for the block; its folder and variables go afterwards.
-
-    Variables that the operator has set stay as they are, and his HAProxy is used.
+    """Sets up the environment of one fast server; its variables and folder go after the block.
 
     Raises:
         StartupError: no ports are left, or the temporary folder's path is too long.
     """
-    assert "ray" not in sys.modules, "Ray has read its environment already"
-    folder = Path(tempfile.mkdtemp(prefix="blip2-"))  # readable by its owner only
-    before = os.environ.copy()
+    assert "ray" not in sys.modules, "Ray has already read its environment"
+    folder = Path(tempfile.mkdtemp(prefix="blip2-"))  # only its owner can read it
     try:
-        with own_ports() as first_port:
-            own = environment(config, folder, first_port)
-            wrapper = _write_wrapper(folder / "haproxy", haproxy())
-            os.environ.update({**own, **before, "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper)})
-            yield
+        check_folder(folder)
+        wrapper = _write_wrapper(folder / "haproxy", haproxy())
+        with own_ports() as ports:
+            variables = environment.of_fast_server(config, folder, wrapper, ports)
+            with environment.applied(variables):
+                yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment(config: AppConfig, folder: Path, first_port: int) -> dict[str, str]:
-    """Serve's variables for a server that has this folder and BLOCK ports from `first_port` on.
+def check_folder(folder: Path) -> None:
+    """HAProxy can make its sockets in this folder.
 
     Raises:
-        StartupError: the folder's path is too long for a socket in it.
+        StartupError: the folder's path is too long for that.
     """
     if len(os.fsencode(folder)) > LONGEST_FOLDER:
         raise StartupError(
-            f"{folder} is too long a path for HAProxy's socket: set TMPDIR to a shorter one, such "
-            "as /tmp"
+            f"the path {folder} is too long for HAProxy's sockets: set TMPDIR to a shorter one, "
+            "such as /tmp"
         )
-    return {
-        **short_hops(config),
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        # The first port of the block is the claim on it.
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(first_port + 1),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(first_port + 2),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first_port + 3),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port + 4),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_port + BLOCK - 1),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "s"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        # How long a replica that goes stays open for a balancer to notice; HAProxy retries on
-        # another, and without this the server would take half a minute to stop.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-    }
-
-
-def short_hops(config: AppConfig) -> dict[str, str]:
-    """Serve's variables for stages that talk by gRPC, on one event loop each; for every server."""
-    ingress = config.ingress
-    largest = max(ingress.max_body_bytes, ingress.images.max_bytes) + MESSAGE_OVERHEAD
-    return {
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        # 4 MB by default.
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(largest),
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # So a busy event loop answers routers later. Seconds.
-        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1",
-    }
 
 
 def _write_wrapper(path: Path, binary: str) -> Path:
-    """A script that starts HAProxy without splicing, which Serve's configuration switches on.
+    """Writes a script that starts HAProxy without splicing, which Ray Serve would switch on.
 
-    A spliced request hides that its client has gone: an answer that is not streamed would be
-    generated to its end for nobody.
+    With splicing, HAProxy does not notice that the client of a request has left, so an answer that
+    is not streamed would be generated to its end for nobody.
     """
     path.write_text(f'#!/bin/sh\nexec {shlex.quote(binary)} -dS "$@"\n')
     path.chmod(0o700)
@@ -156,8 +121,8 @@ def _write_wrapper(path: Path, binary: str) -> Path:
 
 
 @contextmanager
-def own_ports() -> Iterator[int]:
-    """The first of BLOCK ports, all free now; none of another fast server's while in the block.
+def own_ports() -> Iterator[range]:
+    """BLOCK ports in a row, all free now, that no other fast server takes during the block.
 
     Raises:
         StartupError: there are none.
@@ -165,14 +130,15 @@ def own_ports() -> Iterator[int]:
     firsts = list(range(FIRST_PORT, LAST_PORT - BLOCK + 2, BLOCK))
     random.shuffle(firsts)
     for first in firsts:
-        # Bound but not listening: a claim that another server cannot make at the same time.
+        ports = range(first, first + BLOCK)
+        # Bound but not listening: a claim that no other server can make at the same time.
         with socket.socket() as claim:
-            if _binds(claim, first) and all(map(_is_free, range(first + 1, first + BLOCK))):
-                yield first
+            if _binds(claim, first) and all(map(_is_free, ports[1:])):
+                yield ports
                 return
     raise StartupError(
-        f"--fast needs {BLOCK} free ports in a row between {FIRST_PORT} and {LAST_PORT}: "
-        "there are none"
+        f"--fast needs {BLOCK} free ports in a row between {FIRST_PORT} and {LAST_PORT}, and "
+        "there are none: stop other servers, or leave --fast out"
     )
 
 
@@ -190,10 +156,10 @@ def _binds(sock: socket.socket, port: int) -> bool:
 
 
 def open_ports() -> dict[str, list[int]]:
-    """What this process and its descendants listen on beyond loopback: TCP ports by their owner."""
+    """TCP ports that this process and its descendants listen on beyond loopback, by owner."""
     found: dict[str, set[int]] = {}
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):  # it may have ended by now
+        with contextlib.suppress(psutil.Error):  # the process may have ended by now
             ports = {
                 connection.laddr.port
                 for connection in process.net_connections("tcp")

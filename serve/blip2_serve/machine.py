@@ -1,7 +1,7 @@
-"""What this process may use of the machine: its cores and its memory. Imports no torch.
+"""The cores and the memory of this machine that this process may use. Imports no torch.
 
-Affinity and the limits of Linux's control groups (versions 1 and 2) count: a container with a quota
-of two cores on a machine of 64 has two. On other systems, everything is there for everyone.
+On Linux, CPU affinity and control groups (versions 1 and 2) limit both: a container with a quota of
+two cores has two, even on a machine with 64. On other systems there are no such limits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """Cores that this process can keep busy: at least one.
+    """Whole cores that this process can keep busy: at least one.
 
-    A part of a core does not count: threads beyond a quota are all stopped at once, for the rest
+    A fraction of a core does not count: if threads use up a quota, all of them stop for the rest
     of each period of 100 ms.
     """
     if hasattr(os, "sched_getaffinity"):
@@ -36,17 +36,17 @@ def available_memory() -> int:
 
 
 def anonymous_memory() -> int:
-    """Bytes of memory that this process has allocated; mapped files do not count (Linux)."""
+    """Bytes of memory that this process has allocated; on Linux, without mapped files."""
     memory = psutil.Process().memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _cpu_quotas() -> Iterator[float]:
-    """Cores that each control group above this process allows it."""
+    """Cores that each of this process's control groups allows."""
     for group in _groups("cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = map(int, (group / "cpu.max").read_text().split())
-            yield quota / period  # without a limit, "max" is no number
+            yield quota / period  # no limit is "max", which is not a number
         with contextlib.suppress(OSError, ValueError):
             quota = int((group / "cpu.cfs_quota_us").read_text())
             if quota > 0:
@@ -54,9 +54,9 @@ def _cpu_quotas() -> Iterator[float]:
 
 
 def _memory_left() -> Iterator[int]:
-    """Bytes that each control group above this process has left.
+    """Bytes that each of this process's control groups has left.
 
-    Cached files count as used there, but make way for whatever is allocated.
+    Cached files count as used there, but the kernel drops them when memory is needed.
     """
     for group in _groups("memory"):
         for limit, usage, prefix in (
@@ -73,10 +73,10 @@ def _memory_left() -> Iterator[int]:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """This process's control group and those above it, where they limit `controller`.
+    """Folders of this process's control group and of its parents that may limit `controller`.
 
-    A container may see its own group as the root, whatever its path outside is: folders that are
-    not there are passed over by the reader.
+    Not all of them have to exist: a container may see its own group as the root, whatever the
+    group's path outside is.
     """
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
@@ -86,7 +86,7 @@ def _groups(controller: str) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUPS / controllers  # version 2 has one tree for all controllers
+        root = CGROUPS / controllers  # version 2 has one tree and names no controllers
         own = root / path.strip("/")
         yield own
         yield from (group for group in own.parents if group.is_relative_to(root))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ray import serve
 
-from blip2_serve.cli import startup_error
+from blip2_serve.cli.running import startup_error
 from support.server import start_app
 
 pytestmark = pytest.mark.long  # Serve tries a replica several times

@@ -1,4 +1,4 @@
-"""Several Ray nodes on this machine, and a Serve that is told what to do as KubeRay tells it."""
+"""Several Ray nodes on this machine, and Ray Serve deployed on them as KubeRay does it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SERVE = Path(sys.executable).with_name("serve")
 
 @dataclass(frozen=True)
 class RayNodes:
-    """A head without work, and the workers that are added."""
+    """A head that runs no replicas, and the workers that are added."""
 
     cluster: Cluster
     dashboard: str
@@ -37,13 +37,13 @@ class RayNodes:
         return self.cluster.add_node(num_cpus=num_cpus, resources=dict(resources))
 
     def lose(self, node: Node) -> None:
-        """As if its machine had gone: nothing of it says goodbye."""
+        """Ends a node as if its machine had gone, without a goodbye."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """`serve deploy` of serveConfigV2, which KubeRay's operator sends the same way.
+        """Runs `serve deploy` with a serveConfigV2, which KubeRay's operator sends the same way.
 
-        HTTP is at a free port, and of the head only: nodes on one machine would want the same port.
+        Only the head listens for HTTP, on a free port: nodes on one machine cannot share a port.
         """
         port = int(self.url.rpartition(":")[2])
         http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
@@ -59,7 +59,7 @@ class RayNodes:
         wait_until(self._is_ready, READY_WITHIN_S)
 
     def replicas(self, deployment: str) -> list[dict[str, Any]]:
-        """The running replicas of a deployment: node_id, pid and more of each."""
+        """Returns the running replicas of a deployment, each with its node_id, pid and more."""
         details = httpx.get(self._applications, timeout=60).json()["applications"]
         (application,) = details.values()
         replicas = application["deployments"].get(deployment, {}).get("replicas", [])
@@ -78,12 +78,12 @@ class RayNodes:
 
 @contextmanager
 def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
-    """A cluster with a head, whose nodes have this environment. Gone afterwards.
+    """Runs a cluster with a head for the block. All nodes have this environment.
 
-    It has a folder of its own for temporary files: Ray notes there which cluster the next driver on
-    this machine should connect to.
+    It has its own folder for temporary files, where Ray notes which cluster the next driver on this
+    machine should connect to.
     """
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path: sockets lie deep in it
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path, as sockets lie deep in it
     own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     port = free_port()
     with mock.patch.dict(os.environ, {**environment, **own}):

@@ -1,4 +1,4 @@
-"""The application on a real Ray Serve, and the little that tests say to it over HTTP."""
+"""The application on a real Ray Serve, and helpers to talk to it over HTTP."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class App:
     url: str
 
     async def stats(self, deployment: str) -> dict[str, Any]:
-        """What a stage says of itself."""
+        """Returns the `stats` of a stage."""
         stats: dict[str, Any] = await serve.get_deployment_handle(
             deployment, self.name
         ).stats.remote()
         return stats
 
     async def until_idle(self) -> dict[str, Any]:
-        """Waits until no sequence is in the engine; its state then."""
+        """Waits until the engine has no sequences, and returns its stats."""
         deadline = time.monotonic() + TIMEOUT_S
         while (stats := await self.stats("Generator"))["running"] or stats["waiting"]:
             assert time.monotonic() < deadline, f"still busy: {stats}"
@@ -56,9 +56,9 @@ class App:
 
 
 def start_app(base_url: str, name: str, config: dict[str, Any]) -> App:
-    """Deploys under /name on the running Serve, and waits until it is ready."""
+    """Deploys an application at /name on the running Ray Serve, and waits until it is ready."""
     stages = ("ingress", "preprocessor", "encoder", "generator")
-    # Several applications share two cores here: none may wait for a whole one.
+    # Several applications share two cores here, so none may reserve any.
     light = {stage: {**config.get(stage, {}), "num_cpus": 0} for stage in stages}
     application = build(AppConfig.model_validate({**config, **light}))
     quiet = LoggingConfig(log_level="WARNING")
@@ -76,7 +76,7 @@ def wait_until(condition: Callable[[], bool], within_s: float = STARTED_WITHIN_S
 
 
 async def gather_at_most(at_once: int, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results in order, with at most so many calls under way."""
+    """Returns all results in order; runs at most so many calls concurrently."""
     gate = asyncio.Semaphore(at_once)
 
     async def gated(call: Coroutine[Any, Any, T]) -> T:
@@ -105,7 +105,7 @@ def data_url(image: Image.Image | bytes, media_type: str = "image/png") -> str:
 
 
 def image_message(image: Image.Image | bytes, text: str | None = None) -> dict[str, Any]:
-    """A user message with an image and, maybe, a question."""
+    """Returns a user message with an image and an optional question."""
     content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
     if text is not None:
         content.append({"type": "text", "text": text})

@@ -1,4 +1,4 @@
-"""`blip2-serve up` as an operator starts it: in a company's network, from a folder with a blank."""
+"""`blip2-serve up` as an operator runs it: behind a proxy, from a folder with a blank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.server import free_port, wait_until
 
 @dataclass(frozen=True)
 class Up:
-    """A server that is ready. `asked_of_proxy` is what the proxy in its environment was asked."""
+    """A server that is ready. `asked_of_proxy`: the first lines of its requests to a proxy."""
 
     process: subprocess.Popen[bytes]
     url: str
@@ -29,7 +29,7 @@ class Up:
 
     @property
     def proxied(self) -> list[str]:
-        """What the proxy was asked of this machine; Ray asks clouds about themselves, too."""
+        """Requests to the proxy for this machine; Ray also asks clouds for their metadata."""
         addresses = [a.address for found in psutil.net_if_addrs().values() for a in found]
         own = ("localhost", *addresses)
         return [line for line in self.asked_of_proxy if any(name in line for name in own)]
@@ -38,11 +38,11 @@ class Up:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self, how: signal.Signals) -> None:
-        """Asks it to stop and waits until it has ended in order, with all that it had started."""
+        """Asks the server to stop, and waits until all of its processes have ended in order."""
         family = self.family()
         assert family
         if how == signal.SIGINT:
-            os.killpg(self.process.pid, how)  # to all of its processes, as a terminal does it
+            os.killpg(self.process.pid, how)  # as a terminal does
         else:
             self.process.send_signal(how)
         assert self.process.wait(timeout=60) == 0
@@ -51,7 +51,7 @@ class Up:
 
 @contextmanager
 def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator[Up]:
-    """A server with these flags on a free port, ready; gone afterwards."""
+    """Runs a server with these flags on a free port; the block begins when it is ready."""
     log, port = folder / "log", free_port()
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with _proxy() as (proxy, asked):
@@ -64,7 +64,7 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=own,
-                # As a terminal gives it; Ray finds no other cluster through it.
+                # As in a terminal, and so that Ray finds no other cluster through the session.
                 start_new_session=True,
             )
         try:
@@ -72,14 +72,14 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
             assert "is ready" in log.read_text()
             yield Up(process, f"http://127.0.0.1:{port}", log, asked)
         finally:
-            if process.poll() is None:  # not by SIGKILL, which would leave its children behind
+            if process.poll() is None:  # SIGKILL would leave its children behind
                 process.terminate()
                 process.wait(timeout=60)
             print(log.read_text())
 
 
 def _python(folder: Path) -> Path:
-    """This interpreter, with all its packages, in a folder with a blank in its path."""
+    """Returns this interpreter, with all its packages, under a path with a blank."""
     environment = folder / "my dir"
     (environment / "bin").mkdir(parents=True)
     python = environment / "bin" / "python3"
@@ -91,7 +91,7 @@ def _python(folder: Path) -> Path:
 
 @contextmanager
 def _proxy() -> Iterator[tuple[str, list[str]]]:
-    """A proxy that reaches nobody: its address, and the first line of what it was asked."""
+    """Runs a proxy that refuses everything; yields its URL and the first lines of its requests."""
     asked: list[str] = []
 
     class Handler(socketserver.StreamRequestHandler):

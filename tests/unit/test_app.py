@@ -1,4 +1,4 @@
-"""Placement: what each stage's replicas ask for, by device and by the GPUs there are."""
+"""Placement: what each stage's replicas reserve, by device and by number of GPUs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig, GeneratorConfig
 def placements(
     config: dict[str, Any], gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """Deployment name -> options, from the graph that is built where so many GPUs are seen."""
+    """Returns deployments by name, as built on a cluster with this number of GPUs."""
     monkeypatch.setattr(app, "visible_gpus", lambda: gpus)
     placed: dict[str, Any] = {}
     original = app._place
@@ -41,8 +41,8 @@ def placements(
         pytest.param({}, 0, (0, 0), id="no GPU: none is asked for"),
         pytest.param({}, 1, (0.3, 0.7), id="one GPU: encoder and generator share it"),
         pytest.param({}, 4, (1, 1), id="several GPUs: a whole one for each replica"),
-        pytest.param({"device": "cpu"}, 4, (0, 0), id="CPU wanted where there are GPUs"),
-        pytest.param({"device": "cuda"}, 0, (1, 1), id="GPUs wanted that are still to come"),
+        pytest.param({"device": "cpu"}, 4, (0, 0), id="a CPU wanted on a cluster with GPUs"),
+        pytest.param({"device": "cuda"}, 0, (1, 1), id="GPUs wanted that are yet to be added"),
         pytest.param(
             {"encoder": {"num_gpus": 0.5}, "generator": {"num_gpus": 2}},
             4,
@@ -82,13 +82,13 @@ def test_each_stage_takes_replicas_or_autoscaling_and_resources_of_its_own(
 
 
 def scaling_of(stage: str, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Serve's AutoscalingConfig of a stage that is configured so."""
+    """Returns Ray Serve's AutoscalingConfig of a stage that has these values."""
     placed = placements({stage: values}, 0, monkeypatch)
     return placed[stage.capitalize()]._deployment_config.autoscaling_config
 
 
 @pytest.mark.parametrize("stage", ["ingress", "preprocessor", "encoder", "generator"])
-def test_autoscaling_without_a_policy_of_its_own_goes_by_ours(
+def test_autoscaling_without_its_own_policy_uses_ours(
     stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {"autoscaling": {"max_replicas": 4}, "scaling": {"backlog_drain_s": 3}}
@@ -109,7 +109,7 @@ def test_delays_and_bounds_can_be_chosen_with_our_policy(monkeypatch: pytest.Mon
     assert not scaling.policy.is_default_policy_function()
 
 
-def test_a_policy_of_ones_own_and_its_delays_are_left_alone(
+def test_the_operators_own_policy_and_its_delays_stay(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}
@@ -122,7 +122,7 @@ def test_a_policy_of_ones_own_and_its_delays_are_left_alone(
 def test_serves_controller_can_run_our_policy_without_this_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Serve pickles the policy's module by value: its working directory may be elsewhere."""
+    """Ray Serve pickles the policy's module by value, as its controller may run elsewhere."""
     values = {"autoscaling": {"max_replicas": 4}}
     policy = scaling_of("generator", values, monkeypatch).policy
     code = f"""

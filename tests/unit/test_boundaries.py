@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
 
 # Package -> the only places whose own imports may name it.
 HOMES = {
-    "ray": ("app", "cli", "stages", "observe", "serve_internals", "fast_mode"),
+    "ray": ("app", "cli", "stages", "observe", "serve_internals"),
     "numba": ("compute.cpu",),
     "llvmlite": ("compute.cpu",),
     "triton": ("compute.cuda",),
@@ -118,6 +119,100 @@ def test_a_package_is_imported_at_home_only(package: str, homes: tuple[str, ...]
     assert not {
         name for name in importing if not f"{name}.".startswith(tuple(f"{h}." for h in homes))
     }
+
+
+def private_names_of(package: str, source: str) -> set[str]:
+    """Names that begin with an underscore and that a source takes from a package, dots included.
+
+    They are imported, or reached from something imported, also through calls and indexing.
+    """
+    found: set[str] = set()
+    bound: dict[str, str] = {}  # name in the source -> dotted name
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                found.add(alias.name)
+                name = alias.name if alias.asname else alias.name.partition(".")[0]
+                bound[alias.asname or name] = name
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    found |= {*bound.values()}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and (root := _root(node)) in bound:
+            found.add(f"{bound[root]}.{node.attr}")
+    return {
+        name
+        for name in found
+        if name.partition(".")[0] == package
+        and any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+    }
+
+
+def _root(node: ast.expr) -> str | None:
+    """The name that a chain of attributes, calls and indices begins with."""
+    while True:
+        match node:
+            case ast.Attribute(value=inner) | ast.Subscript(value=inner) | ast.Call(func=inner):
+                node = inner
+            case ast.Name(id=name):
+                return name
+            case _:
+                return None
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_rays_private_names_are_used_in_one_module_only(module: str) -> None:
+    private = private_names_of("ray", SOURCES[module])
+    assert bool(private) == (module == f"{PACKAGE}.serve_internals"), private
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param("from ray.serve import _private", id="an import"),
+        pytest.param("from ray.serve._private import common", id="an import from a private module"),
+        pytest.param("import ray._private.node", id="an import of a private module"),
+        pytest.param("import ray\nray.serve._start()", id="an attribute"),
+        pytest.param("import ray as r\nr._start()", id="an attribute of a renamed module"),
+        pytest.param("from ray.serve import context as c\nc._get()", id="of a renamed name"),
+        pytest.param("from ray import serve\nserve.a().b[0]._c", id="an attribute of a result"),
+        pytest.param("def f():\n    from ray import serve\n    serve._a", id="a late import"),
+    ],
+)
+def test_the_check_finds_a_private_name(source: str) -> None:
+    assert private_names_of("ray", source)
+
+
+def test_the_check_finds_no_private_name_where_there_is_none() -> None:
+    source = "import ray, rayon\nray.__version__\nrayon._a\n_own = ray.init()\nself._ray._own"
+    assert private_names_of("ray", source) == set()
+
+
+def sets_environment(source: str) -> bool:
+    """Whether a source writes to `os.environ`; reading from it is anybody's."""
+    writes = r"os\.(putenv|unsetenv)\(|environ\.(setdefault|update|pop|clear)\(|environ\[[^]]+\] = "
+    return re.search(rf"{writes}|del os\.environ|environ \|= ", source) is not None
+
+
+@pytest.mark.parametrize("module", ALL)
+def test_environment_variables_are_set_in_one_module_only(module: str) -> None:
+    assert sets_environment(SOURCES[module]) == (module == f"{PACKAGE}.environment")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'os.environ["A"] = "b"',
+        'os.environ.setdefault("A", "b")',
+        "os.environ.update(more)",
+        "os.environ |= more",
+        'del os.environ["A"]',
+        'os.putenv("A", "b")',
+    ],
+)
+def test_the_check_finds_what_sets_the_environment(source: str) -> None:
+    assert sets_environment(source)
 
 
 def loaded_with(modules: list[str], of: set[str]) -> set[str]:

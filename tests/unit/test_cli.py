@@ -1,8 +1,10 @@
-"""What the operator sees when `blip2-serve up` cannot start: one line that says what to do."""
+"""The command line: configuration from flags and files, and one line if it cannot start."""
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +17,11 @@ import torch
 from transformers import Blip2Config
 
 from blip2_serve import __version__, preflight
-from blip2_serve.cli import main, read_config
+from blip2_serve.cli import main
+from blip2_serve.cli.commands import given
+from blip2_serve.cli.configuration import merged, read_config
+from blip2_serve.cli.running import Launch
+from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 from support.server import free_port
 
@@ -28,7 +34,7 @@ class Up(Protocol):
 
 @pytest.fixture
 def up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Up:
-    """`up` in this process, which has loaded torch already: the one line that it leaves."""
+    """Runs `up` in this process, which has loaded torch already; returns its one error line."""
 
     def run(*arguments: str, **environment: str) -> str:
         place = [] if "--port" in arguments else ["--port", str(free_port())]
@@ -55,7 +61,7 @@ def the_line(code: Any, out: str, err: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As much of a checkpoint as is looked at before anything is started."""
+    """The files of a checkpoint that are read before anything is started."""
     folder = tmp_path_factory.mktemp("checkpoint")
     Blip2Config(
         vision_config={"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1},
@@ -84,7 +90,7 @@ def taken_port() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def test_a_port_in_use_is_told_with_the_flag_that_changes_it(
+def test_a_port_in_use_is_an_error_that_names_the_flag(
     up: Up, checkpoint: Path, taken_port: int
 ) -> None:
     line = up("--model", str(checkpoint), "--device", "cpu", "--port", str(taken_port))
@@ -93,8 +99,8 @@ def test_a_port_in_use_is_told_with_the_flag_that_changes_it(
     assert "--port" in line
 
 
-def test_a_missing_folder_is_told_with_what_could_be_given(tmp_path: Path) -> None:
-    """In a process of its own: not a word of the libraries' goes beside the line."""
+def test_a_missing_folder_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
+    """Runs in its own process, to see that libraries print nothing beside the line."""
     folder = tmp_path / "absent"
     done = subprocess.run(
         [COMMAND, "up", "--model", folder, "--port", str(free_port())],
@@ -119,7 +125,7 @@ def test_a_missing_folder_is_told_with_what_could_be_given(tmp_path: Path) -> No
         ),
     ],
 )
-def test_a_folder_of_another_model_is_told_apart(
+def test_a_folder_of_another_model_is_an_error_that_names_it(
     up: Up, tmp_path: Path, config: dict[str, object], told: str
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -129,45 +135,114 @@ def test_a_folder_of_another_model_is_told_apart(
     assert told in line
 
 
-def test_a_missing_gpu_is_told_with_the_flag_to_do_without(up: Up, checkpoint: Path) -> None:
+def test_a_missing_gpu_is_an_error_that_names_the_flag_for_cpus(up: Up, checkpoint: Path) -> None:
     line = up("--model", str(checkpoint), "--device", "cuda")
 
     assert "CUDA" in line
     assert "--device cpu" in line
 
 
-def test_an_unknown_dtype_is_told_with_those_that_exist(up: Up) -> None:
+def test_an_unknown_dtype_is_an_error_that_lists_the_known_ones(up: Up) -> None:
     line = up("--dtype", "float8")
 
     assert "dtype" in line
     assert "bfloat16" in line
 
 
-def test_unknown_weights_are_told_with_those_that_exist(up: Up) -> None:
+def test_an_unknown_quantization_is_an_error_that_lists_the_known_ones(up: Up) -> None:
     line = up("--quantize", "int4")
 
     assert "quantize" in line
     assert "int8" in line
 
 
-def test_a_flag_for_a_stage_leaves_the_rest_of_the_files_stage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("below", "above", "result"),
+    [
+        pytest.param({"a": 1, "b": 2}, {"b": 3, "c": 4}, {"a": 1, "b": 3, "c": 4}, id="one level"),
+        pytest.param(
+            {"a": {"b": {"c": {"d": 1, "e": 2}}, "f": 3}},
+            {"a": {"b": {"c": {"d": 4}}}},
+            {"a": {"b": {"c": {"d": 4, "e": 2}}, "f": 3}},
+            id="four levels",
+        ),
+        pytest.param({"a": [1, 2]}, {"a": [3]}, {"a": [3]}, id="a list is replaced as a whole"),
+        pytest.param({"a": {"b": 1}}, {"a": None}, {"a": None}, id="a value over a mapping"),
+        pytest.param({"a": None}, {"a": {"b": 1}}, {"a": {"b": 1}}, id="a mapping over a value"),
+    ],
+)
+def test_mappings_are_merged_at_every_depth(
+    below: dict[str, Any], above: dict[str, Any], result: dict[str, Any]
+) -> None:
+    before = copy.deepcopy(below)
+    assert merged(below, above) == result
+    assert below == before
+
+
+def test_flags_win_over_the_file_and_leave_the_rest_of_it(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("generator: {max_num_seqs: 4}\nencoder: {max_batch_size: 2}\n")
-    config = read_config(file, {"generator": {"quantize": "int8"}})
+    file.write_text(
+        "generator: {max_num_seqs: 4}\n"
+        "encoder: {max_batch_size: 2}\n"
+        "ingress: {feature_cache_entries: 7, images: {max_bytes: 1000, allow_urls: false}}\n"
+    )
+    flags = {"generator": {"quantize": "int8"}, "ingress": {"images": {"allow_urls": True}}}
+    config = read_config(file, flags)
 
     assert config.generator.quantize == "int8"
     assert config.generator.max_num_seqs == 4
     assert config.encoder.max_batch_size == 2
+    assert config.ingress.feature_cache_entries == 7
+    assert config.ingress.images.max_bytes == 1000
+    assert config.ingress.images.allow_urls
 
 
-def test_an_unknown_key_in_the_config_file_is_named(up: Up, tmp_path: Path) -> None:
+def test_flags_that_are_not_given_leave_no_trace() -> None:
+    flags = {"a": None, "b": 0, "c": {"d": {"e": None}}, "f": {"g": "", "h": None}}
+    assert given(flags) == {"b": 0, "f": {"g": ""}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("- model", id="a list"),
+        pytest.param("{model: demo", id="not YAML"),
+        pytest.param(None, id="no file"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_named(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "config.yaml"
+    if text is not None:
+        file.write_text(text)
+
+    with pytest.raises(StartupError, match=re.escape(str(file))):
+        read_config(file, {})
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("a.example", "http://a.example:8000"),
+    ],
+)
+def test_the_url_of_a_server_can_be_used_on_its_machine(host: str, url: str) -> None:
+    assert Launch(AppConfig(), host, 8000).url == url
+
+
+def test_an_unknown_key_in_the_config_file_is_an_error_that_names_it(
+    up: Up, tmp_path: Path
+) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("generator:\n  max_runing: 4\n")
 
     assert "generator.max_runing" in up("--config", str(file))
 
 
-def test_more_positions_than_the_model_has_are_told_with_how_many_it_has(
+def test_more_positions_than_the_model_has_are_an_error_that_says_how_many_it_has(
     up: Up, checkpoint: Path
 ) -> None:
     line = up("--model", str(checkpoint), "--device", "cpu", "--max-model-len", "65")
@@ -176,14 +251,14 @@ def test_more_positions_than_the_model_has_are_told_with_how_many_it_has(
     assert "64" in line
 
 
-def test_fast_on_a_foreign_ray_is_told_with_the_variables_to_set_there(up: Up) -> None:
+def test_fast_on_a_running_ray_is_an_error_that_names_the_variables_to_set_there(up: Up) -> None:
     line = up("--fast", "--address", "127.0.0.1:6379")
 
     assert "--address" in line
     assert "RAY_SERVE_ENABLE_HA_PROXY" in line
 
 
-def test_a_folder_for_temporary_files_that_is_too_long_for_sockets_is_told(
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_an_error(
     up: Up, tmp_path: Path
 ) -> None:
     folder = tmp_path / ("x" * 60)
@@ -206,7 +281,7 @@ def test_a_long_tmpdir_counts_only_where_ray_uses_it(
         preflight.check_temporary_folder()
 
 
-def test_a_file_in_place_of_the_folder_for_temporary_files_is_told(up: Up, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_temporary_folder_is_an_error(up: Up, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
 
@@ -214,7 +289,7 @@ def test_a_file_in_place_of_the_folder_for_temporary_files_is_told(up: Up, tmp_p
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9", "no-such-host.invalid:6379"])
-def test_a_ray_that_is_not_there_is_told_with_its_address(
+def test_a_missing_ray_is_an_error_that_names_its_address(
     up: Up, checkpoint: Path, address: str
 ) -> None:
     assert address in up("--model", str(checkpoint), "--address", address)

@@ -1,4 +1,4 @@
-"""The command line's client: odd URLs, odd answers, proxies that are for others."""
+"""The command line's client: odd URLs, odd answers, and proxies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from blip2_serve import cli
+from blip2_serve.cli import running
 from blip2_serve.client import connect, is_loopback, post
 from blip2_serve.errors import StartupError
 
@@ -22,7 +22,7 @@ CAPTION = b'{"data": [{"caption": "a cat"}]}'
 
 @dataclass
 class Server:
-    """Gives the same answer to everything."""
+    """Gives the same answer to every request."""
 
     status: int = 200
     body: bytes = CAPTION
@@ -81,7 +81,9 @@ def test_a_slash_at_the_end_of_the_url_makes_no_difference(end: str) -> None:
         pytest.param(200, b"hello", "200", id="an answer that is not JSON"),
     ],
 )
-def test_an_answer_that_is_no_caption_is_one_line(status: int, body: bytes, told: str) -> None:
+def test_an_answer_without_a_caption_is_an_error_of_one_line(
+    status: int, body: bytes, told: str
+) -> None:
     with serving(Server(status, body)) as server, pytest.raises(StartupError) as error:
         caption(server.url)
     assert told in error.value.message
@@ -89,18 +91,18 @@ def test_an_answer_that_is_no_caption_is_one_line(status: int, body: bytes, told
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://a.b", "http://", "", "a b"])
-def test_what_is_no_url_is_told_with_one_that_is(url: str) -> None:
+def test_an_invalid_url_is_an_error_that_shows_a_valid_one(url: str) -> None:
     with pytest.raises(StartupError, match=r"http://127\.0\.0\.1:8000"):
         connect(url)
 
 
-def test_where_no_server_is_the_command_that_starts_one_is_told() -> None:
+def test_a_missing_server_is_an_error_that_names_the_command_to_start_one() -> None:
     with pytest.raises(StartupError, match="blip2-serve up"):
         caption("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
-def test_a_proxy_is_not_asked_for_this_machine_and_is_for_others(
+def test_a_proxy_is_used_for_other_machines_only(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(Server(body=b"{}")) as proxy, serving(Server()) as server:
@@ -114,7 +116,7 @@ def test_a_proxy_is_not_asked_for_this_machine_and_is_for_others(
     assert proxy.asked == ["http://example.invalid/v1/caption"]
 
 
-def test_proxy_settings_that_are_wrong_are_told_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_proxy_settings_are_an_error_that_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://proxy:port")
     with pytest.raises(StartupError, match="proxy settings"):
         connect("https://example.com")
@@ -137,11 +139,11 @@ def test_a_socks_proxy_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         ("no url", False),
     ],
 )
-def test_loopback_is_told_by_the_host(url: str, loopback: bool) -> None:
+def test_the_host_decides_whether_a_url_is_loopback(url: str, loopback: bool) -> None:
     assert is_loopback(url) == loopback
 
 
-def test_waiting_for_a_server_ends_in_time_however_long_it_lets_each_question_wait(
+def test_waiting_for_a_server_ends_in_time_even_if_it_never_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = 0.0
@@ -157,8 +159,8 @@ def test_waiting_for_a_server_ends_in_time_however_long_it_lets_each_question_wa
         seconds += more
 
     clock = types.SimpleNamespace(monotonic=lambda: seconds, sleep=sleep)
-    monkeypatch.setattr(cli, "time", clock)
+    monkeypatch.setattr(running, "time", clock)
     with pytest.raises(StartupError) as error:
-        cli._wait_until_ready(Hanging(), within_s=60)
+        running.wait_until_ready(Hanging(), within_s=60)
     assert "within 60 seconds" in error.value.message
     assert 60 <= seconds < 70

@@ -1,4 +1,4 @@
-"""What is started together ends together."""
+"""Calls that start together end together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from blip2_serve.concurrency import gather
 
 
-async def test_results_come_in_order_whoever_is_first() -> None:
+async def test_results_come_in_the_order_of_the_calls() -> None:
     async def after(turns: int) -> int:
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -19,7 +19,7 @@ async def test_results_come_in_order_whoever_is_first() -> None:
     assert await gather([]) == []
 
 
-async def test_after_a_failure_nothing_runs_on() -> None:
+async def test_a_failure_ends_the_other_calls() -> None:
     ended = []
 
     async def work(name: str) -> None:

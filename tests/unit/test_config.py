@@ -1,12 +1,15 @@
-"""The configuration: checked, frozen, and readable from what Serve passes."""
+"""The configuration: checked, frozen, documented, and readable from what Serve passes."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from ray.serve import Application
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
@@ -68,11 +71,33 @@ def test_the_configuration_cannot_be_changed() -> None:
         config.ingress.images.allow_urls = True  # type: ignore[misc]
 
 
-def test_weights_are_as_the_checkpoint_has_them_unless_asked_otherwise() -> None:
+def fields_of(model: type[BaseModel], place: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """All fields by their dotted name, those of nested models included."""
+    for name, field in model.model_fields.items():
+        yield f"{place}{name}", field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields_of(field.annotation, f"{place}{name}.")
+
+
+FIELDS = dict(fields_of(AppConfig))
+
+
+def test_fields_of_nested_models_are_found() -> None:
+    assert {"model", "encoder.num_cpus", "ingress.scaling.headroom"} <= FIELDS.keys()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_description_that_stands_alone(name: str) -> None:
+    description = FIELDS[name].description
+    assert description, "for docs/configuration.md"
+    assert re.fullmatch(r"[A-Z].*\.", description, re.DOTALL), description
+
+
+def test_weights_are_not_quantized_by_default() -> None:
     assert AppConfig().generator.quantize is None
 
 
-def test_strings_are_read_as_what_they_stand_for() -> None:
+def test_strings_become_values_of_the_fields_types() -> None:
     config = AppConfig.model_validate(
         {
             "max_model_len": "128",
@@ -93,8 +118,8 @@ def test_strings_are_read_as_what_they_stand_for() -> None:
 
 
 def test_serve_run_can_pass_its_key_value_arguments_to_the_builder() -> None:
-    # What `serve run blip2_serve.app:build device=cpu max_model_len=128` and `args` of a Serve
-    # config file come down to.
+    # As in `serve run blip2_serve.app:build device=cpu max_model_len=128`, or from `args` in a
+    # Serve config file.
     arguments = {"device": "cpu", "max_model_len": "128"}
 
     assert isinstance(call_user_app_builder_with_args_if_necessary(build, arguments), Application)

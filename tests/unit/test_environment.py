@@ -1,4 +1,4 @@
-"""What a replica makes of its environment, on whatever node it is."""
+"""Environment variables: whose values win, who gets which, what a replica makes of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,59 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blip2_serve import environment
+from blip2_serve.config import AppConfig
+from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
+
+
+def test_the_operators_values_win_over_defaults_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_A", "operator's")
+    monkeypatch.setenv("OWN_B", "operator's")
+    monkeypatch.delenv("OWN_C", raising=False)
+    before = dict(os.environ)
+    with applied(Variables({"OWN_A": "ours", "OWN_C": "ours"}, {"OWN_B": "ours"})):
+        assert [os.environ[f"OWN_{name}"] for name in "ABC"] == ["operator's", "ours", "ours"]
+    assert dict(os.environ) == before
+
+
+def test_the_environment_is_as_before_after_a_failure() -> None:
+    before = dict(os.environ)
+    with pytest.raises(ZeroDivisionError), applied(Variables({"OWN_A": "ours"})):
+        raise ZeroDivisionError
+    assert dict(os.environ) == before
+
+
+def test_stages_use_no_proxy_whatever_the_operator_has_set() -> None:
+    assert of_server(AppConfig(), local=False).overrides == {"grpc_proxy": ""}
+    assert environment.REPLICA["grpc_proxy"] == ""
+
+
+def test_a_local_ray_asks_for_a_token_and_one_that_runs_already_goes_by_its_own_rules() -> None:
+    local, foreign = (of_server(AppConfig(), local=local).defaults for local in (True, False))
+    assert local["RAY_AUTH_MODE"] == "token"
+    assert foreign["RAY_AUTH_MODE"] == "disabled"
+    assert local.items() >= short_hops(AppConfig()).items()
+    assert not foreign.keys() & short_hops(AppConfig()).keys()
+
+
+def test_the_operators_haproxy_is_started_by_way_of_the_command_of_the_server() -> None:
+    variables = of_fast_server(AppConfig(), Path("/f"), Path("/f/haproxy"), range(20_000, 20_100))
+    assert variables.overrides == {"RAY_SERVE_HAPROXY_BINARY_PATH": "/f/haproxy"}
+    assert "20000" not in variables.defaults.values()  # the claim on the ports
+
+
+def test_a_message_may_hold_the_largest_body_and_the_largest_image() -> None:
+    def limit(**ingress: Any) -> int:
+        config = AppConfig.model_validate({"ingress": ingress})
+        return int(short_hops(config)["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
+
+    assert limit() > 64 << 20
+    assert limit(images={"max_bytes": 100 << 20}) > 100 << 20
+
 
 # KMP_VERSION has Intel's OpenMP print its name as soon as it is used.
 COMPUTES = """
@@ -75,6 +124,8 @@ def test_the_openmp_of_a_folder_with_a_blank_is_loaded(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from blip2_serve import environment
+from blip2_serve.config import AppConfig
+from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
 environment._intel_openmp = lambda: Path({str(copy)!r})
 environment.prepare_replica()
 assert {str(copy)!r} in open("/proc/self/maps").read()

@@ -1,4 +1,4 @@
-"""Cores and memory are those that this process may use, not those of the machine."""
+"""Cores and memory: what this process may use, not what the machine has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 @pytest.fixture
 def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 cores and 100 GiB for everyone."""
+    """A machine with 64 cores and 100 GiB, without limits."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(64)}, raising=False)
     memory = type("Memory", (), {"available": 100 * GIB})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -26,7 +26,7 @@ def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 def in_a_group(
     monkeypatch: pytest.MonkeyPatch, folder: Path, own: str, files: Mapping[str, str]
 ) -> None:
-    """Puts this process into the control groups that `own` names, with these files."""
+    """Puts this process into the control groups of `own`, whose folders have these files."""
     for name, text in files.items():
         path = folder / "cgroup" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,13 +165,15 @@ def test_a_limit_of_memory_counts(
     assert machine.available_memory() == available
 
 
-def test_what_is_said_of_this_machine_is_possible() -> None:
+def test_the_numbers_of_this_machine_are_plausible() -> None:
     total = psutil.virtual_memory().total
     assert 0 < machine.anonymous_memory() < machine.available_memory() < total
     assert 1 <= machine.cores() <= (os.cpu_count() or 1)
 
 
-def test_nothing_of_linux_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_other_systems_than_linux_have_no_limits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "absent")
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     resident = type("Memory", (), {"rss": 7})  # without `shared`, as on macOS

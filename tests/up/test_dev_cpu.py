@@ -1,4 +1,4 @@
-"""The overlay dev-cpu: its serveConfigV2 started on nodes as large as its pods."""
+"""The overlay dev-cpu: its serveConfigV2, deployed on nodes as large as its pods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCENE = scenes.sample(9_001)
 def test_the_application_of_its_serve_config_captions_a_picture() -> None:
     objects = build("dev-cpu")
     environment = ray_environment(objects)
-    # HAProxy's script is the image's, and its ports may be taken here: `make image-test` has both.
+    # HAProxy's script is in the image, and its ports may be taken here: see `make image-test`.
     for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"):
         del environment[name]
     (group,) = ray_service(objects)["spec"]["rayClusterConfig"]["workerGroupSpecs"]

@@ -31,7 +31,7 @@ SHORT = {**LONG, "max_tokens": 1}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("fast")
     config = folder / "config.yaml"
-    # One sequence at a time: whoever is still in the engine keeps the next one waiting.
+    # One sequence at a time: a request in the engine keeps the next one waiting.
     config.write_text(yaml.safe_dump({"generator": {"max_num_seqs": 1}}))
     with running_up(folder, "--fast", "--config", config) as server:
         yield server
@@ -50,14 +50,14 @@ def test_a_caption_and_its_stream_piece_by_piece(server: Up) -> None:
     assert whole["choices"][0]["message"]["content"] == SCENE.caption
 
     stream = {**body, "stream": True, "max_tokens": 200, "ignore_eos": True}
-    # The client may be late to read and find everything there; a proxy that buffers always is.
+    # A slow client may find the whole answer at its first read; behind a buffering proxy, all do.
     reads = [_reads(server, stream) for _ in range(5)]
     assert all(_streamed_text(b"".join(read)).startswith(SCENE.caption) for read in reads)
     assert any(b"[DONE]" not in read[0] and len(read) > 20 for read in reads)
 
 
 def _reads(server: Up, body: dict[str, object]) -> list[bytes]:
-    """What each read of the answer's socket returned."""
+    """Returns the pieces that the answer's socket yielded, read by read."""
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
         return [*answer.iter_raw()]
 
@@ -81,9 +81,9 @@ def test_an_image_above_four_megabytes(server: Up) -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"image": data_url(b"I am a PNG")}, "image"),  # the preprocessor says so
-        ({"prompt": "red " * 600}, "prompt"),  # the generator
-        ({"best_of": 2}, "best_of"),  # the ingress
+        ({"image": data_url(b"I am a PNG")}, "image"),  # refused by the preprocessor
+        ({"prompt": "red " * 600}, "prompt"),  # by the generator
+        ({"best_of": 2}, "best_of"),  # by the ingress
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -110,7 +110,7 @@ def test_a_client_that_goes_away_makes_room_for_the_next(leave: str, server: Up)
         assert seconds(server, SHORT) < to_the_end / 2
 
 
-def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Up) -> None:
+def test_the_ports_that_it_reports_as_open_are_the_open_ones(server: Up) -> None:
     address = _address_in_the_network()
     line = next(x for x in server.log.read_text().splitlines() if "open to the network" in x)
     said = {int(port) for port in re.findall(r"\b\d+\b", line)}
@@ -120,7 +120,7 @@ def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Up) -> None
         if connection.status == psutil.CONN_LISTEN:
             (own if connection.pid in pids else others).add(connection.laddr.port)
     assert said <= own
-    # Another server may have the same port on another address, where it would answer for ours.
+    # Another server may have the same port on another address and answer instead of ours.
     assert {port for port in own - others if _connects(address, port)} == said - others
     assert int(server.url.rpartition(":")[2]) not in said
 
@@ -128,7 +128,7 @@ def test_what_it_says_is_open_to_the_network_is_what_is_open(server: Up) -> None
 def _address_in_the_network() -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # of a datagram socket: nothing is sent
+            probe.connect(("192.0.2.1", 9))  # a datagram socket sends nothing here
         except OSError:
             pytest.skip("this machine has no address but loopback")
         address: str = probe.getsockname()[0]
@@ -141,7 +141,7 @@ def _connects(address: str, port: int) -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def test_nothing_on_this_machine_was_asked_by_way_of_the_proxy(server: Up) -> None:
+def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
     assert seconds(server, SHORT) < 60
     assert server.proxied == []
 

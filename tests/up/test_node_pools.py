@@ -1,4 +1,4 @@
-"""Stages on pools of nodes of their own, as in the overlay prod; nodes that come and go."""
+"""Stages on separate pools of nodes, as in the overlay prod; nodes that come and go."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ POOLS = {"Ingress": "preprocess", "Preprocessor": "preprocess", "Encoder": "enco
 SCENE = scenes.sample(9_101)
 LONG = {"image": data_url(SCENE.image), "max_tokens": 400, "ignore_eos": True}
 SCHEDULED_WITHIN_S = 60
-ANSWERED_WITHIN_S = 10  # after a node was lost
+ANSWERED_WITHIN_S = 10  # after the loss of a node
 
 
 def config() -> dict[str, Any]:
-    """The stages of prod on nodes without GPUs: pools are told apart by custom resources alone."""
+    """The stages of prod on nodes without GPUs: only custom resources distinguish the pools."""
 
     def stage(pool: str, **more: Any) -> dict[str, Any]:
         return {"num_cpus": 0.1, "resources": {f"blip2_{pool}": 0.01}, **more}
@@ -66,7 +66,7 @@ def nodes() -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="module")
 def pools(nodes: RayNodes) -> dict[str, Node]:
-    """One node of each pool. The generator wants two; it has to do with one for now."""
+    """One node per pool. The generator's second replica has to wait for another node."""
     names = ("preprocess", "encode", "generate")
     added = {name: nodes.add(1, {f"blip2_{name}": 1}) for name in names}
     nodes.deploy(config())
@@ -99,7 +99,7 @@ def test_a_node_that_is_added_takes_work(nodes: RayNodes, second_generator: Node
     assert statuses == [httpx.codes.OK] * 8
     assert (
         sum(process.cpu_times()[:2]) - before > 0.5
-    )  # seconds; an idle one needs a few hundredths
+    )  # seconds; an idle replica needs a few hundredths
 
 
 def test_a_lost_node_takes_only_what_it_was_working_on(
@@ -118,7 +118,7 @@ def test_a_lost_node_takes_only_what_it_was_working_on(
         nodes.lose(pools["generate"])
         lost_at = time.monotonic()
         while time.monotonic() < lost_at + ANSWERED_WITHIN_S:
-            time.sleep(0.1)  # the time itself is what is asked for
+            time.sleep(0.1)  # the users keep asking meanwhile
         stop.set()
         after = [threads.submit(ask, nodes, LONG) for _ in range(4)]
         for user in users:

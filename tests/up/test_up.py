@@ -1,4 +1,4 @@
-"""`blip2-serve up` in a company's network: ready, answering, traced, and gone when told to."""
+"""`blip2-serve up` behind a proxy: it gets ready, answers, traces, and stops when told to."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Up]:
-    """It traces those who ask for it, and logs in JSON."""
+    """A server that traces requests on demand and logs in JSON."""
     folder = tmp_path_factory.mktemp("up")
     flags = ("--trace", "0", "--log-format", "json")
     with running_up(folder, *flags, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as server:
         yield server
 
 
-def test_it_captions_the_bundled_picture_and_says_how_to_ask(server: Up) -> None:
+def test_it_captions_the_shipped_picture_and_shows_how_to_ask(server: Up) -> None:
     printed = server.log.read_text()
     assert f"ready at {server.url}" in printed
     assert "a large red square at the top left" in printed
@@ -49,11 +49,11 @@ def test_each_stage_has_a_span_under_the_clients_trace(server: Up, collector: Co
         response = client.post("/v1/caption", json=body, headers=asked)
         assert response.json()["data"][0]["caption"] == SCENE.caption
         assert response.headers["x-request-id"] == "traced"
-        # Not sampled: --trace 0, and nobody asked.
+        # Not traced: the server has --trace 0, and this request does not ask for it.
         chat = {"messages": [image_message(scenes.sample(78).image)]}
         assert client.post("/v1/chat/completions", json=chat).is_success
 
-    # Each process sends its spans in its own time.
+    # Each process sends its spans at intervals of its own.
     wait_until(lambda: stages_of(collector.of(TRACE)) >= STAGES, 60)
     wait_until(lambda: not orphans(collector.of(TRACE), PARENT), 60)
     spans = collector.of(TRACE)
@@ -65,7 +65,7 @@ def test_each_stage_has_a_span_under_the_clients_trace(server: Up, collector: Co
         assert span.end_time_unix_nano > span.start_time_unix_nano
 
 
-def test_nothing_on_this_machine_was_asked_by_way_of_the_proxy(server: Up) -> None:
+def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
     assert httpx.post(
         f"{server.url}/v1/caption", files={"image": b""}, timeout=60
     ).status_code in range(400, 500)

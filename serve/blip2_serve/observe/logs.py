@@ -11,10 +11,10 @@ import logging
 import time
 
 from ray import serve
-from ray.serve import context
 
 from blip2_serve.config import LogFormat
 from blip2_serve.errors import Blip2ServeError
+from blip2_serve.serve_internals import request_id
 
 TEXT = "%(asctime)s %(levelname)s %(request_id)s %(message)s"
 
@@ -59,5 +59,5 @@ class JsonFormatter(logging.Formatter):
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    record.request_id = context._get_serve_request_context().request_id or "-"
+    record.request_id = request_id() or "-"
     return True

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import opentelemetry.context
 import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve import context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -27,6 +24,7 @@ from blip2_serve.model.processor import PREPROCESSING_VERSION
 from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.observe import logs, metrics
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.serve_internals import detached_context
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -153,7 +151,7 @@ class FeatureCache:
         task = self._under_way.get(name)
         self._count("joined" if task else "miss")
         if task is None:
-            task = asyncio.create_task(self._run(name, compute), context=_own_context())
+            task = asyncio.create_task(self._run(name, compute), context=detached_context())
             task.add_done_callback(_retrieve)
             self._under_way[name] = task
         return await asyncio.shield(task)
@@ -173,20 +171,6 @@ def _retrieve(task: asyncio.Task[ImageFeatures]) -> None:
     """Takes note of a failure, or asyncio would log one whose clients have all left."""
     if not task.cancelled():
         task.exception()
-
-
-def _own_context() -> contextvars.Context:
-    """A context for work that others than this request may be waiting for before it is done.
-
-    Serve cancels what a request has started when its client leaves, and knows it by what is left
-    out here. Log lines and traces still say which request it was.
-    """
-    request = context._get_serve_request_context()
-    about: Any = context._RequestContext(request_id=request.request_id, app_name=request.app_name)
-    own = contextvars.Context()
-    own.run(context._serve_request_context.set, about)
-    own.run(opentelemetry.context.attach, opentelemetry.context.get_current())
-    return own
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from ray import serve
+from ray.serve import context
 
 from blip2_serve.config import LogFormat
 from blip2_serve.errors import InvalidImage, Unavailable
@@ -53,12 +54,12 @@ def log(log_format: LogFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "get_replica_context", Replica)
     logs.configure(log_format)
     logger = logging.getLogger("blip2_serve.stages.encoder")
-    request = logs.context._RequestContext(request_id="r1")
-    token = logs.context._serve_request_context.set(request)  # type: ignore[arg-type]
+    request = context._RequestContext(request_id="r1")
+    token = context._serve_request_context.set(request)  # type: ignore[arg-type]
     try:
         logger.info("%d images\nin two lines", 3)
     finally:
-        logs.context._serve_request_context.reset(token)
+        context._serve_request_context.reset(token)
     try:
         raise ZeroDivisionError("none")
     except ZeroDivisionError:

@@ -1,0 +1,95 @@
+"""The commands: what `blip2-serve` understands, and in which order each does its work."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from blip2_serve import __version__, client
+from blip2_serve.cli import options, running
+from blip2_serve.cli.configuration import read_config
+from blip2_serve.cli.terminal import err, out
+from blip2_serve.errors import StartupError
+
+EXIT_USAGE = 2
+URL = "http://127.0.0.1:8000"
+
+app = typer.Typer(
+    help="Serve BLIP-2 OPT models: captions, questions and chat about an image.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line; a StartupError becomes one line and exit code 2."""
+    try:
+        app()
+    except StartupError as error:
+        err.print(f"blip2-serve: {error}", markup=False)
+        sys.exit(EXIT_USAGE)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    out.print(__version__)
+
+
+@app.command()
+def up(
+    model: options.Model = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    served_model_name: options.ServedModelName = None,
+    revision: options.Revision = None,
+    max_model_len: options.MaxModelLen = None,
+    address: options.Address = None,
+    config: options.Config = None,
+    allow_image_urls: options.AllowImageUrls = False,
+    log_format: options.LogFormat = None,
+    trace: options.Trace = None,
+    fast: options.Fast = False,
+) -> None:
+    """Start the server and serve until Ctrl-C."""
+    flags = given(
+        {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "served_model_name": served_model_name,
+            "revision": revision,
+            "max_model_len": max_model_len,
+            "log_format": log_format,
+            "generator": {"quantize": quantize},
+            "ingress": {"images": {"allow_urls": allow_image_urls or None}},
+        }
+    )
+    launch = running.Launch(read_config(config, flags), host, port, address, trace, fast)
+    running.check(launch)
+    running.serve_until_stopped(launch)
+
+
+def given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out flags that were not given (None), and mappings that have none left."""
+    nested = {k: given(v) if isinstance(v, dict) else v for k, v in flags.items()}
+    return {k: v for k, v in nested.items() if v not in (None, {})}
+
+
+@app.command()
+def caption(image: options.Image, url: options.Url = URL) -> None:
+    """Caption an image."""
+    with client.connect(url) as server:
+        out.print(client.caption(server, image), markup=False)
+
+
+@app.command()
+def ask(image: options.Image, question: options.Question, url: options.Url = URL) -> None:
+    """Ask a question about an image."""
+    with client.connect(url) as server:
+        out.print(client.ask(server, image, question), markup=False)

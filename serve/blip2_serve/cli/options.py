@@ -1,0 +1,58 @@
+"""The options and arguments of the commands, each with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+# -- up: the application's configuration -----------------------------------------------------------
+
+Config = Annotated[
+    Path | None,
+    Option(help="YAML file of the application's configuration; other options win over it."),
+]
+Model = Annotated[
+    str | None, Option(help='Folder, hub id, or "demo" for the shipped checkpoint (the default).')
+]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit, if the model is a hub id.")]
+ServedModelName = Annotated[
+    str | None,
+    Option(help="Model name that clients see. Default: the hub id or the folder's name."),
+]
+MaxModelLen = Annotated[
+    int | None,
+    Option(help="Most tokens of image, prompt and answer together. Default: what the model takes."),
+]
+Device = Annotated[str | None, Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str | None, Option(help="auto, float32, bfloat16 or float16.")]
+Quantize = Annotated[
+    str | None,
+    Option(help="int8: 8-bit weights for the language model, faster for few users; x86 CPUs only."),
+]
+AllowImageUrls = Annotated[
+    bool, Option("--allow-image-urls", help="Fetch images from https URLs that clients send.")
+]
+LogFormat = Annotated[str | None, Option(help="Format of the log lines: text or json.")]
+
+# -- up: where and how it runs ---------------------------------------------------------------------
+
+Host = Annotated[str, Option(help="Address to listen on.")]
+Port = Annotated[int, Option(min=1, max=65535, help="Port to listen on.")]
+Address = Annotated[
+    str | None, Option(help="Address of a running Ray to deploy to. Default: start a local Ray.")
+]
+Trace = Annotated[
+    float | None,
+    Option(min=0, max=1, help="Share of requests to trace, besides those that ask for it."),
+]
+Fast = Annotated[
+    bool, Option("--fast", help="Use Ray Serve's throughput mode, behind HAProxy; Linux only.")
+]
+
+# -- clients ---------------------------------------------------------------------------------------
+
+Url = Annotated[str, Option(help="URL of the server.")]
+Image = Annotated[Path, Argument(exists=True, dir_okay=False, readable=True, help="Image file.")]
+Question = Annotated[str, Argument(help="Question about the image.")]
