@@ -16,6 +16,9 @@ from blip2_serve.types import Completion, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
 
+# json.dumps would make an encoder for every chunk.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     """Token counts; the image's positions count as prompt tokens."""
@@ -122,6 +125,7 @@ class Writer:
             "created": int(time.time()),
             "model": model,
         }
+        self._chunk_head: Json = {**self._head, "object": shape.chunk_object}
         self._return_token_ids = return_token_ids
         self._include_usage = include_usage
 
@@ -185,7 +189,7 @@ class Writer:
         return choice
 
     def _chunk(self, choices: list[Json], total: Json | None = None) -> bytes:
-        chunk = {**self._head, "object": self._shape.chunk_object, "choices": choices}
+        chunk = {**self._chunk_head, "choices": choices}
         if self._include_usage:
             chunk["usage"] = total  # null in all chunks but the last, as OpenAI has it
         return _event(chunk)
@@ -204,5 +208,4 @@ def _text(entry: TokenLogprob) -> str:
 
 
 def _event(data: Json) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + text.encode() + b"\n\n"
+    return b"data: " + _encode(data).encode() + b"\n\n"
