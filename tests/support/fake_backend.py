@@ -43,13 +43,14 @@ class FakeBackend:
     failures: dict[bytes, Exception] = field(default_factory=dict)
     generation_failure: Exception | None = None
     stream_fails_after: int | None = None  # events; None: never
+    stream_failure: Exception = field(default_factory=lambda: Unavailable("a replica was lost"))
     endless: bool = False
     encoded: list[bytes] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_pages: dict[str, str] = field(default_factory=dict)
-    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images whose encoding waits for the event
+    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images that wait for an event
     abandoned: list[bytes] = field(default_factory=list)  # those of them whose wait was cancelled
     together: asyncio.Barrier | None = None  # where calls of `features` wait for each other
 
@@ -86,7 +87,7 @@ class FakeBackend:
             answers = [pieces_of(features, index) for index in range(params.n)]
             for i, token in enumerate(TOKEN_IDS):
                 if i == self.stream_fails_after:
-                    raise Unavailable("a replica was lost")
+                    raise self.stream_failure
                 reason: Any = "stop" if i == len(TOKEN_IDS) - 1 else None
                 for index, pieces in enumerate(answers):
                     logprobs = logprobs_of(pieces, params)[i : i + 1]
