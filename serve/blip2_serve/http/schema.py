@@ -121,7 +121,7 @@ class GenerationFields(Strict):
     )
     ignore_eos: bool | None = Field(
         None,
-        description="Whether to ignore the end-of-sequence token and generate on to `max_tokens`.",
+        description="Whether to generate past the end-of-sequence token, up to `max_tokens`.",
     )
     return_token_ids: bool | None = Field(
         None,
@@ -147,7 +147,7 @@ class GenerationFields(Strict):
         ge=-10,
         le=10,
         description="Exponent of the length by which beam search divides the score of an answer, "
-        "-10 to 10. Higher values favor longer answers. Needs `num_beams` above 1.",
+        "-10 to 10. Higher values lead to longer answers. Needs `num_beams` above 1.",
     )
     early_stopping: bool | Literal["never"] | None = Field(
         None,
@@ -296,10 +296,16 @@ class ChatRequest(GenerationFields, StreamFields):
     safety_identifier: str | None = Field(None, description=_IGNORED)
     prompt_cache_key: str | None = Field(None, description=_IGNORED)
     service_tier: str | None = Field(None, description=_IGNORED)
-    frequency_penalty: Literal[0] | None = Field(None, description="Only 0 is supported.")
-    presence_penalty: Literal[0] | None = Field(None, description="Only 0 is supported.")
+    frequency_penalty: Literal[0] | None = Field(
+        None, description="Penalty for frequent tokens; only 0 is supported."
+    )
+    presence_penalty: Literal[0] | None = Field(
+        None, description="Penalty for tokens that have occurred; only 0 is supported."
+    )
     logit_bias: dict[str, float] | None = Field(
-        None, max_length=0, description="Only an empty object is supported."
+        None,
+        max_length=0,
+        description="Biases of single tokens; only an empty object is supported.",
     )
     response_format: TextFormat | None = Field(
         None, description="Format of the answer; only text is supported."
@@ -308,7 +314,7 @@ class ChatRequest(GenerationFields, StreamFields):
         None, description="Kinds of output; only text is supported."
     )
     tools: list[Any] | None = Field(
-        None, max_length=0, description="Tools are not supported: only an empty list is accepted."
+        None, max_length=0, description="Tools the model may call; only an empty list is supported."
     )
     tool_choice: Literal["none", "auto"] | None = Field(
         None, description="Has no effect, as there are no tools."
@@ -355,7 +361,7 @@ class GenerateRequest(GenerationFields, StreamFields):
     image: str = Field(description=_IMAGE)
     prompt: str | None = Field(
         None,
-        description="Text for the model to continue, exactly as it is sent. Without a prompt the "
+        description="Text for the model to continue, used exactly as sent. Without a prompt, the "
         "answer is a caption.",
     )
     user: str | None = Field(None, description=_IGNORED)
@@ -387,7 +393,7 @@ class CaptionRequest(CaptionFields):
         None,
         min_length=1,
         max_length=MAX_IMAGES,
-        description=f"1 to {MAX_IMAGES} images, instead of `image`: their URLs.",
+        description=f"URLs of 1 to {MAX_IMAGES} images. Send either `image` or `images`.",
     )
 
     @model_validator(mode="after")

@@ -37,7 +37,9 @@ def explain(errors: Sequence[Any], body: Any) -> InvalidRequest:
         return InvalidRequest(f"unknown parameter {name}", field)
     if kind == "missing":
         return InvalidRequest(f"{name or 'a JSON body'} is required", field)
-    message = error["msg"].removeprefix("Value error, ")
+    if not path and kind in ("model_type", "model_attributes_type"):
+        return InvalidRequest("the body must be a JSON object")
+    message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = message[:1].lower() + message[1:]
     return InvalidRequest(f"{name}: {message}" if name else message, field)
 

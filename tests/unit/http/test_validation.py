@@ -58,6 +58,12 @@ def part(**fields: Any) -> dict[str, Any]:
             id="an unknown field named like the role",
         ),
         pytest.param(
+            {"messages": []},
+            "messages: list should have at least 1 item, not 0",
+            "messages",
+            id="an empty list",
+        ),
+        pytest.param(
             part(type="text"),
             "messages[0].content[0].text is required",
             "messages",
@@ -103,6 +109,11 @@ def test_messages_of_validators_lose_pydantics_prefix() -> None:
     error = explained(CaptionRequest, {"image": "x", "stop": ["x"] * 17})
 
     assert error.message == "stop: at most 16 stop strings are allowed"
+
+
+@pytest.mark.parametrize("body", [None, [], "text", 5], ids=str)
+def test_a_body_that_is_no_object_is_named_as_the_reason(body: Any) -> None:
+    assert explained(CaptionRequest, body).message == "the body must be a JSON object"
 
 
 def test_a_body_that_is_not_json_is_named_as_the_reason() -> None:
