@@ -305,7 +305,7 @@ class ChatRequest(GenerationFields, StreamFields):
     logit_bias: dict[str, float] | None = Field(
         None,
         max_length=0,
-        description="Biases of single tokens; only an empty object is supported.",
+        description="Biases of tokens; only an empty object is supported.",
     )
     response_format: TextFormat | None = Field(
         None, description="Format of the answer; only text is supported."
