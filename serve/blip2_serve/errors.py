@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose.
+"""All errors that this package raises on purpose.
 
     Blip2ServeError                 500  server_error
     ├── InvalidRequest              400  invalid_request_error
@@ -10,8 +10,8 @@
     │   └── Overloaded              503  server_error, code overloaded
     └── StartupError                 --  the server cannot start; the message says what to do
 
-A class knows its HTTP status and its OpenAI error type and code; an instance knows its message and,
-where one field of the request is at fault, that field's name. All of them survive pickling.
+A class has an HTTP status and OpenAI's error type and code. An instance has a message and, if one
+field of the request is at fault, that field's name. Errors can be pickled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from typing import Self
 
 
 class Blip2ServeError(Exception):
-    """Base of all: `message` is written for the client, `param` names the field at fault."""
+    """Base class of all errors here, and an internal error itself.
+
+    `message` is meant for the client; `param` names the field at fault.
+    """
 
     status = 500
     type = "server_error"
@@ -36,62 +39,75 @@ class Blip2ServeError(Exception):
         return self.message
 
     def about(self, param: str | None) -> Self:
-        """The same error of another field.
+        """A copy of this error that names another field.
 
-        A copy: several requests may have been given the one error of the work that they shared.
+        A copy, because several requests may share one error of work that they shared.
         """
         error = copy.copy(self)
         error.param = param
         return error
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON body of an OpenAI error answer."""
+        """The JSON body of an error response, as OpenAI's API has it."""
         return {"error": self.details()}
 
     def details(self) -> dict[str, str | None]:
+        """What `body` has under "error"."""
         return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
 
 
 class InvalidRequest(Blip2ServeError):
+    """The client must change the request: a field is unknown, wrong or contradicts another."""
+
     status = 400
     type = "invalid_request_error"
 
 
 class InvalidImage(InvalidRequest):
-    """`kind` is for metrics: what is wrong with the image, in a word."""
+    """The image cannot be fetched or decoded. `kind` says why in one word, for metrics."""
 
     code = "invalid_image"
 
     def __init__(self, message: str, param: str | None = None, kind: str = "broken") -> None:
         super().__init__(message, param)
-        self.args = (message, param, kind)  # what pickle calls the class with
+        self.args = (message, param, kind)  # pickle calls the class with these
         self.kind = kind
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """Image, prompt and `max_tokens` together exceed the model's context or the KV slots."""
+
     code = "context_length_exceeded"
 
 
 class ModelNotFound(Blip2ServeError):
+    """The request names a model other than the served one."""
+
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
 
 
 class RequestTooLarge(Blip2ServeError):
+    """The request body exceeds the size limit."""
+
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
 
 
 class Unavailable(Blip2ServeError):
+    """A stage is not ready or has been lost; the same request may succeed later."""
+
     status = 503
     code = "unavailable"
 
 
 class Overloaded(Unavailable):
+    """A queue is full; the same request may succeed later."""
+
     code = "overloaded"
 
 
 class StartupError(Blip2ServeError):
-    """Wrong flag, path, checkpoint or device: one line for the operator, no traceback."""
+    """A flag, path, checkpoint or device is wrong. Shown to the operator without a traceback."""

@@ -1,4 +1,4 @@
-"""What travels between processes. No torch here: the ingress never imports it."""
+"""Values that travel between processes. No torch: the ingress must not import it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What the language model sees of one image: the Q-Former's projected query outputs.
+    """What the language model sees of one image: the Q-Former's outputs, projected.
 
-    `data` is the row-major memory of a [queries, hidden] tensor of `dtype` ("bfloat16", ...).
-    `digest` stands for the image bytes and the preprocessing: equal digests, equal prefixes.
+    Attributes:
+        digest: Hash of the image file and the preprocessing version. Equal digests mean equal
+            features.
+        data: Row-major memory of a tensor of shape [queries, hidden].
+        shape: That shape.
+        dtype: Name of the tensor's dtype, such as "bfloat16".
     """
 
     digest: str
@@ -24,12 +28,25 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to generate; names are OpenAI's where it has one, transformers' otherwise.
+    """How to generate. Parameters have OpenAI's names, or else transformers'.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 keep every token. `stop` strings are cut off
-    the text. `max_tokens` None stands for the server's default, cut to the room that is left.
-    `n` answers are the best of `num_beams` where that is above 1, and samples otherwise.
-    `top_logprobs` None asks for no log-probabilities, k for those of a token and the k likeliest.
+    Attributes:
+        max_tokens: Maximum number of new tokens. None means the server's default, or what the
+            prompt leaves of the model's context if that is less.
+        min_tokens: Number of new tokens before which nothing but `max_tokens` ends the answer.
+        temperature: 0 is greedy decoding.
+        top_p: Keeps the likeliest tokens that add up to this probability; 1 keeps every token.
+        top_k: Keeps this many of the likeliest tokens; 0 keeps every token.
+        seed: Signed 64-bit integer.
+        stop: Strings that end the answer. The text does not include them.
+        repetition_penalty: Above 1, makes tokens of the prompt and the answer so far less likely.
+        ignore_eos: Whether to go on after an end-of-sequence token.
+        n: Number of answers: the best of `num_beams` if that is above 1, samples otherwise.
+        num_beams: 1 means no beam search.
+        length_penalty: Exponent of the length that divides a beam's score.
+        early_stopping: When beam search ends, as in transformers.
+        top_logprobs: Number of likeliest tokens to list with each token's log-probability. None
+            means no log-probabilities at all.
     """
 
     max_tokens: int | None = None
@@ -50,10 +67,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of an answer, or one that could have been, and its log-probability.
+    """The log-probability of a token, whether it was generated or only likely.
 
-    That is the log-softmax of the model's raw logits, before penalties and temperature. `token` is
-    the bytes it stands for; half a character is possible. `top` are the likeliest at its place.
+    Attributes:
+        token_id: The token's id.
+        logprob: Log-softmax of the model's logits, before penalties and temperature.
+        token: The bytes it decodes to; they may end within a character.
+        top: The likeliest tokens at its position, for generated tokens only.
     """
 
     token_id: int
@@ -64,11 +84,18 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One or more new tokens of an answer, with the text that is certain by now.
+    """New tokens of one answer, with the text that they have made certain.
 
-    The text lags behind the tokens while it could still become half a character or a stop string.
-    `token_ids` holds new tokens only, the final end-of-sequence token included; `index` says of
-    which of the n answers. `last` is set on the last event of the whole request.
+    The text lags behind the tokens while its end may be half a character or part of a stop string.
+
+    Attributes:
+        token_ids: The new tokens, a final end-of-sequence token included.
+        text: The new text; may be empty.
+        finish_reason: Set on the last event of the answer.
+        prompt_tokens: Length of the prompt in tokens, image positions included.
+        index: Which of the n answers, from 0.
+        logprobs: One for each new token, if asked for.
+        last: Set on the last event of the whole request.
     """
 
     token_ids: tuple[int, ...]
@@ -80,7 +107,7 @@ class TokenEvent:
     last: bool = False
 
     def __add__(self, later: TokenEvent) -> TokenEvent:
-        """Both as one; they must be of the same answer."""
+        """Joins two successive events of the same answer."""
         return replace(
             later,
             token_ids=self.token_ids + later.token_ids,
@@ -91,7 +118,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Choice:
-    """One whole answer."""
+    """One whole answer; fields as in `TokenEvent`."""
 
     token_ids: tuple[int, ...]
     text: str
@@ -101,7 +128,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Completion:
-    """The n answers to one request, the best first where they are ranked."""
+    """The n answers to one request; with beam search, the best comes first."""
 
     choices: tuple[Choice, ...]
     prompt_tokens: int

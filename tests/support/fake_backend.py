@@ -1,4 +1,4 @@
-"""A backend without stages behind the real routes, and what tests say to it."""
+"""The real routes over a fake backend, and helpers for requests and answers."""
 
 from __future__ import annotations
 
@@ -34,26 +34,27 @@ ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption")
 
 @dataclass
 class FakeBackend:
-    """Says the same of every image; `failures` are raised for the images they belong to.
+    """Gives every image the same answer; `failures` are raised for the images they belong to.
 
-    Of n answers, the first is the usual one and the others have their number at the end.
+    Of n answers, the first is the usual one; the others end with their number.
     """
 
     is_ready: bool = True
     failures: dict[bytes, Exception] = field(default_factory=dict)
     generation_failure: Exception | None = None
-    stream_fails_after: int | None = None  # so many events; None never
+    stream_fails_after: int | None = None  # events; None: never
+    stream_failure: Exception = field(default_factory=lambda: Unavailable("a replica was lost"))
     endless: bool = False
     encoded: list[bytes] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_pages: dict[str, str] = field(default_factory=dict)
-    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images that wait for it
-    abandoned: list[bytes] = field(default_factory=list)  # of them, those whose wait was ended
-    together: asyncio.Barrier | None = None  # whoever asks for a prefix waits there for the others
+    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images that wait for an event
+    abandoned: list[bytes] = field(default_factory=list)  # those of them whose wait was cancelled
+    together: asyncio.Barrier | None = None  # where calls of `features` wait for each other
 
-    async def prefix(self, image: bytes) -> ImageFeatures:
+    async def features(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)
         if self.together:
             await self.together.wait()
@@ -68,10 +69,10 @@ class FakeBackend:
         return ImageFeatures(image.hex(), b"", (0, 8), "float32")
 
     async def generate(
-        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> Completion:
         self._record(prompt, params)
-        answers = [pieces_of(prefix, index) for index in range(params.n)]
+        answers = [pieces_of(features, index) for index in range(params.n)]
         choices = [
             Choice(TOKEN_IDS, "".join(pieces), "stop", logprobs_of(pieces, params))
             for pieces in answers
@@ -79,14 +80,14 @@ class FakeBackend:
         return Completion(tuple(choices), PROMPT_TOKENS)
 
     async def stream(
-        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
         try:
             self._record(prompt, params)
-            answers = [pieces_of(prefix, index) for index in range(params.n)]
+            answers = [pieces_of(features, index) for index in range(params.n)]
             for i, token in enumerate(TOKEN_IDS):
                 if i == self.stream_fails_after:
-                    raise Unavailable("a replica was lost")
+                    raise self.stream_failure
                 reason: Any = "stop" if i == len(TOKEN_IDS) - 1 else None
                 for index, pieces in enumerate(answers):
                     logprobs = logprobs_of(pieces, params)[i : i + 1]
@@ -110,9 +111,9 @@ class FakeBackend:
             raise self.generation_failure
 
 
-def pieces_of(prefix: ImageFeatures, index: int) -> list[str]:
+def pieces_of(features: ImageFeatures, index: int) -> list[str]:
     number = f" {index}" if index else ""
-    first = f" {bytes.fromhex(prefix.digest).decode()}:{PIECES[0]}"
+    first = f" {bytes.fromhex(features.digest).decode()}:{PIECES[0]}"
     return [first, *PIECES[1:-1], f"{PIECES[-1]}{number}"]
 
 
@@ -156,18 +157,18 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 def body_for(route: str, **more: Any) -> dict[str, Any]:
-    """A good request to any of the three routes."""
+    """A valid request to any of the three routes."""
     return chat(**more) if "chat" in route else {"image": data_url(b"picture"), **more}
 
 
 async def post(client: httpx.AsyncClient, route: str, body: Any) -> httpx.Response:
-    """Posts what json.dumps makes of `body`, NaN included; bytes go as they are."""
+    """Posts `body` as json.dumps writes it, NaN included; bytes are sent as they are."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return await client.post(route, content=content, headers={"content-type": "application/json"})
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error of an answer in OpenAI's error shape."""
+    """The error in a response, which must have OpenAI's error shape."""
     body = response.json()
     assert body.keys() == {"error"}
     error: dict[str, Any] = body["error"]
@@ -178,7 +179,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def events_of(response: httpx.Response) -> list[Any]:
-    """The server-sent events of an answer; "[DONE]" stays a string."""
+    """The server-sent events of a response, parsed; "[DONE]" stays a string."""
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, rest = response.text.split("\n\n")
     assert rest == ""

@@ -1,5 +1,4 @@
-"""The error hierarchy: what HTTP says of each class, and that it survives the way between
-processes."""
+"""The errors: status and body of each class, pickling and copying."""
 
 from __future__ import annotations
 
@@ -42,12 +41,12 @@ def classes(base: type[Blip2ServeError]) -> Iterator[type[Blip2ServeError]]:
 ALL = list(classes(Blip2ServeError))
 
 
-def test_every_error_is_known_here() -> None:
+def test_this_file_covers_every_error() -> None:
     assert set(ALL) == {*HTTP, StartupError}
 
 
 @pytest.mark.parametrize("kind", HTTP)
-def test_an_error_knows_its_status_and_its_openai_body(kind: type[Blip2ServeError]) -> None:
+def test_an_error_has_a_status_and_an_openai_body(kind: type[Blip2ServeError]) -> None:
     status, type_, code = HTTP[kind]
     error = kind("it is wrong", "field")
 
@@ -65,7 +64,7 @@ def test_an_error_knows_its_status_and_its_openai_body(kind: type[Blip2ServeErro
         pytest.param(copy.copy, id="copied"),
     ],
 )
-def test_an_error_survives_the_way_between_processes(
+def test_an_error_can_be_pickled_and_copied(
     kind: type[Blip2ServeError], passed_on: Callable[[Blip2ServeError], Blip2ServeError]
 ) -> None:
     error = kind("it is wrong", "field")
@@ -79,18 +78,18 @@ def test_an_error_survives_the_way_between_processes(
     assert arrived.body() == error.body()
 
 
-def test_a_status_set_on_one_error_is_not_that_of_the_next() -> None:
+def test_a_status_set_on_one_error_does_not_change_the_class() -> None:
     InvalidRequest("one").status = 405
 
     assert InvalidRequest("two").status == 400
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_an_error_reads_as_its_message(kind: type[Blip2ServeError]) -> None:
+def test_the_text_of_an_error_is_its_message(kind: type[Blip2ServeError]) -> None:
     assert str(kind("it is wrong", "field")) == "it is wrong"
 
 
-def test_an_error_about_another_field_is_another_error() -> None:
+def test_about_returns_a_copy_that_names_another_field() -> None:
     shared = InvalidImage("broken", kind="format")
     copies = [shared.about("image"), shared.about("messages")]
 

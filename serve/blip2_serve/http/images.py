@@ -1,4 +1,4 @@
-"""Image URLs to image bytes, under limits. Decoding the picture is the preprocessor's work."""
+"""Reads image files from URLs, within limits. The preprocessor decodes them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ _DATA_PREFIX = "data:"
 
 
 class ImageReader:
-    """Reads the images of one ingress replica's requests."""
+    """Reads the image files of all requests to one ingress replica."""
 
     def __init__(self, limits: ImageLimits) -> None:
         self._limits = limits
         self._downloads = asyncio.Semaphore(limits.max_downloads)
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """The bytes behind a data URL or, where allowed, an https URL.
+        """The image file at a data URL or, if the server allows it, at an https URL.
+
+        `param` names the request's field in errors.
 
         Raises:
-            InvalidRequest, InvalidImage: the URL is of another kind, malformed, too long,
-                unreachable or too slow.
-            Overloaded: too many others are being downloaded.
+            InvalidRequest: the URL is of another kind, or https URLs are not allowed.
+            InvalidImage: the URL is malformed, too slow or unreachable, or its data has no bytes
+                or more than the limit.
+            Overloaded: too many other images are being downloaded.
         """
         self.check_url(url, param)
         if is_data_url(url):
@@ -37,32 +40,36 @@ class ImageReader:
         return self.check(await self._download(url, param), param)
 
     def check_url(self, url: str, param: str) -> None:
-        """Raises InvalidRequest unless images may come by such a URL; nothing is downloaded."""
+        """Checks the kind of a URL without fetching it.
+
+        Raises:
+            InvalidRequest: as for `fetch`.
+        """
         if is_data_url(url):
             return
         if not url.lower().startswith("https://"):
             raise InvalidRequest(
-                'an image must be a data URL ("data:image/jpeg;base64,...") or an https URL', param
+                'send the image as a data URL ("data:image/jpeg;base64,...") or an https URL', param
             )
         if not self._limits.allow_urls:
             raise InvalidRequest(
-                "this server does not fetch image URLs; send a data URL "
-                '("data:image/jpeg;base64,..."), or start it with --allow-image-urls',
+                "this server does not fetch https URLs; send a data URL "
+                '("data:image/jpeg;base64,..."), or start the server with --allow-image-urls',
                 param,
             )
 
     def check(self, data: bytes, param: str) -> bytes:
-        """The bytes of an image file.
+        """`data` itself, if it may be an image file.
 
         Raises:
-            InvalidImage: there are none, or too many.
+            InvalidImage: it has no bytes, or more than the limit.
         """
         if not data:
             raise InvalidImage("the image is empty", param, "empty")
         limit = self._limits.max_bytes
         if len(data) > limit:
             raise InvalidImage(
-                f"the image has {len(data):,} bytes; at most {limit:,} are accepted", param, "bytes"
+                f"the image has {len(data):,} bytes; the limit is {limit:,}", param, "bytes"
             )
         return data
 
@@ -76,11 +83,11 @@ class ImageReader:
             if not begun:
                 raise Overloaded("too many images are being downloaded; try again later") from None
             raise InvalidImage(
-                f"the image URL took longer than {seconds:g} seconds", param, "fetch"
+                f"downloading the image took longer than {seconds:g} seconds", param, "fetch"
             ) from None
 
     async def _get(self, url: str, param: str) -> bytes:
-        """Up to a little more than the limit; httpx's own timeout counts from piece to piece."""
+        """Stops soon after the size limit. httpx's own timeout only limits each single read."""
         data = bytearray()
         try:
             async with (
@@ -89,16 +96,14 @@ class ImageReader:
             ):
                 if response.status_code != httpx.codes.OK:
                     raise InvalidImage(
-                        f"the image URL answered {response.status_code}", param, "fetch"
+                        f"the image URL answered with status {response.status_code}", param, "fetch"
                     )
                 async for piece in response.aiter_bytes():
                     data += piece
                     if len(data) > self._limits.max_bytes:
                         break
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise InvalidImage(
-                f"the image URL cannot be fetched: {error}", param, "fetch"
-            ) from None
+            raise InvalidImage(f"the image cannot be downloaded: {error}", param, "fetch") from None
         return bytes(data)
 
 
@@ -107,8 +112,8 @@ def is_data_url(url: str) -> bool:
 
 
 def digest(data: bytes, preprocessing: int) -> str:
-    """Names an image under a preprocessing version: equal digests, equal prefixes."""
-    # Twice as fast as BLAKE2 on CPUs that have instructions for it, which is all of the last years.
+    """The key of an image's features: equal image and preprocessing version, equal digest."""
+    # CPUs have instructions for SHA-256, which make it twice as fast as BLAKE2.
     name = hashlib.sha256(preprocessing.to_bytes(8))
     name.update(data)
     return name.hexdigest()
@@ -117,10 +122,12 @@ def digest(data: bytes, preprocessing: int) -> str:
 def _decode_data_url(url: str, param: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma or not header.lower().endswith(";base64"):
-        raise InvalidImage('a data URL must read "data:<media type>;base64,<data>"', param, "url")
+        raise InvalidImage(
+            'a data URL must have the form "data:<media type>;base64,<data>"', param, "url"
+        )
     try:
         with contextlib.suppress(binascii.Error):
             return pybase64.b64decode(payload, validate=True)
-        return pybase64.b64decode("".join(payload.split()), validate=True)  # it was wrapped
+        return pybase64.b64decode("".join(payload.split()), validate=True)  # wrapped lines
     except (binascii.Error, ValueError) as error:
-        raise InvalidImage(f"the data URL's base64 is broken: {error}", param, "base64") from None
+        raise InvalidImage(f"the data URL is not valid base64: {error}", param, "base64") from None

@@ -1,9 +1,8 @@
-"""What is measured of every HTTP exchange: how often, how it ended, how long it took."""
+"""Measures every HTTP exchange: how many, how they end, how long they take."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -14,21 +13,21 @@ from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import TokenEvent
 
-# Errors of requests whose form was right.
+# Codes of errors that refuse a well-formed request.
 _REJECTIONS = ("context_length_exceeded", "overloaded", "request_too_large", "unavailable")
 
 
 @dataclass
 class Exchange:
-    """A request that is being answered."""
+    """A request while it is being answered."""
 
     scope: Scope
-    arrived: float  # as time.perf_counter() counts
-    error: Blip2ServeError | None = None  # what the client is told
+    arrived: float  # by time.perf_counter()
+    error: Blip2ServeError | None = None  # set if the answer is an error
 
     @property
     def route(self) -> str:
-        """The template of its path."""
+        """The template of the path, so that labels stay few: /v1/models/{name:path}."""
         return getattr(self.scope.get("route"), "path", "other")
 
 
@@ -36,7 +35,10 @@ _current: ContextVar[Exchange] = ContextVar("exchange")
 
 
 class Measure:
-    """ASGI middleware; the innermost, so that it sees what the router makes of the scope."""
+    """ASGI middleware that counts and times requests.
+
+    It is the innermost one: only there does the scope hold the route that the router has chosen.
+    """
 
     def __init__(self, app: ASGIApp, recorder: Recorder) -> None:
         self._app = app
@@ -55,9 +57,9 @@ class Measure:
             nonlocal has_left
             try:
                 return await receive()
-            except Blip2ServeError:  # too large a body
+            except Blip2ServeError:  # the body is too large
                 raise
-            except Exception:  # whatever the server raises when the connection is gone
+            except Exception:  # of the server's own kind, when the connection is gone
                 has_left = True
                 raise
 
@@ -80,7 +82,10 @@ class Measure:
 
 
 def note_error(recorder: Recorder, error: Blip2ServeError, *, answers: bool = True) -> None:
-    """Counts an error by its kind; `answers` if it is the answer to the whole request."""
+    """Counts an error by its kind.
+
+    `answers`: it is the answer to the whole request, not to one of its images.
+    """
     if answers and (exchange := _current.get(None)):
         exchange.error = error
     if isinstance(error, InvalidImage):
@@ -89,25 +94,25 @@ def note_error(recorder: Recorder, error: Blip2ServeError, *, answers: bool = Tr
         recorder.add(metrics.REJECTIONS, reason=error.code)
 
 
-async def timed(
-    events: AsyncGenerator[TokenEvent, None], recorder: Recorder
-) -> AsyncGenerator[TokenEvent, None]:
-    """The same events, measured: the first token, and the time between the tokens of an answer."""
-    exchange = _current.get()
-    before: dict[int, float] = {}  # by answer
-    try:
-        async for event in events:
-            now = time.perf_counter()
-            if not before:
-                seconds = now - exchange.arrived
-                recorder.observe(metrics.TIME_TO_FIRST_TOKEN, seconds, route=exchange.route)
-            elif event.index in before and event.token_ids:
-                seconds = (now - before[event.index]) / len(event.token_ids)
-                recorder.observe(metrics.INTER_TOKEN_LATENCY, seconds, route=exchange.route)
-            before[event.index] = now
-            yield event
-    finally:
-        await events.aclose()
+class StreamTimer:
+    """Measures one streamed answer: time to first token, and latency between later tokens."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._exchange = _current.get()
+        self._previous: dict[int, float] = {}  # by choice: when its last event came
+
+    def received(self, event: TokenEvent) -> None:
+        """Call this as soon as the event is there."""
+        now = time.perf_counter()
+        route = self._exchange.route
+        if not self._previous:
+            seconds = now - self._exchange.arrived
+            self._recorder.observe(metrics.TIME_TO_FIRST_TOKEN, seconds, route=route)
+        elif event.index in self._previous and event.token_ids:
+            seconds = (now - self._previous[event.index]) / len(event.token_ids)
+            self._recorder.observe(metrics.INTER_TOKEN_LATENCY, seconds, route=route)
+        self._previous[event.index] = now
 
 
 def _outcome(error: Blip2ServeError | None) -> str:

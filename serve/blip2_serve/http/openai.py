@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
+import uuid
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from blip2_serve.errors import Blip2ServeError
 from blip2_serve.types import Completion, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
+
+# json.dumps would make an encoder for every chunk.
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
@@ -23,7 +30,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 class ChatShape:
-    """`chat.completion` and its chunks. Text comes without white space around it."""
+    """`chat.completion` and its chunks, without white space around the text."""
 
     id_prefix = "chatcmpl-"
     object, chunk_object = "chat.completion", "chat.completion.chunk"
@@ -51,7 +58,7 @@ class ChatShape:
 
 
 class TextShape:
-    """`text_completion`, whole and in chunks. Text comes exactly as generated."""
+    """`text_completion`, whole and in chunks, with the text exactly as generated."""
 
     id_prefix = "cmpl-"
     object, chunk_object = "text_completion", "text_completion"
@@ -69,95 +76,123 @@ class TextShape:
 
     @staticmethod
     def logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> Json:
-        """`offset`: characters of the tokens before."""
+        """`offset`: number of characters in the tokens before these."""
         texts = [_text(entry) for entry in logprobs]
+        *offsets, _ = accumulate(map(len, texts), initial=offset)
         return {
             "tokens": texts,
             "token_logprobs": [entry.logprob for entry in logprobs],
             "top_logprobs": [{_text(o): o.logprob for o in entry.top} for entry in logprobs],
-            "text_offset": [offset + sum(map(len, texts[:i])) for i in range(len(texts))],
+            "text_offset": offsets,
         }
 
 
 Shape = type[ChatShape] | type[TextShape]
 
 
-def body(shape: Shape, head: Json, completion: Completion, return_token_ids: bool) -> Json:
-    """The answer to a request without `stream`. `head` has id, created and model."""
-    choices = []
-    for index, answer in enumerate(completion.choices):
-        text = answer.text.strip() if shape.strip else answer.text
-        logprobs = shape.logprobs(answer.logprobs, 0) if answer.logprobs else None
-        choice = _choice(index, shape.whole(text), logprobs, answer.finish_reason)
-        if return_token_ids:
-            choice["token_ids"] = answer.token_ids
-        choices.append(choice)
-    return {
-        **head,
-        "object": shape.object,
-        "choices": choices,
-        "usage": usage(completion.prompt_tokens, completion.completion_tokens),
-    }
+class Stripper:
+    """Strips a text that arrives in pieces; what it returns adds up to the stripped text."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._held = ""  # white space that is cut off if no text follows
+
+    def push(self, piece: str) -> str:
+        text = self._held + piece if self._begun else piece.lstrip()
+        stripped = text.rstrip()
+        self._begun = self._begun or bool(text)
+        self._held = text[len(stripped) :]
+        return stripped
 
 
-async def chunks(
-    shape: Shape,
-    head: Json,
-    events: AsyncIterator[TokenEvent],
-    *,
-    return_token_ids: bool,
-    include_usage: bool,
-    report: Callable[[Exception], Blip2ServeError],
-) -> AsyncIterator[bytes]:
-    """The answer to a request with `stream`, as server-sent events up to [DONE].
+@dataclass
+class _Sent:
+    """What a stream has sent of one choice."""
 
-    An error after the first event can no longer be a status: it is sent as an event, made by
-    `report`, and ends the stream.
-    """
-    head = {**head, "object": shape.chunk_object}
-
-    def chunk(choices: list[Json], **more: Any) -> bytes:
-        # With include_usage, OpenAI sends `usage: null` on all chunks but the last.
-        total = {"usage": None} if include_usage else {}
-        return _event({**head, "choices": choices, **total, **more})
-
-    prompt = completion = 0
-    offsets: dict[int, int] = {}  # by answer: characters of its tokens so far
-    try:
-        async for event in stripped(events) if shape.strip else events:
-            prompt = event.prompt_tokens
-            completion += len(event.token_ids)
-            if event.index not in offsets:
-                offsets[event.index] = 0
-                if first := shape.first_chunk():
-                    yield chunk([_choice(event.index, first, None, None)])
-            if event.text or event.finish_reason or event.logprobs or return_token_ids:
-                logprobs = None
-                if event.logprobs:
-                    logprobs = shape.logprobs(event.logprobs, offsets[event.index])
-                    offsets[event.index] += sum(len(_text(e)) for e in event.logprobs)
-                delta = shape.delta(event.text)
-                choice = _choice(event.index, delta, logprobs, event.finish_reason)
-                if return_token_ids:
-                    choice["token_ids"] = event.token_ids
-                yield chunk([choice])
-    except Exception as error:
-        yield _event(report(error).body())
-        return
-    if include_usage:
-        yield chunk([], usage=usage(prompt, completion))
-    yield b"data: [DONE]\n\n"
+    characters: int = 0  # in the tokens with log-probabilities
+    stripper: Stripper = field(default_factory=Stripper)
 
 
-async def stripped(events: AsyncIterator[TokenEvent]) -> AsyncIterator[TokenEvent]:
-    """The same events without white space at the start and the end of each whole text."""
-    held: dict[int, str | None] = {}  # by answer: white space at its end; None at its start
-    async for event in events:
-        before = held.get(event.index)
-        text = event.text.lstrip() if before is None else before + event.text
-        sure = text.rstrip()
-        held[event.index] = text[len(sure) :] if text or before is not None else None
-        yield replace(event, text=sure)
+class Writer:
+    """Writes the answer to one request."""
+
+    def __init__(
+        self, shape: Shape, model: str, *, return_token_ids: bool, include_usage: bool
+    ) -> None:
+        self._shape = shape
+        self._head: Json = {
+            "id": f"{shape.id_prefix}{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._chunk_head: Json = {**self._head, "object": shape.chunk_object}
+        self._return_token_ids = return_token_ids
+        self._include_usage = include_usage
+
+    def body(self, completion: Completion) -> Json:
+        """The answer to a request without `stream`."""
+        shape = self._shape
+        choices = []
+        for index, answer in enumerate(completion.choices):
+            text = answer.text.strip() if shape.strip else answer.text
+            logprobs = shape.logprobs(answer.logprobs, 0) if answer.logprobs else None
+            choice = _choice(index, shape.whole(text), logprobs, answer.finish_reason)
+            if self._return_token_ids:
+                choice["token_ids"] = answer.token_ids
+            choices.append(choice)
+        return {
+            **self._head,
+            "object": shape.object,
+            "choices": choices,
+            "usage": usage(completion.prompt_tokens, completion.completion_tokens),
+        }
+
+    async def events(
+        self,
+        tokens: AsyncIterator[TokenEvent],
+        report: Callable[[Exception], Blip2ServeError],
+    ) -> AsyncIterator[bytes]:
+        """The answer to a request with `stream`: server-sent events up to [DONE].
+
+        An error can no longer set the status. It is sent as the last event instead, as `report`
+        makes it.
+        """
+        prompt_tokens = completion_tokens = 0
+        sent: dict[int, _Sent] = defaultdict(_Sent)  # by choice
+        try:
+            async for event in tokens:
+                prompt_tokens = event.prompt_tokens
+                completion_tokens += len(event.token_ids)
+                if event.index not in sent and (first := self._shape.first_chunk()):
+                    yield self._chunk([_choice(event.index, first, None, None)])
+                if choice := self._delta(event, sent[event.index]):
+                    yield self._chunk([choice])
+        except Exception as error:
+            yield _event(report(error).body())
+            return
+        if self._include_usage:
+            yield self._chunk([], usage(prompt_tokens, completion_tokens))
+        yield b"data: [DONE]\n\n"
+
+    def _delta(self, event: TokenEvent, sent: _Sent) -> Json | None:
+        """What `event` adds to its choice, if anything."""
+        text = sent.stripper.push(event.text) if self._shape.strip else event.text
+        if not (text or event.finish_reason or event.logprobs or self._return_token_ids):
+            return None
+        logprobs = None
+        if event.logprobs:
+            logprobs = self._shape.logprobs(event.logprobs, sent.characters)
+            sent.characters += sum(len(_text(entry)) for entry in event.logprobs)
+        choice = _choice(event.index, self._shape.delta(text), logprobs, event.finish_reason)
+        if self._return_token_ids:
+            choice["token_ids"] = event.token_ids
+        return choice
+
+    def _chunk(self, choices: list[Json], total: Json | None = None) -> bytes:
+        chunk = {**self._chunk_head, "choices": choices}
+        if self._include_usage:
+            chunk["usage"] = total  # null in all chunks but the last, as OpenAI has it
+        return _event(chunk)
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -173,6 +208,4 @@ def _text(entry: TokenLogprob) -> str:
 
 
 def _event(data: Json) -> bytes:
-    return (
-        b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
-    )
+    return b"data: " + _encode(data).encode() + b"\n\n"

@@ -69,7 +69,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self, self._config, self._recorder)
 
-    async def prefix(self, image: bytes) -> ImageFeatures:
+    async def features(self, image: bytes) -> ImageFeatures:
         """The image's prefix: from the cache, from an encode under way, or encoded now."""
         name = digest(image, PREPROCESSING_VERSION)
         return await self._prefixes.get(name, lambda: self._encode(image, name))

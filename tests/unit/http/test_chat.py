@@ -1,4 +1,4 @@
-"""Chat turns to the prompt that BLIP-2 was trained to continue."""
+"""The prompt and the image of a chat."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prompt(*messages: dict[str, Any], template: ChatConfig | None = None) -> str
         pytest.param(
             [says("user", "Q1"), says("assistant", "A1. "), says("user", "Q2")],
             "Question: Q1 Answer: A1. Question: Q2 Answer:",
-            id="an answer with its own full stop gets no second one",
+            id="no second full stop after an answer",
         ),
         pytest.param(
             [
@@ -77,12 +77,12 @@ def prompt(*messages: dict[str, Any], template: ChatConfig | None = None) -> str
         pytest.param(
             [{"role": "user", "content": [text_part(" one "), IMAGE, text_part("two")]}],
             "Question: one two Answer:",
-            id="texts around an image are one question",
+            id="texts around an image are joined",
         ),
         pytest.param(
             [says("system", "Be brief."), says("developer", "In English."), says("user", "Q1")],
             "Be brief. In English. Question: Q1 Answer:",
-            id="system and developer texts stand first",
+            id="system and developer texts come first",
         ),
         pytest.param(
             [says("system", ""), says("user", "Q1")],
@@ -92,7 +92,7 @@ def prompt(*messages: dict[str, Any], template: ChatConfig | None = None) -> str
         pytest.param(
             [says("system", "A photo of"), IMAGE_ONLY],
             "A photo of",
-            id="a caption is begun by the system text",
+            id="a system text starts the caption",
         ),
         pytest.param(
             [
@@ -102,7 +102,7 @@ def prompt(*messages: dict[str, Any], template: ChatConfig | None = None) -> str
                 says("user", "{{x}}"),
             ],
             "{text} {0} Question: {question} Answer: {answer} {}. Question: {{x}} Answer:",
-            id="braces stay as they are",
+            id="braces are kept",
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_chat_becomes_the_prompt(messages: list[dict[str, Any]], expected: str
     assert prompt(*messages) == expected
 
 
-def test_the_templates_are_configurable() -> None:
+def test_the_templates_can_be_configured() -> None:
     template = ChatConfig(answered="{question}|{answer}|", asked="{question}|")
 
     asked = [says("user", "Q1"), says("assistant", "A1"), says("user", "Q2")]
@@ -124,12 +124,12 @@ def test_the_templates_are_configurable() -> None:
         pytest.param(
             [says("user", "Q1"), says("assistant", "A1"), says("user", "Q2")],
             "Question: Q1 Answer: A1. Question: Q2 Short answer:",
-            id="earlier questions keep their answers",
+            id="only the last of two questions",
         ),
         pytest.param([IMAGE_ONLY], "", id="a caption stays a caption"),
     ],
 )
-def test_a_short_answer_is_asked_for_by_the_last_question(
+def test_only_the_last_question_asks_for_a_short_answer(
     messages: list[dict[str, Any]], expected: str
 ) -> None:
     request = ChatRequest.model_validate({"messages": messages})
@@ -140,20 +140,22 @@ def test_a_short_answer_is_asked_for_by_the_last_question(
 @pytest.mark.parametrize(
     "messages",
     [
-        pytest.param([says("user", "Q"), says("assistant", "A")], id="the assistant has spoken"),
-        pytest.param([says("system", "S")], id="only the system has spoken"),
-        pytest.param([says("assistant", "A"), says("user", "Q")], id="an answer to nothing"),
+        pytest.param([says("user", "Q"), says("assistant", "A")], id="assistant message last"),
+        pytest.param([says("system", "S")], id="only a system message"),
+        pytest.param([says("assistant", "A"), says("user", "Q")], id="assistant message first"),
         pytest.param(
             [says("user", "Q"), says("assistant", "A"), says("assistant", "B"), says("user", "Q")],
             id="two answers to one question",
         ),
         pytest.param(
             [says("user", "Q"), says("system", "S"), says("user", "Q")],
-            id="the system speaks after the first question",
+            id="system message after the first question",
         ),
     ],
 )
-def test_turns_that_make_no_question_are_refused(messages: list[dict[str, Any]]) -> None:
+def test_messages_that_lead_to_no_question_are_refused(
+    messages: list[dict[str, Any]],
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         prompt(*messages)
 

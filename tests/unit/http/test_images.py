@@ -1,4 +1,4 @@
-"""Image URLs to bytes."""
+"""Reading image files from URLs, within limits."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ OPEN = ImageLimits(allow_urls=True, max_bytes=1000)
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param(f"data:image/png;base64,{ENCODED}", id="as browsers write it"),
+        pytest.param(f"data:image/png;base64,{ENCODED}", id="usual form"),
         pytest.param(f"data:;base64,{ENCODED}", id="without a media type"),
-        pytest.param(f"DATA:IMAGE/PNG;BASE64,{ENCODED}", id="in capitals"),
+        pytest.param(f"DATA:IMAGE/PNG;BASE64,{ENCODED}", id="upper case"),
         pytest.param(f"data:image/png;name=a.png;base64,{ENCODED}", id="with a parameter"),
         pytest.param(
-            "data:image/png;base64," + base64.encodebytes(DATA).decode(), id="in several lines"
+            "data:image/png;base64," + base64.encodebytes(DATA).decode(), id="wrapped lines"
         ),
     ],
 )
-async def test_a_data_url_gives_its_bytes(url: str) -> None:
+async def test_a_data_url_is_decoded(url: str) -> None:
     assert await ImageReader(ImageLimits()).fetch(url, "image") == DATA
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        pytest.param("data:image/png;base64,a", id="cut off"),
-        pytest.param("data:image/png;base64,a-_b", id="in the alphabet for URLs"),
+        pytest.param("data:image/png;base64,a", id="truncated"),
+        pytest.param("data:image/png;base64,a-_b", id="URL-safe alphabet"),
         pytest.param("data:image/png;base64,äöü=", id="not ASCII"),
         pytest.param(f"data:image/png,{ENCODED}", id="without base64"),
         pytest.param("data:image/png;base64", id="without data"),
@@ -46,29 +46,29 @@ async def test_a_data_url_gives_its_bytes(url: str) -> None:
         pytest.param("data:image/png;base64, \n", id="blank"),
     ],
 )
-async def test_a_broken_data_url_is_an_invalid_image(url: str) -> None:
+async def test_a_malformed_data_url_is_an_invalid_image(url: str) -> None:
     with pytest.raises(InvalidImage) as caught:
         await ImageReader(ImageLimits()).fetch(url, "messages")
 
     assert caught.value.param == "messages"
 
 
-async def test_an_image_may_have_as_many_bytes_as_the_limit_says_and_no_more() -> None:
+async def test_an_image_may_have_exactly_the_limit_of_bytes() -> None:
     url = f"data:image/png;base64,{ENCODED}"
 
     assert await ImageReader(ImageLimits(max_bytes=len(DATA))).fetch(url, "image") == DATA
-    with pytest.raises(InvalidImage, match="256 bytes; at most 255"):
+    with pytest.raises(InvalidImage, match="256 bytes; the limit is 255"):
         await ImageReader(ImageLimits(max_bytes=len(DATA) - 1)).fetch(url, "image")
 
 
 @pytest.mark.parametrize("data", [pytest.param(b"", id="empty"), pytest.param(b"xx", id="large")])
-def test_an_upload_is_held_to_the_same_limits(data: bytes) -> None:
+def test_the_same_limits_apply_to_uploads(data: bytes) -> None:
     with pytest.raises(InvalidImage):
         ImageReader(ImageLimits(max_bytes=1)).check(data, "image")
 
 
 @pytest.mark.parametrize("url", ["http://example.com/a.png", "file:///etc/passwd", "/a.png", ""])
-async def test_other_addresses_are_refused_even_where_https_is_allowed(url: str) -> None:
+async def test_other_urls_are_refused_even_if_https_is_allowed(url: str) -> None:
     with pytest.raises(InvalidRequest):
         await ImageReader(OPEN).fetch(url, "image")
 
@@ -78,7 +78,7 @@ Answer = Callable[[httpx.Request], httpx.Response]
 
 @pytest.fixture
 def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
-    """Puts a function in the place of the network."""
+    """Replaces the network by a function."""
 
     def replace(answer: Answer) -> None:
         original = httpx.AsyncClient.__init__
@@ -91,7 +91,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
     return replace
 
 
-async def test_an_https_url_is_fetched_where_allowed(
+async def test_an_https_url_is_fetched_if_allowed(
     answer_with: Callable[[Answer], None],
 ) -> None:
     answer_with(lambda request: httpx.Response(200, content=str(request.url).encode()))
@@ -115,7 +115,7 @@ def fails(error: Exception) -> Answer:
         pytest.param(lambda _: httpx.Response(200, content=b"x" * 1001), id="too large"),
         pytest.param(
             lambda _: httpx.Response(302, headers={"location": "http://169.254.169.254/"}),
-            id="a redirect, which could lead into the own network",
+            id="a redirect, which could lead into the server's network",
         ),
         pytest.param(fails(httpx.ConnectError("no route")), id="unreachable"),
         pytest.param(fails(httpx.ReadTimeout("slow")), id="too slow"),
@@ -132,7 +132,7 @@ async def test_a_url_that_yields_no_image_is_an_invalid_image(
 
 
 class Drip(httpx.AsyncByteStream):
-    """A piece now and then, so that no single wait is long, and never an end."""
+    """An endless response in small pieces, none of which takes long."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while True:
@@ -140,7 +140,7 @@ class Drip(httpx.AsyncByteStream):
             yield b"."
 
 
-async def test_a_server_that_drips_holds_a_request_no_longer_than_the_limit(
+async def test_a_server_that_drips_data_cannot_exceed_the_timeout(
     answer_with: Callable[[Answer], None],
 ) -> None:
     answer_with(lambda _: httpx.Response(200, stream=Drip()))
@@ -151,7 +151,7 @@ async def test_a_server_that_drips_holds_a_request_no_longer_than_the_limit(
             await reader.fetch("https://example.com/a.png", "image")
 
 
-async def test_no_more_images_are_downloaded_at_once_than_the_limit_says(
+async def test_the_number_of_concurrent_downloads_is_limited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now, most = 0, 0
@@ -173,9 +173,9 @@ async def test_no_more_images_are_downloaded_at_once_than_the_limit_says(
     assert most == 3
 
 
-async def test_waiting_for_a_turn_counts_and_ends_as_overload() -> None:
+async def test_the_timeout_of_a_download_that_never_starts_is_an_overload() -> None:
     reader = ImageReader(OPEN.model_copy(update={"url_timeout_s": 0.05, "max_downloads": 1}))
-    await reader._downloads.acquire()  # as a download that takes its time
+    await reader._downloads.acquire()  # like a download that takes long
 
     with pytest.raises(Overloaded):
         async with asyncio.timeout(10):
@@ -183,12 +183,12 @@ async def test_waiting_for_a_turn_counts_and_ends_as_overload() -> None:
 
 
 @pytest.mark.parametrize("url", ["https://", "https://[", "https://a b/", "https://a:99999/"])
-async def test_a_malformed_https_url_is_the_clients_error(url: str) -> None:
+async def test_a_malformed_https_url_is_a_400(url: str) -> None:
     with pytest.raises(InvalidRequest):
         await ImageReader(OPEN).fetch(url, "image")
 
 
-def test_the_digest_stands_for_bytes_and_preprocessing() -> None:
+def test_the_digest_depends_on_bytes_and_preprocessing() -> None:
     assert digest(DATA, 1) == digest(bytes(DATA), 1)
     assert digest(DATA, 1) != digest(DATA[1:], 1)
     assert digest(DATA, 1) != digest(DATA, 2)

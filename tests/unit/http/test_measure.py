@@ -1,4 +1,4 @@
-"""What is measured of HTTP exchanges, over a fake backend."""
+"""Metrics of HTTP exchanges over a fake backend."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def ask(
 
 
 def counted(recorder: FakeRecorder, metric: metrics.Counter) -> dict[tuple[str, ...], float]:
-    """By the values of its labels."""
+    """The counts of one metric by the values of its labels."""
     return {key[1:]: value for key, value in recorder.counted.items() if key[0] == metric.name}
 
 
@@ -57,9 +57,7 @@ def observed(recorder: FakeRecorder, metric: metrics.Histogram, *labels: str) ->
 
 
 @pytest.mark.parametrize("route", ROUTES)
-async def test_an_answer_is_counted_under_its_route_and_timed(
-    recorder: FakeRecorder, route: str
-) -> None:
+async def test_an_answer_is_counted_and_timed_by_route(recorder: FakeRecorder, route: str) -> None:
     await ask(recorder, route, body_for(route))
 
     assert counted(recorder, metrics.REQUESTS) == {(route, "ok"): 1}
@@ -70,15 +68,15 @@ async def test_an_answer_is_counted_under_its_route_and_timed(
 @pytest.mark.parametrize(
     ("failure", "outcome", "reason"),
     [
-        pytest.param(Overloaded("full"), "overloaded", "overloaded", id="a queue is full"),
-        pytest.param(Unavailable("lost"), "unavailable", "unavailable", id="a replica is lost"),
+        pytest.param(Overloaded("full"), "overloaded", "overloaded", id="queue full"),
+        pytest.param(Unavailable("lost"), "unavailable", "unavailable", id="replica lost"),
         pytest.param(
             ContextLengthExceeded("long"), "invalid", "context_length_exceeded", id="too long"
         ),
         pytest.param(ZeroDivisionError(), "error", None, id="a bug"),
     ],
 )
-async def test_a_failure_is_counted_by_what_it_means(
+async def test_a_failure_is_counted_by_outcome_and_reason(
     recorder: FakeRecorder, failure: Exception, outcome: str, reason: str | None
 ) -> None:
     await ask(recorder, CHAT, chat(), FakeBackend(generation_failure=failure))
@@ -91,12 +89,12 @@ async def test_a_failure_is_counted_by_what_it_means(
     ("path", "body", "route"),
     [
         pytest.param(CHAT, chat(nonsense=1), CHAT, id="an unknown field"),
-        pytest.param(CHAT, b"{", CHAT, id="broken JSON"),
+        pytest.param(CHAT, b"{", CHAT, id="malformed JSON"),
         pytest.param("/v1/nothing/here", {}, "other", id="an unknown path"),
         pytest.param(CHAT, chat(model="another"), CHAT, id="another model"),
     ],
 )
-async def test_a_clients_mistake_is_invalid_and_no_rejection(
+async def test_a_bad_request_is_invalid_but_not_a_rejection(
     recorder: FakeRecorder, path: str, body: object, route: str
 ) -> None:
     await ask(recorder, path, body)
@@ -105,7 +103,7 @@ async def test_a_clients_mistake_is_invalid_and_no_rejection(
     assert counted(recorder, metrics.REJECTIONS) == {}
 
 
-async def test_names_of_models_make_no_new_labels(recorder: FakeRecorder) -> None:
+async def test_model_names_in_paths_make_no_new_labels(recorder: FakeRecorder) -> None:
     async with client_of(FakeBackend(), recorder=recorder) as client:
         for name in ("a", "b/c"):
             await client.get(f"/v1/models/{name}")
@@ -117,12 +115,12 @@ async def test_names_of_models_make_no_new_labels(recorder: FakeRecorder) -> Non
     ("url", "kind"),
     [
         pytest.param("data:image/png,x", "url", id="a data URL without base64"),
-        pytest.param("data:image/png;base64,?", "base64", id="broken base64"),
+        pytest.param("data:image/png;base64,?", "base64", id="invalid base64"),
         pytest.param("data:image/png;base64,", "empty", id="no bytes"),
-        pytest.param(data_url(b"odd"), "format", id="what the preprocessor cannot read"),
+        pytest.param(data_url(b"odd"), "format", id="what the preprocessor cannot decode"),
     ],
 )
-async def test_images_that_cannot_be_used_are_counted_by_kind(
+async def test_image_errors_are_counted_by_kind(
     recorder: FakeRecorder, url: str, kind: str
 ) -> None:
     backend = FakeBackend(failures={b"odd": InvalidImage("odd", kind="format")})
@@ -131,7 +129,7 @@ async def test_images_that_cannot_be_used_are_counted_by_kind(
     assert counted(recorder, metrics.IMAGE_ERRORS) == {(kind,): 1}
 
 
-async def test_of_several_images_each_failure_counts_once(recorder: FakeRecorder) -> None:
+async def test_each_of_several_image_errors_counts_once(recorder: FakeRecorder) -> None:
     bad = {name: InvalidImage("bad", kind="broken") for name in (b"1", b"2")}
     for images, failures in (((b"1", b"2", b"good"), 2), ((b"1", b"2"), 4)):
         body = {"images": [data_url(image) for image in images]}
@@ -145,7 +143,7 @@ async def test_of_several_images_each_failure_counts_once(recorder: FakeRecorder
 
 
 @pytest.mark.parametrize("n", [1, 2])
-async def test_a_stream_has_one_first_token_and_a_time_between_the_others(
+async def test_a_stream_has_one_time_to_first_token_and_latencies_of_the_others(
     recorder: FakeRecorder, n: int
 ) -> None:
     body = chat(stream=True, n=n, temperature=1.0 if n > 1 else 0.0)
@@ -156,21 +154,21 @@ async def test_a_stream_has_one_first_token_and_a_time_between_the_others(
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "ok"): 1}
 
 
-async def test_a_whole_answer_has_neither(recorder: FakeRecorder) -> None:
+async def test_a_whole_answer_has_no_token_times(recorder: FakeRecorder) -> None:
     await ask(recorder, CHAT, chat())
 
     assert observed(recorder, metrics.TIME_TO_FIRST_TOKEN, CHAT) == []
     assert observed(recorder, metrics.INTER_TOKEN_LATENCY, CHAT) == []
 
 
-async def test_a_stream_that_breaks_is_no_success(recorder: FakeRecorder) -> None:
+async def test_a_stream_that_breaks_does_not_count_as_ok(recorder: FakeRecorder) -> None:
     response = await ask(recorder, CHAT, chat(stream=True), FakeBackend(stream_fails_after=2))
 
     assert response.status_code == 200
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "unavailable"): 1}
 
 
-async def test_a_client_that_leaves_is_counted_as_such(recorder: FakeRecorder) -> None:
+async def test_a_disconnected_client_is_counted_as_cancelled(recorder: FakeRecorder) -> None:
     backend = FakeBackend(endless=True)
     app = create_app(backend, AppConfig(), recorder)
     begun = asyncio.Event()
@@ -191,10 +189,10 @@ async def test_a_client_that_leaves_is_counted_as_such(recorder: FakeRecorder) -
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
 
 
-async def test_a_connection_that_breaks_while_it_is_listened_to_is_a_client_that_left(
+async def test_an_error_while_receiving_is_counted_as_cancelled(
     recorder: FakeRecorder,
 ) -> None:
-    """Serve raises an error of Ray's from there."""
+    """Ray Serve raises an error of its own there."""
     body = json.dumps(chat(stream=True)).encode()
     messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -218,7 +216,9 @@ async def test_a_connection_that_breaks_while_it_is_listened_to_is_a_client_that
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
 
 
-async def test_a_body_that_is_too_large_is_invalid(recorder: FakeRecorder) -> None:
+async def test_a_body_that_is_too_large_is_invalid_and_a_rejection(
+    recorder: FakeRecorder,
+) -> None:
     config = AppConfig.model_validate({"ingress": {"max_body_bytes": 100}})
     async with client_of(FakeBackend(), config, recorder) as client:
         await post(client, CHAT, chat())
@@ -227,7 +227,7 @@ async def test_a_body_that_is_too_large_is_invalid(recorder: FakeRecorder) -> No
     assert counted(recorder, metrics.REJECTIONS) == {("request_too_large",): 1}
 
 
-async def test_the_page_is_what_the_nodes_say() -> None:
+async def test_the_metrics_page_is_made_of_the_nodes_pages() -> None:
     backend = FakeBackend(metrics_pages={"a": "http://127.0.0.1:9/metrics"})
     async with client_of(backend) as client:
         response = await client.get("/metrics")
@@ -237,7 +237,7 @@ async def test_the_page_is_what_the_nodes_say() -> None:
     assert 'ray_blip2_node_up{node="a"} 0.0' in response.text
 
 
-def test_an_images_kind_of_failure_survives_the_way_between_processes() -> None:
+def test_the_kind_of_an_image_error_survives_pickling() -> None:
     import pickle
 
     error = pickle.loads(pickle.dumps(InvalidImage("bad", "image", kind="pixels")))

@@ -1,4 +1,4 @@
-"""Server-sent events: what a client can put together from them."""
+"""OpenAI's objects, and what a client can put together from streamed chunks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.http import openai
 from blip2_serve.types import Choice, Completion, TokenEvent, TokenLogprob
 
-HEAD = {"id": "x-1", "created": 1, "model": "demo"}
-
-# Short pieces with much white space: where stripping could go wrong.
+# Short pieces with much white space, where stripping could go wrong.
 PIECES = st.lists(st.text(alphabet="ab \n\t\u00a0\u2003é", max_size=4), max_size=8)
 
 
@@ -33,7 +31,7 @@ async def replay(
 
 @st.composite
 def several_answers(draw: st.DrawFn) -> tuple[list[list[str]], list[int]]:
-    """The pieces of some answers, and the order in which they come: a list of answers' numbers."""
+    """The pieces of some answers, and the order in which they come, by number of the answer."""
     answers = draw(st.lists(PIECES.filter(bool), min_size=1, max_size=4))
     order = [index for index, pieces in enumerate(answers) for _ in pieces]
     return answers, draw(st.permutations(order))
@@ -59,11 +57,15 @@ def as_unavailable(_: Exception) -> Blip2ServeError:
     return Unavailable("lost")
 
 
+def writer(shape: openai.Shape, **options: bool) -> openai.Writer:
+    wanted = {"return_token_ids": False, "include_usage": False, **options}
+    return openai.Writer(shape, "demo", **wanted)
+
+
 async def chunks_of(
     shape: openai.Shape, events: AsyncIterator[TokenEvent], **options: bool
 ) -> list[Any]:
-    wanted = {"return_token_ids": False, "include_usage": False, **options}
-    sent = [c async for c in openai.chunks(shape, HEAD, events, report=as_unavailable, **wanted)]
+    sent = [chunk async for chunk in writer(shape, **options).events(events, as_unavailable)]
     assert all(c.startswith(b"data: ") and c.endswith(b"\n\n") for c in sent)
     payloads = [c.removeprefix(b"data: ").removesuffix(b"\n\n") for c in sent]
     assert not any(b"\n" in p or b"\r" in p for p in payloads)
@@ -72,47 +74,42 @@ async def chunks_of(
 
 @settings(deadline=None, database=None)
 @given(PIECES)
-def test_stripped_events_make_the_stripped_text_whatever_the_pieces(pieces: list[str]) -> None:
-    async def collect() -> list[TokenEvent]:
-        return [event async for event in openai.stripped(replay(pieces))]
+def test_a_text_is_stripped_however_it_is_cut_into_pieces(pieces: list[str]) -> None:
+    stripper = openai.Stripper()
 
-    events = asyncio.run(collect())
-    assert "".join(event.text for event in events) == "".join(pieces).strip()
-    assert [event.token_ids for event in events] == [(i,) for i in range(len(pieces))]
-    assert all(event.finish_reason == "length" for event in events[-1:])
+    assert "".join(map(stripper.push, pieces)) == "".join(pieces).strip()
 
 
 @settings(deadline=None, database=None)
 @given(several_answers())
-def test_each_of_several_answers_is_stripped_on_its_own(
+def test_streamed_token_ids_are_complete_and_in_order(
     case: tuple[list[list[str]], list[int]],
 ) -> None:
     answers, order = case
 
-    async def collect() -> list[TokenEvent]:
-        return [event async for event in openai.stripped(interleaved(answers, order))]
-
-    events = asyncio.run(collect())
-    assert [event.index for event in events] == order
-    for index, pieces in enumerate(answers):
-        text = "".join(event.text for event in events if event.index == index)
-        assert text == "".join(pieces).strip()
+    sent = asyncio.run(
+        chunks_of(openai.ChatShape, interleaved(answers, order), return_token_ids=True)
+    )
+    choices = [chunk["choices"][0] for chunk in sent[:-1]]
+    with_ids = [choice for choice in choices if "token_ids" in choice]
+    assert [choice["index"] for choice in with_ids] == order
+    assert [choice["token_ids"] for choice in with_ids] == [[i] for i in range(len(order))]
 
 
 @settings(deadline=None, database=None)
 @given(several_answers())
-def test_a_client_that_joins_the_deltas_has_the_whole_answers(
+def test_joined_deltas_are_the_whole_answers(
     case: tuple[list[list[str]], list[int]],
 ) -> None:
     answers, order = case
 
     chat = asyncio.run(chunks_of(openai.ChatShape, interleaved(answers, order)))
-    whole = openai.body(openai.ChatShape, HEAD, completion(answers), return_token_ids=False)
+    whole = writer(openai.ChatShape).body(completion(answers))
     joined = joined_by_choice(chat, lambda choice: choice["delta"].get("content", ""))
     assert joined == {c["index"]: c["message"]["content"] for c in whole["choices"]}
 
     text = asyncio.run(chunks_of(openai.TextShape, interleaved(answers, order)))
-    whole = openai.body(openai.TextShape, HEAD, completion(answers), return_token_ids=False)
+    whole = writer(openai.TextShape).body(completion(answers))
     joined = joined_by_choice(text, lambda choice: choice["text"])
     assert joined == {c["index"]: c["text"] for c in whole["choices"]}
 
@@ -127,7 +124,7 @@ def joined_by_choice(chunks: list[Any], text: Callable[[Any], str]) -> dict[int,
 
 @settings(deadline=None, database=None)
 @given(several_answers())
-def test_each_choice_of_a_chat_begins_with_its_role_and_ends_with_its_finish_reason(
+def test_each_choice_starts_with_its_role_and_ends_with_its_finish_reason(
     case: tuple[list[list[str]], list[int]],
 ) -> None:
     answers, order = case
@@ -144,14 +141,12 @@ def test_each_choice_of_a_chat_begins_with_its_role_and_ends_with_its_finish_rea
 @pytest.mark.parametrize(
     "pieces",
     [
-        pytest.param(["a"], id="all at once"),
-        pytest.param(["a", ""], id="an end without text"),
+        pytest.param(["a"], id="one piece"),
+        pytest.param(["a", ""], id="the last piece is empty"),
         pytest.param(["", " "], id="no text at all"),
     ],
 )
-async def test_a_stream_has_one_finish_reason_and_it_comes_last(
-    shape: openai.Shape, pieces: list[str]
-) -> None:
+async def test_the_only_finish_reason_comes_last(shape: openai.Shape, pieces: list[str]) -> None:
     *sent, done = await chunks_of(shape, replay(pieces))
 
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in sent]
@@ -160,33 +155,33 @@ async def test_a_stream_has_one_finish_reason_and_it_comes_last(
     assert set(reasons) <= {None}
 
 
-async def test_usage_counts_every_token_those_without_text_included() -> None:
+async def test_usage_counts_tokens_without_text_too() -> None:
     sent = await chunks_of(openai.ChatShape, replay(["a", "", " ", "b"]), include_usage=True)
 
     assert sent[-2]["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
     assert sent[-2]["choices"] == []
 
 
-async def test_usage_counts_the_tokens_of_every_answer() -> None:
+async def test_usage_counts_the_tokens_of_all_choices() -> None:
     events = interleaved([["a", "b"], ["c"], ["d"]], [0, 2, 1, 0])
     sent = await chunks_of(openai.TextShape, events, include_usage=True)
     whole = Completion(
         (Choice((1, 2), "ab", "stop"), Choice((3,), "c", "stop"), Choice((4,), "d", "stop")), 4
     )
-    body = openai.body(openai.TextShape, HEAD, whole, return_token_ids=False)
+    body = writer(openai.TextShape).body(whole)
 
     assert sent[-2]["usage"] == body["usage"]
     assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
 
 
-async def test_token_ids_are_sent_even_where_they_make_no_text_yet() -> None:
+async def test_token_ids_are_sent_even_if_they_make_no_text_yet() -> None:
     sent = await chunks_of(openai.TextShape, replay(["", "é"]), return_token_ids=True)
 
     assert [c["choices"][0]["token_ids"] for c in sent[:-1]] == [[0], [1]]
 
 
 @pytest.mark.parametrize("shape", [openai.ChatShape, openai.TextShape])
-async def test_an_error_ends_the_stream_without_done_and_without_usage(shape: openai.Shape) -> None:
+async def test_after_an_error_there_is_no_done_and_no_usage(shape: openai.Shape) -> None:
     sent = await chunks_of(shape, replay(["a", "b"], KeyError("secret")), include_usage=True)
 
     assert sent[-1] == Unavailable("lost").body()
@@ -194,7 +189,7 @@ async def test_an_error_ends_the_stream_without_done_and_without_usage(shape: op
     assert all(chunk.get("usage") is None for chunk in sent)
 
 
-async def test_text_beyond_ascii_and_line_breaks_survive_the_transport() -> None:
+async def test_line_breaks_and_text_beyond_ascii_survive_the_transport() -> None:
     text = 'a\r\nb "ü" 🙂 data: \n\nc'
     sent = await chunks_of(openai.TextShape, replay([text]))
 
@@ -204,7 +199,7 @@ async def test_text_beyond_ascii_and_line_breaks_survive_the_transport() -> None
 # -- log-probabilities -----------------------------------------------------------------------------
 
 EURO = "€".encode()
-# " a", the first byte of a euro sign, and the rest of it, with what could have been instead.
+# " a", the first byte of a euro sign and the rest of it, with likely alternatives.
 LOGPROBS = (
     TokenLogprob(5, -0.5, b" a", (TokenLogprob(5, -0.5, b" a"), TokenLogprob(6, -1.5, b"\n"))),
     TokenLogprob(7, -0.25, EURO[:1], (TokenLogprob(7, -0.25, EURO[:1]),)),
@@ -213,7 +208,7 @@ LOGPROBS = (
 
 
 async def with_logprobs(*sizes: int) -> AsyncIterator[TokenEvent]:
-    """The tokens above in events of so many tokens each."""
+    """The tokens above, in events of these numbers of tokens."""
     texts = [" a", "", "€"]
     at = 0
     for size in sizes:
@@ -227,8 +222,8 @@ async def with_logprobs(*sizes: int) -> AsyncIterator[TokenEvent]:
 WHOLE = Completion((Choice((5, 7, 8), " a€", "length", LOGPROBS),), 4)
 
 
-def test_a_chats_log_probabilities_are_openais() -> None:
-    choice = openai.body(openai.ChatShape, HEAD, WHOLE, return_token_ids=False)["choices"][0]
+def test_log_probabilities_of_a_chat_have_openais_shape() -> None:
+    choice = writer(openai.ChatShape).body(WHOLE)["choices"][0]
 
     assert choice["logprobs"]["refusal"] is None
     assert choice["logprobs"]["content"] == [
@@ -253,8 +248,8 @@ def test_a_chats_log_probabilities_are_openais() -> None:
     assert joined.decode() == " a€"
 
 
-def test_a_texts_log_probabilities_are_those_of_openais_completions() -> None:
-    choice = openai.body(openai.TextShape, HEAD, WHOLE, return_token_ids=False)["choices"][0]
+def test_log_probabilities_of_a_text_have_the_shape_of_openais_completions() -> None:
+    choice = writer(openai.TextShape).body(WHOLE)["choices"][0]
 
     logprobs = choice["logprobs"]
     assert logprobs.pop("text_offset")[:2] == [0, 2]
@@ -269,14 +264,14 @@ def test_a_texts_log_probabilities_are_those_of_openais_completions() -> None:
 async def test_streamed_log_probabilities_add_up_to_those_of_the_whole(
     sizes: tuple[int, ...],
 ) -> None:
-    whole = openai.body(openai.ChatShape, HEAD, WHOLE, return_token_ids=False)["choices"][0]
+    whole = writer(openai.ChatShape).body(WHOLE)["choices"][0]
     sent = await chunks_of(openai.ChatShape, with_logprobs(*sizes))
     parts = [c["choices"][0]["logprobs"] for c in sent[:-1]]
     assert [token for part in parts if part for token in part["content"]] == whole["logprobs"][
         "content"
     ]
 
-    whole = openai.body(openai.TextShape, HEAD, WHOLE, return_token_ids=False)["choices"][0]
+    whole = writer(openai.TextShape).body(WHOLE)["choices"][0]
     sent = await chunks_of(openai.TextShape, with_logprobs(*sizes))
     parts = [c["choices"][0]["logprobs"] for c in sent[:-1]]
     assert {key: [value for part in parts for value in part[key]] for key in parts[0]} == whole[
@@ -284,7 +279,7 @@ async def test_streamed_log_probabilities_add_up_to_those_of_the_whole(
     ]
 
 
-async def test_text_offsets_of_several_answers_are_counted_apart() -> None:
+async def test_text_offsets_are_counted_by_choice() -> None:
     async def events() -> AsyncIterator[TokenEvent]:
         for i in range(4):
             logprobs = (TokenLogprob(i, -1.0, b"abc"),)
@@ -301,8 +296,8 @@ async def test_text_offsets_of_several_answers_are_counted_apart() -> None:
 
 
 @pytest.mark.parametrize("shape", [openai.ChatShape, openai.TextShape])
-async def test_without_log_probabilities_the_field_is_null(shape: openai.Shape) -> None:
-    whole = openai.body(shape, HEAD, completion([["a"]]), return_token_ids=False)
+async def test_the_field_is_null_without_log_probabilities(shape: openai.Shape) -> None:
+    whole = writer(shape).body(completion([["a"]]))
     sent = await chunks_of(shape, replay(["a", "b"]))
 
     assert whole["choices"][0]["logprobs"] is None

@@ -1,4 +1,4 @@
-"""pydantic's findings in words that a client understands."""
+"""Errors of pydantic in words that help the client."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def part(**fields: Any) -> dict[str, Any]:
             part(type="image_url", image_url={}),
             "messages[0].content[0].image_url.url is required",
             "messages",
-            id="a missing field deep inside",
+            id="a missing nested field",
         ),
         pytest.param(
             part(type="text", text="x", size=1),
@@ -55,7 +55,13 @@ def part(**fields: Any) -> dict[str, Any]:
             {"messages": [{"role": "user", "user": {"a": 1}, "content": "x"}]},
             "unknown parameter messages[0].user",
             "messages",
-            id="an unknown field that is called like the role",
+            id="an unknown field named like the role",
+        ),
+        pytest.param(
+            {"messages": []},
+            "messages: list should have at least 1 item, not 0",
+            "messages",
+            id="an empty list",
         ),
         pytest.param(
             part(type="text"),
@@ -65,7 +71,7 @@ def part(**fields: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_the_message_names_the_field_with_its_place(body: Any, message: str, param: str) -> None:
+def test_the_message_names_the_path_of_the_field(body: Any, message: str, param: str) -> None:
     error = explained(ChatRequest, body)
 
     assert error.message == message
@@ -76,49 +82,54 @@ def test_the_message_names_the_field_with_its_place(body: Any, message: str, par
     ("body", "place"),
     [
         pytest.param({"temperature": "hot"}, "temperature: ", id="a field"),
-        pytest.param({"stop": ["a", 5]}, "stop[1]: ", id="a place in a list"),
+        pytest.param({"stop": ["a", 5]}, "stop[1]: ", id="an item of a list"),
         pytest.param(
-            {"messages": [{"role": "nobody"}]}, "messages[0]: ", id="a message of an unknown role"
+            {"messages": [{"role": "nobody"}]}, "messages[0]: ", id="a message with an unknown role"
         ),
         pytest.param(
             part(type="image_url", image_url={"url": 5}),
             "messages[0].content[0].image_url.url: ",
-            id="a value deep inside",
+            id="a nested value",
         ),
     ],
 )
-def test_a_wrong_value_is_told_after_the_fields_name(body: dict[str, Any], place: str) -> None:
+def test_the_message_about_a_value_starts_with_its_path(body: dict[str, Any], place: str) -> None:
     good = {"messages": [{"role": "user", "content": "x"}]}
 
     assert explained(ChatRequest, {**good, **body}).message.startswith(place)
 
 
-def test_of_several_errors_the_deepest_is_told() -> None:
+def test_of_several_errors_the_deepest_is_reported() -> None:
     body = {"temperature": "hot", **part(type="text", text=5)}
 
     assert explained(ChatRequest, body).message.startswith("messages[0].content[0].text: ")
 
 
-def test_our_own_checks_are_told_without_pydantics_prefix() -> None:
+def test_messages_of_validators_lose_pydantics_prefix() -> None:
     error = explained(CaptionRequest, {"image": "x", "stop": ["x"] * 17})
 
-    assert error.message == "stop: at most 16 stop strings"
+    assert error.message == "stop: at most 16 stop strings are allowed"
 
 
-def test_a_body_that_is_not_json_is_told_so() -> None:
+@pytest.mark.parametrize("body", [None, [], "text", 5], ids=str)
+def test_a_body_that_is_no_object_is_named_as_the_reason(body: Any) -> None:
+    assert explained(CaptionRequest, body).message == "the body must be a JSON object"
+
+
+def test_a_body_that_is_not_json_is_named_as_the_reason() -> None:
     with pytest.raises(ValidationError) as caught:
         CaptionRequest.model_validate_json("{")
     error = explain(caught.value.errors(), None)
 
-    assert error.message.startswith("the body is not JSON: ")
+    assert error.message.startswith("the body is not valid JSON: ")
     assert error.param is None
 
 
-def test_no_errors_still_make_an_error() -> None:
+def test_an_empty_list_of_errors_is_still_an_error() -> None:
     assert explain([], None).status == 400
 
 
-def test_the_explanation_never_repeats_the_body() -> None:
+def test_the_message_never_repeats_values_of_the_body() -> None:
     secret = "do not log me"
     error = explained(CaptionRequest, {"image": "x", "max_tokens": [secret]})
 

@@ -1,0 +1,115 @@
+"""What every route shares: the backend behind it and one way to call the model."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import InvalidRequest, ModelNotFound
+from blip2_serve.http.images import ImageReader
+from blip2_serve.http.measure import StreamTimer
+from blip2_serve.http.stream import TokenStream
+from blip2_serve.observe.metrics import Recorder
+from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
+
+
+class Backend(Protocol):
+    """Computes the answers. Every failure it foresees is a `Blip2ServeError`."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request has passed through every stage."""
+
+    async def features(self, image: bytes) -> ImageFeatures:
+        """The features of an image file in any accepted format.
+
+        Raises:
+            InvalidImage: the file cannot be decoded.
+        """
+
+    async def generate(
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
+    ) -> Completion:
+        """The whole answer, all `params.n` choices of it."""
+
+    def stream(
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
+    ) -> AsyncGenerator[TokenEvent, None]:
+        """The answer token by token. Closing the generator stops the work."""
+
+    async def metrics_urls(self) -> dict[str, str]:
+        """The URL of each node's own metrics page, by the node's name."""
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """What every route reduces its request to.
+
+    `names` maps "image", "prompt" and "max_tokens" to the names of the request's own fields, where
+    they differ, so that an error names a field that the client knows.
+    """
+
+    image: bytes
+    prompt: str
+    params: SamplingParams
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+class Service:
+    """The backend, the configuration and the image reader of one ingress replica."""
+
+    def __init__(self, backend: Backend, config: AppConfig, recorder: Recorder) -> None:
+        self.backend = backend
+        self.config = config
+        self.recorder = recorder
+        self.images = ImageReader(config.ingress.images)
+
+    def check_model(self, name: str | None) -> None:
+        """Accepts the served model's name, and None for a request that names no model.
+
+        Raises:
+            ModelNotFound: `name` is another model.
+        """
+        served = self.config.model_name
+        if name not in (None, served):
+            raise ModelNotFound(
+                f"model {name!r} does not exist on this server; use {served!r}", "model"
+            )
+
+    async def complete(self, call: ModelCall) -> Completion:
+        """Computes a whole answer.
+
+        Raises:
+            Blip2ServeError: an InvalidRequest names its field as `call.names` has it.
+        """
+        with _naming_fields(call):
+            features = await self._features(call.image)
+            return await self.backend.generate(features, call.prompt, call.params)
+
+    async def stream(self, call: ModelCall) -> TokenStream:
+        """Starts an answer and waits for its first token. The caller closes the stream.
+
+        Raises:
+            Blip2ServeError: as for `complete`, for all that fails before the first token.
+        """
+        with _naming_fields(call):
+            features = await self._features(call.image)
+            events = self.backend.stream(features, call.prompt, call.params)
+            return await TokenStream.start(events, StreamTimer(self.recorder))
+
+    async def _features(self, image: bytes) -> ImageFeatures:
+        try:
+            return await self.backend.features(image)
+        except InvalidRequest as error:
+            raise error.about("image") from error  # the stages know no field names
+
+
+@contextmanager
+def _naming_fields(call: ModelCall) -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.about(call.names.get(error.param or "", error.param)) from error

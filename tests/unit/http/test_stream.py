@@ -1,0 +1,246 @@
+"""Streamed answers of the routes over a fake backend."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Scope
+
+from blip2_serve.config import AppConfig
+from blip2_serve.errors import (
+    Blip2ServeError,
+    ContextLengthExceeded,
+    Overloaded,
+)
+from blip2_serve.http.api import create_app
+from support.fake_backend import (
+    ROUTES,
+    TEXT,
+    TOKEN_IDS,
+    FakeBackend,
+    body_for,
+    chat,
+    data_url,
+    error_of,
+    events_of,
+    post,
+)
+from support.recorder import FakeRecorder
+
+
+async def test_a_streamed_chat_sends_the_role_then_text_then_the_finish_reason(
+    client: httpx.AsyncClient,
+) -> None:
+    response = await post(client, "/v1/chat/completions", chat(stream=True))
+    first, *middle, last, done = events_of(response)
+
+    assert done == "[DONE]"
+    assert first["choices"] == [
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
+    ]
+    for chunk in middle:
+        assert chunk["choices"][0]["delta"].keys() == {"content"}
+        assert chunk["choices"][0]["finish_reason"] is None
+    assert last["choices"][0]["finish_reason"] == "stop"
+    heads = [{k: chunk[k] for k in ("id", "created", "model")} for chunk in (first, *middle, last)]
+    assert all(head == heads[0] for head in heads)
+    for chunk in (first, *middle, last):
+        assert chunk["object"] == "chat.completion.chunk"
+        assert "usage" not in chunk
+
+
+async def test_a_streamed_chat_adds_up_to_the_whole_answer(client: httpx.AsyncClient) -> None:
+    whole = (await post(client, "/v1/chat/completions", chat())).json()
+    events = events_of(await post(client, "/v1/chat/completions", chat(stream=True)))
+
+    deltas = [event["choices"][0]["delta"].get("content", "") for event in events[:-1]]
+    assert "".join(deltas) == whole["choices"][0]["message"]["content"]
+
+
+async def test_a_streamed_generation_adds_up_to_the_generated_text(
+    client: httpx.AsyncClient,
+) -> None:
+    body = {"image": data_url(b"picture"), "stream": True}
+    *chunks, done = events_of(await post(client, "/v1/generate", body))
+
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == f" picture:{TEXT}"
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == "stop"
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param({"n": 3, "temperature": 1}, id="samples"),
+        pytest.param({"n": 2, "num_beams": 4}, id="best beams"),
+        pytest.param({"num_beams": 4}, id="the best beam"),
+    ],
+)
+async def test_streamed_choices_add_up_to_the_whole_ones(
+    client: httpx.AsyncClient, route: str, asked: dict[str, Any]
+) -> None:
+    whole = (await post(client, route, body_for(route, **asked))).json()["choices"]
+    events = events_of(await post(client, route, body_for(route, **asked, stream=True)))
+
+    streamed = [""] * len(whole)
+    for event in events[:-1]:
+        (choice,) = event["choices"]
+        text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        streamed[choice["index"]] += text
+    assert streamed == [c["text"] if "text" in c else c["message"]["content"] for c in whole]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_streamed_log_probabilities_add_up_to_those_of_the_whole_answer(
+    client: httpx.AsyncClient, route: str
+) -> None:
+    asked: dict[str, Any] = {"logprobs": 2}
+    if "chat" in route:
+        asked = {"logprobs": True, "top_logprobs": 2}
+    whole = (await post(client, route, body_for(route, **asked))).json()["choices"][0]["logprobs"]
+    events = events_of(await post(client, route, body_for(route, **asked, stream=True)))
+
+    parts = [event["choices"][0]["logprobs"] or {} for event in events[:-1]]
+    for name in whole.keys() - {"refusal"}:
+        assert [entry for part in parts for entry in part.get(name, [])] == whole[name]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_every_token_id_is_sent_once(client: httpx.AsyncClient, route: str) -> None:
+    body = body_for(route, stream=True, return_token_ids=True)
+    events = events_of(await post(client, route, body))
+
+    ids = [i for event in events[:-1] for i in event["choices"][0].get("token_ids", [])]
+    assert ids == list(TOKEN_IDS)
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_usage_is_the_last_chunk_on_request(client: httpx.AsyncClient, route: str) -> None:
+    body = body_for(route, stream=True, stream_options={"include_usage": True})
+    *chunks, usage, done = events_of(await post(client, route, body))
+
+    assert done == "[DONE]"
+    assert usage["choices"] == []
+    assert usage["usage"] == (await post(client, route, body_for(route))).json()["usage"]
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [
+        pytest.param(Overloaded("try again later"), 503, id="queue full"),
+        pytest.param(ContextLengthExceeded("too long"), 400, id="too long"),
+    ],
+)
+async def test_an_error_before_the_first_token_sets_the_status_of_a_stream_too(
+    client: httpx.AsyncClient, backend: FakeBackend, failure: Blip2ServeError, status: int
+) -> None:
+    backend.generation_failure = failure
+    for stream in (False, True):
+        response = await post(client, "/v1/chat/completions", chat(stream=stream))
+
+        assert response.status_code == status
+        assert error_of(response) == failure.body()["error"]
+
+
+async def test_an_error_during_a_stream_is_its_last_event(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.stream_fails_after = 3
+    response = await post(client, "/v1/chat/completions", chat(stream=True))
+
+    *_, text, error = events_of(response)
+    assert response.status_code == 200
+    assert "content" in text["choices"][0]["delta"]
+    assert error == {
+        "error": {
+            "message": "a replica was lost",
+            "type": "server_error",
+            "param": None,
+            "code": "unavailable",
+        }
+    }
+
+
+def scope_of(route: str) -> Scope:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": route,
+        "raw_path": route.encode(),
+        "query_string": b"",
+        "headers": [],
+        "server": ("test", 80),
+        "scheme": "http",
+    }
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_generation_stops_when_the_client_disconnects(route: str) -> None:
+    backend = FakeBackend(endless=True)
+    started = asyncio.Event()
+    unread = [{"type": "http.request", "body": json.dumps(body_for(route, stream=True)).encode()}]
+
+    async def receive() -> Message:
+        if unread:
+            return unread.pop()
+        await started.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            started.set()
+        await asyncio.sleep(0)  # lets the disconnect be received, as a socket would
+
+    async with asyncio.timeout(5):
+        await create_app(backend, AppConfig(), FakeRecorder())(scope_of(route), receive, send)
+        await backend.stream_closed.wait()
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize(
+    "sendable", [pytest.param(0, id="the headers"), pytest.param(3, id="a later chunk")]
+)
+async def test_generation_stops_when_sending_fails(route: str, sendable: int) -> None:
+    backend = FakeBackend(endless=True)
+    unread = [{"type": "http.request", "body": json.dumps(body_for(route, stream=True)).encode()}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        if not unread:
+            await asyncio.Event().wait()
+        return unread.pop()
+
+    async def send(message: Message) -> None:
+        if len(sent) == sendable:
+            raise ConnectionError("lost")
+        sent.append(message)
+
+    async with asyncio.timeout(5):
+        with pytest.raises((ConnectionError, ExceptionGroup)):
+            await create_app(backend, AppConfig(), FakeRecorder())(scope_of(route), receive, send)
+        assert backend.stream_closed.is_set()
+
+
+async def test_an_unexpected_error_during_a_stream_is_logged_but_not_revealed(
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend.stream_fails_after, backend.stream_failure = 3, KeyError("secret")
+    response = await post(client, "/v1/chat/completions", chat(stream=True))
+
+    assert events_of(response)[-1]["error"]["type"] == "server_error"
+    assert "secret" not in response.text
+    assert "secret" in caplog.text
