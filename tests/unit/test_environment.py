@@ -15,7 +15,7 @@ from blip2_serve import environment
 
 # KMP_VERSION has Intel's OpenMP print its name as soon as it is used.
 COMPUTES = """
-import blip2_serve.stages.loading, torch  # the package comes first, whatever is imported
+import blip2_serve.stages.device, torch  # the package comes first, whatever is imported
 torch.set_num_threads(2)
 torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 """

@@ -1,4 +1,4 @@
-"""The catalogue: names as Prometheus wants them."""
+"""The catalogue: names follow Prometheus' rules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
 BASE_UNITS = ("_seconds", "_bytes", "_slots", "_tokens", "_size", "_capacity")
 
 
-def test_no_name_is_there_twice() -> None:
+def test_names_are_unique() -> None:
     names = [metric.name for metric in metrics.catalogue()]
     assert len({*names}) == len(names)
 
 
-def test_prometheus_own_library_takes_all_of_them_together() -> None:
+def test_prometheus_own_library_registers_the_whole_catalogue() -> None:
     registry = CollectorRegistry()
     kinds = {
         Counter: PrometheusCounter,
@@ -40,9 +40,9 @@ def test_names_follow_prometheus_rules(metric: Metric) -> None:
     if isinstance(metric, Histogram):
         assert metric.name.endswith(BASE_UNITS)
         assert [*metric.buckets] == sorted({*metric.buckets})
-        assert min(metric.buckets) > 0  # Ray wants it
+        assert min(metric.buckets) > 0  # Ray requires it
 
 
-def test_every_metric_is_in_the_catalogue() -> None:
+def test_every_metric_defined_is_in_the_catalogue_in_order() -> None:
     defined = [value for value in vars(metrics).values() if isinstance(value, Metric)]
     assert defined == [*metrics.MEASURED]
