@@ -166,7 +166,7 @@ def caption_overlapped(
 
 
 def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
-    for name, event in engine.step():
+    for name, event in engine.step().events:
         tokens[name] += event.token_ids
 
 

@@ -163,7 +163,7 @@ def run(
         for request in [to_come.pop() for _ in range(min(rng.randint(0, 2), len(to_come)))]:
             engine.add(again(request))
         if engine.has_work:
-            for name, event in engine.step():
+            for name, event in engine.step().events:
                 events[name].append(event)
             engine.check_integrity()
     engine.check_idle()

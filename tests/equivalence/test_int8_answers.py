@@ -54,7 +54,7 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(
             engine.add(Request(name, ids, prefix, str(scene.seed), params))
     said = dict.fromkeys(wanted, "")
     while engine.has_work:
-        for name, event in engine.step():
+        for name, event in engine.step().events:
             said[name] += event.text
     captions = [said[n] == wanted[n] for n in wanted if n.endswith(" ")]
     answers = [said[n].strip() == wanted[n] for n in wanted if not n.endswith(" ")]

@@ -1,4 +1,4 @@
-"""Tokens of one answer to the events its reader gets."""
+"""Turns the tokens of one answer into the events its reader gets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
 
 
 class Answer:
-    """One of a request's n answers, as far as its reader knows it."""
+    """One of a request's n answers, as far as it has been sent."""
 
     def __init__(self, request: Request, index: int, decode: Decode) -> None:
         self._request = request
@@ -21,9 +21,10 @@ class Answer:
     def add(
         self, tokens: list[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None
     ) -> TokenEvent:
-        """The next tokens, and why they are the last (`stop`: the very last ends the sequence).
+        """Adds the next tokens, with the reason if they are the last.
 
-        A stop string in their text makes its last token the answer's last.
+        With the reason `stop`, the last token is the end token and adds no text. A stop string in
+        the text ends the answer with the token that completes it.
         """
         detokenizer = self._detokenizer
         text = ""
@@ -31,7 +32,7 @@ class Answer:
         for token in tokens:
             count += 1
             if reason == "stop" and count == len(tokens):
-                break  # an end token, which is no text
+                break  # the end token
             may_stop = self._tokens + count >= self._request.params.min_tokens
             text += detokenizer.push(token, may_stop)
             if detokenizer.stopped:
@@ -39,7 +40,7 @@ class Answer:
         self._tokens += count
         if reason or detokenizer.stopped:
             text += detokenizer.close()
-            if detokenizer.stopped:  # maybe only by the very last half of a character
+            if detokenizer.stopped:  # the flushed text can complete a stop string
                 reason = "stop"
         return TokenEvent(
             tuple(tokens[:count]),

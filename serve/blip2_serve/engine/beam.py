@@ -1,8 +1,8 @@
-"""Beam search over candidates that somebody else scores. Pure Python: no torch, no text.
+"""Beam search over candidates scored elsewhere. Pure Python: no torch, no text.
 
-Arithmetic and order are transformers' (`GenerationMixin._beam_search`): of the best candidates,
-those that end become hypotheses if they are among the first `num_beams`, the best that do not
-end live on, and a hypothesis' score is its log-probability over length ** length_penalty.
+Arithmetic and order follow transformers (`GenerationMixin._beam_search`). Candidates that end an
+answer become hypotheses if they rank among the first `num_beams`; the best of the others live on.
+A hypothesis scores its log-probability divided by length ** length_penalty.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from blip2_serve.types import FinishReason, TokenLogprob
 
 @dataclass(frozen=True)
 class Candidate:
-    """A beam and one more token; `score` is the sum of log-probabilities with that token's."""
+    """A beam and one more token; `score` sums the log-probabilities of both."""
 
     beam: Sequence
     token: int
     score: float
-    logprob: TokenLogprob | None = None  # where the request asks for it
+    logprob: TokenLogprob | None = None  # if requested
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """The search of one request; `eos` is empty where end tokens are ignored."""
+    """The search of one request; `eos` is empty if end tokens are ignored."""
 
     def __init__(self, request: Request, eos: frozenset[int]) -> None:
         self._request = request
         self._eos = eos
         self._agreed = 0
-        self.hypotheses: list[Hypothesis] = []  # the best first, num_beams at most
+        self.hypotheses: list[Hypothesis] = []  # best first, at most num_beams
 
     @property
     def candidates(self) -> int:
-        """How many `step` needs: enough for num_beams to live on if all others end."""
+        """How many candidates `step` needs so that num_beams live on even if the others end."""
         return int(max(2, 1 + len(self._eos)) * self._request.params.num_beams)
 
     def step(self, candidates: list[Candidate]) -> list[Sequence]:
-        """The beams that live on, the best first; none when the search is over.
+        """Returns the beams that live on, best first, or none when the search is over.
 
-        `candidates` come best first. The request's KV slots go to the beams that are returned.
+        `candidates` must come best first. The returned beams take over the request's KV slots.
         """
         params = self._request.params
         length = len(candidates[0].beam.output) + 1
@@ -73,9 +73,10 @@ class BeamSearch:
         return beams
 
     def newly_agreed(self, beams: list[Sequence]) -> tuple[list[int], list[TokenLogprob]]:
-        """Tokens that every possible answer has by now, less those returned before.
+        """Tokens that every possible answer now shares, except those returned before.
 
-        With n = 1, that is every living beam and the best hypothesis: a worse one stays worse.
+        With n = 1 the possible answers are the living beams and the best hypothesis; a worse
+        hypothesis can never win.
         """
         lines = [(beam.output, beam.logprobs) for beam in beams]
         if self.hypotheses:
@@ -101,7 +102,7 @@ class BeamSearch:
         del self.hypotheses[params.num_beams :]
 
     def _is_over(self, best_score: float, length: int) -> bool:
-        """Whether no living beam can become one of the best, as transformers estimates it."""
+        """Whether no living beam can still rank among the best, by transformers' estimate."""
         params = self._request.params
         if len(self.hypotheses) < params.num_beams:
             return False
@@ -115,7 +116,7 @@ class BeamSearch:
 
 
 def _continued(live: list[Candidate]) -> list[Sequence]:
-    """For each candidate its beam itself, which goes on in place, or a fork of it."""
+    """The first candidate of a beam continues it in place; further ones fork it."""
     gone_on: set[Sequence] = set()
     beams = []
     for index, candidate in enumerate(live):

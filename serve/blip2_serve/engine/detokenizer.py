@@ -1,7 +1,7 @@
-"""Tokens to text as they come, with stop strings. Pure Python; knows no tokenizer, only `decode`.
+"""Incremental detokenization with stop strings. Pure Python; knows no tokenizer, only `decode`.
 
-What was handed out is never taken back: text is held while it could still turn into a different
-character or into a stop string.
+Text that was returned is never taken back: it is held while it could still become a different
+character or a stop string.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ _REPLACEMENT = "\ufffd"
 class Detokenizer:
     """The text of one sequence.
 
-    Decoding starts at the last token that ended on a whole character rather than at the first, so
-    a token costs the same whatever came before; one decoded token of context is kept before it,
-    for tokenizers that write a token differently at the start.
+    Decoding starts at the last token that ended on a whole character, not at the first, so the cost
+    of a token does not grow with the text before it. One decoded token is kept as context, because
+    some tokenizers write a token differently at the start of a text.
     """
 
     def __init__(self, decode: Decode, stop: tuple[str, ...] = ()) -> None:
         self._decode = decode
         self._stop = stop
         self._ids: list[int] = []
-        self._context = 0  # decoding starts here
-        self._read = 0  # tokens before this one have been turned into text
-        self._held = ""  # decoded, but could be the beginning of a stop string
-        self._early = 0  # so much of it came when no stop string could end yet
+        self._context = 0  # index of the token that decoding starts at
+        self._read = 0  # tokens that have been turned into text
+        self._held = ""  # decoded text that could be the start of a stop string
+        self._early = 0  # characters of it that came before stop strings counted
         self.stopped = False
 
     def push(self, token: int, may_stop: bool = True) -> str:
-        """The text that is certain after this token. `may_stop`: may a stop string end here?
+        """Adds a token and returns the text that is now certain.
 
-        After a stop string, `stopped` is set and the text ends before it.
+        A stop string can only end here if `may_stop`; it then sets `stopped`, and the text ends
+        before it.
         """
         self._ids.append(token)
         self._held += self._new_text()
@@ -45,7 +46,7 @@ class Detokenizer:
         return self._release(self._begun_stop())
 
     def close(self) -> str:
-        """The rest, once no token follows; half a character comes out as U+FFFD."""
+        """Returns the rest of the text; an incomplete character becomes U+FFFD."""
         if not self.stopped:
             self._held += self._new_text(final=True)
             self._cut_at_stop()
@@ -69,7 +70,7 @@ class Detokenizer:
         return self.stopped
 
     def _begun_stop(self) -> int:
-        """Length of the longest end of the held text with which a stop string begins."""
+        """Length of the longest suffix of the held text that begins a stop string."""
         longest = max((len(s) - 1 for s in self._stop), default=0)
         for length in range(min(longest, len(self._held)), 0, -1):
             if any(s.startswith(self._held[-length:]) for s in self._stop if len(s) > length):

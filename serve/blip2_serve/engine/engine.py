@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave at every step.
 
-Synchronous and single-threaded; `loop.py` gives it a thread. It knows no asyncio, Ray or HTTP, and
-no torch either: logits pass from runner to sampler unseen.
+Synchronous and single-threaded; `loop.py` runs it in a thread. It knows nothing of asyncio, Ray or
+HTTP, nor of torch: logits pass from the runner to the sampler unseen.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Protocol
 from blip2_serve.engine.answer import Answer
 from blip2_serve.engine.beam import BeamSearch, Candidate
 from blip2_serve.engine.detokenizer import Decode
-from blip2_serve.engine.scheduler import Admission, Scheduler
+from blip2_serve.engine.scheduler import Admission, Plan, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
 
-Event = tuple[str, TokenEvent]  # of the request of that id
+Event = tuple[str, TokenEvent]  # request id, and what is new
 
 
 class Runner(Protocol):
@@ -42,35 +42,47 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Sequences and KV rows at one moment; steps and tokens since the start."""
+    """Gauges at one moment, and totals since the start."""
 
-    running: int
-    waiting: int
-    kv_slots_used: int  # by requests, or by what is kept of them
-    kv_slots_cached: int  # of earlier requests, for later ones
+    running: int  # sequences
+    waiting: int  # requests
+    kv_slots_used: int  # held by requests or cached
+    kv_slots_cached: int  # kept for later requests, whether held or not
     kv_slots_total: int
-    kv_slots_needed: int  # that running requests can come to, shared ones counted for each
-    steps: int
-    cached_tokens: int  # of prompts, whose KV was there already
+    kv_slots_needed: int  # by all running requests, counting shared slots once per request
+    steps: int  # total
+    cached_tokens: int  # total of prompt tokens whose keys and values were cached
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did."""
+    """What a step computed."""
 
     admitted: tuple[Admission, ...]
-    prompts: int  # sequences of which a piece of the prompt was computed
-    decodes: int  # sequences that got one token further
-    tokens: int  # computed, of prompts and answers
+    prefills: int  # sequences with a chunk of their prompt in the step
+    decodes: int  # sequences that advanced by one token
+    tokens: int  # of prompts and answers together
+
+    @classmethod
+    def of(cls, plan: Plan) -> StepReport:
+        decodes = sum(bool(chunk.sequence.output) for chunk in plan.chunks)
+        tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
+        return cls(plan.admitted, len(plan.chunks) - decodes, decodes, tokens)
 
     @property
     def phase(self) -> str:
-        return "decode" if not self.prompts else "mixed" if self.decodes else "prefill"
+        return "decode" if not self.prefills else "mixed" if self.decodes else "prefill"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    events: list[Event]
+    report: StepReport
 
 
 @dataclass
 class _Live:
-    """A request and what is known of its answers."""
+    """A request under way, with its answers so far."""
 
     request: Request
     answers: list[Answer]
@@ -78,7 +90,10 @@ class _Live:
 
 
 class Engine:
-    """`runner` computes, `scheduler` chooses, `sampler` picks; all three are handed in."""
+    """One step at a time: the scheduler plans, the runner computes, the sampler picks tokens.
+
+    `decode` turns token ids into text without special tokens; `eos_token_ids` end an answer.
+    """
 
     def __init__(
         self,
@@ -96,7 +111,6 @@ class Engine:
         self._eos = frozenset(eos_token_ids)
         self._live: dict[str, _Live] = {}
         self._steps = 0
-        self.last_step = StepReport((), 0, 0, 0)
 
     @property
     def has_work(self) -> bool:
@@ -104,13 +118,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         s = self._scheduler
-        running = sum(len(request.sequences) for request in s.running)
-        kept = s.cached.slots
         return EngineStats(
-            running=running,
+            running=sum(len(request.sequences) for request in s.running),
             waiting=len(s.waiting),
             kv_slots_used=s.kv.used,
-            kv_slots_cached=kept,
+            kv_slots_cached=s.cached.slots,
             kv_slots_total=s.kv.total,
             kv_slots_needed=sum(request.slots_needed for request in s.running),
             steps=self._steps,
@@ -127,25 +139,19 @@ class Engine:
         self._live[request.id] = _Live(request, answers, search)
 
     def abort(self, request_id: str) -> None:
-        """Drops a request; one that has ended already is no error."""
+        """Drops a request; does nothing if it has ended already."""
         if live := self._live.pop(request_id, None):
             self._scheduler.release(live.request)
 
-    def step(self) -> list[Event]:
-        """One step: what is new of every answer, by request id."""
-        chunks = self._scheduler.schedule()
-        decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
-        self.last_step = StepReport(
-            admitted=tuple(self._scheduler.admitted),
-            prompts=len(chunks) - decodes,
-            decodes=decodes,
-            tokens=sum(chunk.end - chunk.start for chunk in chunks),
-        )
-        logits = self._runner.run(chunks)
-        self._scheduler.advance(chunks)
+    def step(self) -> StepResult:
+        """Runs one step and returns what is new in each answer."""
+        plan = self._scheduler.schedule()
+        report = StepReport.of(plan)
+        logits = self._runner.run(plan.chunks)
+        self._scheduler.advance(plan.chunks)
         self._steps += 1
-        ready = [chunk.sequence for chunk in chunks if chunk.completes]
-        return [*self._choose(logits, ready), *self._search(logits, ready)]
+        ready = [chunk.sequence for chunk in plan.chunks if chunk.completes]
+        return StepResult([*self._choose(logits, ready), *self._search(logits, ready)], report)
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
@@ -154,12 +160,12 @@ class Engine:
         assert held == self._live.keys()
 
     def check_idle(self) -> None:
-        """Asserts, at little cost, that nothing is held while there is no work."""
+        """Asserts, cheaply, that nothing is held while there is no work."""
         assert self._scheduler.kv.used == self._scheduler.cached.slots
         assert not self._live
 
     def _choose(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
-        """One token for every sequence that is not a beam."""
+        """Picks one token for every sequence that is not a beam."""
         rows, sequences = [], []
         for row, sequence in enumerate(ready):
             if sequence.request.params.num_beams == 1:
@@ -192,7 +198,7 @@ class Engine:
         return replace(event, last=True)
 
     def _search(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
-        """One step of every beam search."""
+        """Advances every beam search by one step."""
         searching: dict[str, list[int]] = {}
         for row, sequence in enumerate(ready):
             if sequence.request.params.num_beams > 1:
@@ -222,7 +228,7 @@ class Engine:
             ]
         else:
             return []
-        # The search is over, or a stop string ended all beams alike.
+        # The search is over, or a stop string ended all beams at once.
         live.request.sequences = [best.beam if best else beams[0]]
         self._scheduler.end(live.request.sequences[0])
         del self._live[live.request.id]
@@ -233,7 +239,7 @@ class Engine:
 
 
 def _samples(sequence: Sequence) -> list[Sequence]:
-    """The sequence or, where its prompt has just been computed, as many as there are samples."""
+    """The sequence itself, or its n samples if its prefill has just finished."""
     request = sequence.request
     if request.params.n > 1 and not sequence.output:
         request.sequences = [sequence.fork(index) for index in range(request.params.n)]

@@ -1,9 +1,9 @@
-"""The engine's thread, and the way to it from asyncio.
+"""Runs the engine in a thread and connects it to asyncio.
 
-The engine blocks for the length of a step; on the replica's event loop it would stall health
-checks and every other request, so it runs in a thread of its own. Requests go in through an inbox;
-each step's events come back to the event loop in one call, whatever the number of requests. There
-they wait until their reader is due: every token sent on its own takes time from the next one.
+A step blocks; on the replica's event loop it would stall health checks and every other request.
+Requests enter through an inbox. The events of a step return to the event loop in one call, however
+many requests it served, and wait there until their reader is due: sending each token by itself
+would slow down the next one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport
+from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport, StepResult
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.observe.metrics import harmless
@@ -34,26 +34,26 @@ class Step:
 
     report: StepReport
     seconds: float
-    queue_seconds: tuple[float, ...]  # of each request that it admitted, since it was submitted
-    answered: int  # tokens of answers that came of it
+    queue_seconds: tuple[float, ...]  # per admitted request: the time since it was submitted
+    answered: int  # answer tokens it produced
 
 
 @dataclass
 class _Reader:
-    """Who waits for a request's events, and from when on they are worth waking him."""
+    """The consumer of one request's events, and the earliest time to wake it."""
 
-    submitted: float  # as time.perf_counter() counts
-    due: float  # in seconds of the event loop
+    submitted: float  # time.perf_counter()
+    due: float  # loop.time()
     waiting: list[_Item] = field(default_factory=list)
     woken: asyncio.Queue[list[_Item]] = field(default_factory=asyncio.Queue)
 
 
 class EngineLoop:
-    """Runs `engine` in a thread; used from the event loop that it is made on.
+    """Runs `engine` in a thread. Use it from the event loop it was created on.
 
-    All streams together are woken `events_per_s` times a second at most, or nearly so: their first
-    tokens and their ends never wait. `prepare_thread` is called first in the engine's thread, and
-    `observe` there after each step; what `observe` raises is logged.
+    Wakes all streams together at most `events_per_s` times per second, not counting first tokens
+    and ends, which never wait. The engine's thread calls `prepare_thread` first and `observe` after
+    each step; exceptions from `observe` are logged.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class EngineLoop:
         self._measure = harmless(self._observe_step)
         self._events_per_s = events_per_s
         self._asyncio = asyncio.get_running_loop()
-        self._readers: dict[str, _Reader] = {}  # touched on the event loop only
-        self._streams = 0  # of them, those that read along
+        self._readers: dict[str, _Reader] = {}  # changed on the event loop only
+        self._streams = 0  # readers that want events as they come
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
-        self.seconds = 0.0  # from submitting to the end, summed over finished requests
+        self.seconds = 0.0  # total over finished requests, from submission to the end
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -83,10 +83,10 @@ class EngineLoop:
     async def stream(
         self, request: Request, *, whole: bool = False
     ) -> AsyncGenerator[TokenEvent, None]:
-        """The answers as they come, or with `whole` at the end, one event for each.
+        """Yields the answers as they come or, with `whole`, one event per answer at the end.
 
-        Tokens of one answer that are ready together are one event. Leaving early (`aclose`,
-        cancellation) takes the request out before the next step.
+        Tokens of one answer that are ready together make one event. Leaving early (`aclose`,
+        cancellation) aborts the request before the next step.
 
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Scheduler.add`.
@@ -119,7 +119,7 @@ class EngineLoop:
         return self._engine.stats()
 
     def close(self) -> None:
-        """Ends the thread after its current step; requests under way end as Unavailable."""
+        """Stops the thread after its current step; requests under way fail as Unavailable."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -139,27 +139,26 @@ class EngineLoop:
                 if self._engine.has_work:
                     self._step()
         except BaseException as error:
-            # Nothing can be trusted now: the health check asks for a new replica.
+            # Its state cannot be trusted any more: the health check has the replica replaced.
             logger.exception("the engine failed")
             self.failure = error
         self._call_soon(self._fail_all)
 
     def _step(self) -> None:
         start = time.perf_counter()
-        events = self._engine.step()
-        if events:
-            self._call_soon(self._deliver, events)
-        self._measure(start, events)
+        result = self._engine.step()
+        if result.events:
+            self._call_soon(self._deliver, result.events)
+        self._measure(start, result)
 
-    def _observe_step(self, start: float, events: list[Event]) -> None:
-        report = self._engine.last_step
-        readers = (self._readers.get(admission.request_id) for admission in report.admitted)
+    def _observe_step(self, start: float, result: StepResult) -> None:
+        readers = (self._readers.get(admission.request_id) for admission in result.report.admitted)
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
-        answered = sum(len(event.token_ids) for _, event in events)
-        self._observe(Step(report, time.perf_counter() - start, queue_seconds, answered))
+        answered = sum(len(event.token_ids) for _, event in result.events)
+        self._observe(Step(result.report, time.perf_counter() - start, queue_seconds, answered))
 
     def _receive(self) -> bool:
-        """Runs what has come in, waiting while there is nothing to do; False at the end."""
+        """Runs the calls in the inbox, waiting while there is nothing to do; False when closing."""
         if not self._engine.has_work:
             self._engine.check_idle()
         with self._wake:
@@ -179,7 +178,7 @@ class EngineLoop:
     def _call_soon(self, callback: Callable[..., None], *args: object) -> None:
         try:
             self._asyncio.call_soon_threadsafe(callback, *args)
-        except RuntimeError:  # the event loop is closed: nobody is left to tell
+        except RuntimeError:  # the event loop is closed: there is no reader left
             logger.debug("event loop closed before the engine")
 
     # -- on the event loop -------------------------------------------------------------------
@@ -190,7 +189,7 @@ class EngineLoop:
 
     def _put(self, request_id: str, item: _Item) -> None:
         reader = self._readers.get(request_id)
-        if reader is None:  # he has gone
+        if reader is None:  # it has left
             return
         reader.waiting.append(item)
         now = self._asyncio.time()
@@ -211,7 +210,7 @@ class EngineLoop:
 async def _next(
     woken: asyncio.Queue[list[_Item]],
 ) -> tuple[list[TokenEvent], Blip2ServeError | None]:
-    """All there is up to the last event, once there is something; and the error behind it."""
+    """Waits for items; returns all that are ready and, if the last is an error, that error."""
     items: list[_Item] = []
     while not items or not (woken.empty() or _is_last(items[-1])):
         items += await woken.get()
@@ -225,7 +224,7 @@ def _is_last(item: _Item) -> bool:
 
 
 def _merged(events: list[TokenEvent]) -> Iterable[TokenEvent]:
-    """One event for each answer; the request's last one stays the last."""
+    """Merges the events of each answer into one; the request's last event stays last."""
     merged: dict[int, TokenEvent] = {}
     for event in events:
         earlier = merged.pop(event.index, None)

@@ -1,8 +1,8 @@
-"""Beginnings of earlier requests whose KV is cached for later ones.
+"""Prefix caching: the KV of earlier requests, kept for later ones that begin the same.
 
-A radix tree for each image: a node is a run of tokens with their KV slots, and its children go on
-from there. Image and tokens together are the key, never tokens alone: all images have the
-same image tokens. Whatever is least recently used goes first when slots are needed.
+One radix tree per image: a node is a run of tokens with their KV slots, and its children continue
+from there. The key is the image together with the tokens, never the tokens alone: all images share
+the same image tokens. When slots are needed, the least recently used prefixes are evicted first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)  # by their first token
 
     def common(self, tokens: Sequence[int], start: int) -> int:
-        """How many of this node's tokens stand in `tokens` from `start` on."""
+        """How many of this node's tokens `tokens` repeats from `start` on."""
         length = min(len(self.tokens), len(tokens) - start)
         if self.tokens[:length] == tokens[start : start + length]:
             return length
@@ -31,18 +31,18 @@ class _Node:
 
 
 class PrefixTree:
-    """Keeps slots of `kv`, which requests may hold as well."""
+    """Caches slots of `kv`; requests may hold the same slots."""
 
     def __init__(self, kv: KvSlots) -> None:
-        self.slots = 0  # that are cached
+        self.slots = 0  # how many are cached
         self._kv = kv
         self._roots: dict[str, _Node] = {}
-        # Oldest first. Walks touch a node before its parent, so a parent is always younger than
+        # Oldest first. A walk touches a node before its parent, so a parent is always younger than
         # its children and the oldest node is always a leaf.
         self._by_age: OrderedDict[_Node, str] = OrderedDict()
 
     def match(self, digest: str, tokens: list[int]) -> array[int]:
-        """The slots of the longest known beginning; the caller becomes a holder of them."""
+        """Returns the slots of the longest cached prefix; the caller becomes a holder of them."""
         slots = array("q")
         root = self._roots.get(digest)
         if root is None:
@@ -59,7 +59,7 @@ class PrefixTree:
         return slots
 
     def insert(self, digest: str, tokens: list[int], slots: array[int]) -> None:
-        """Keeps the slots of these tokens, as far as none are cached for them already."""
+        """Caches the slots of these tokens, except where the tree has slots for them already."""
         node = self._roots.setdefault(digest, _Node(None, [], array("q")))
         at = 0
         while at < len(tokens):
@@ -78,25 +78,25 @@ class PrefixTree:
         self._touch(node, digest)
 
     def make_room(self, count: int) -> bool:
-        """Evicts the oldest beginnings until `count` slots are free; evicts none if that cannot be.
+        """Evicts the oldest prefixes until `count` slots are free; evicts none if that is too few.
 
-        What a request holds stays: no slot would be free for it.
+        Slots that a request holds stay: evicting them would free nothing.
         """
         missing = count - self._kv.free
         if missing <= 0:
             return True
-        # Each step asks again for the request that waits; mostly, one comparison answers.
+        # Every step asks again for the request at the head of the queue, so fail fast.
         evicted = self._oldest(missing) if missing <= self._kv.evictable else {}
         for node, digest in evicted.items():
             self._evict(node, digest)
         return bool(evicted)
 
     def holdings(self) -> Iterator[array[int]]:
-        """The slots of each node."""
+        """Yields the slots of each node."""
         return (node.slots for node in self._by_age)
 
     def check_integrity(self) -> None:
-        """Asserts that the tree is one, with parents younger than their children."""
+        """Asserts that this is a tree whose parents are younger than their children."""
         ages = {node: age for age, node in enumerate(self._by_age)}
         stack = list(self._roots.values())
         seen = 0
@@ -115,19 +115,17 @@ class PrefixTree:
         assert all(root.children for root in self._roots.values())
 
     def _oldest(self, missing: int) -> dict[_Node, str]:
-        """The oldest nodes that free `missing` slots together, children first; empty if none do."""
+        """The oldest nodes that together free `missing` slots, children first; else empty."""
         chosen: dict[_Node, str] = {}
-        for node, digest in self._by_age.items():  # parents come after their children
-            # Who holds a slot holds those before it in its node: if any is held, the first is.
+        for node, digest in self._by_age.items():  # children come before their parents
+            # A request that holds a slot also holds those before it in the node.
             if self._kv.is_held(node.slots[-1]) or not chosen.keys() >= {*node.children.values()}:
                 continue
             chosen[node] = digest
-            all_free = not self._kv.is_held(node.slots[0])
-            missing -= (
-                len(node.slots)
-                if all_free
-                else sum(not self._kv.is_held(slot) for slot in node.slots)
-            )
+            if self._kv.is_held(node.slots[0]):
+                missing -= sum(not self._kv.is_held(slot) for slot in node.slots)
+            else:
+                missing -= len(node.slots)
             if missing <= 0:
                 return chosen
         return {}
@@ -143,7 +141,7 @@ class PrefixTree:
         self.slots -= len(leaf.slots)
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Cuts a node in two after `at` of its tokens; the upper half, which takes its place."""
+        """Splits a node after `at` of its tokens and returns the upper half, now its parent."""
         assert node.parent is not None
         upper = _Node(node.parent, node.tokens[:at], node.slots[:at], {node.tokens[at]: node})
         node.parent.children[node.tokens[0]] = upper

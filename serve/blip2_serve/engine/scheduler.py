@@ -1,8 +1,8 @@
 """Which tokens the next step computes. Pure Python on ints: no torch, no text, no clock.
 
 First come, first served. A request is admitted once every KV slot it can ever need is free, less
-those of a prefix that is cached, so a running request never waits for memory and is never
-preempted. Each step decodes one token of every sequence past its prompt and spends the rest of
+those of a cached prefix, so a running request never waits for memory and is never preempted. Each
+step decodes one token of every sequence past its prompt and spends the rest of
 `max_num_batched_tokens` on prefill, in chunks: however long a prompt is, it delays the others by
 one bounded step.
 """
@@ -21,15 +21,28 @@ from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 
 @dataclass(frozen=True)
 class Admission:
-    """A request that waited and now runs."""
+    """A request that left the queue and now runs."""
 
     request_id: str
     prompt_tokens: int
-    cached_tokens: int  # of them, whose keys and values were there
+    cached_tokens: int  # prompt tokens whose keys and values were cached
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the next step computes, and the requests it admits."""
+
+    chunks: list[Chunk]
+    admitted: tuple[Admission, ...]
 
 
 class Scheduler:
-    """`reuse`: keep the KV of what was computed, for requests that begin the same."""
+    """Queues requests, admits them into the KV cache and plans steps.
+
+    `max_num_seqs` bounds the sequences that run at once and `max_num_batched_tokens` the tokens of
+    a step; the second must be larger, or prefill would starve. `max_waiting` bounds the requests
+    that wait. `prefix_caching` keeps the KV of finished requests for those that begin the same.
+    """
 
     def __init__(
         self,
@@ -40,18 +53,15 @@ class Scheduler:
         max_num_batched_tokens: int,
         prefix_caching: bool = True,
     ) -> None:
-        assert (
-            max_num_batched_tokens > max_num_seqs
-        )  # or prompts would starve; the configuration sees to it
+        assert max_num_batched_tokens > max_num_seqs
         self.kv = kv
         self.cached = PrefixTree(kv)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
-        self.admitted: list[Admission] = []  # by the last `schedule`
-        self.cached_tokens = 0  # of prompts, since the start
-        self._max_running = max_num_seqs  # sequences
-        self._max_waiting = max_waiting  # requests
-        self._max_step_tokens = max_num_batched_tokens
+        self.cached_tokens = 0  # prompt tokens found in the cache since the start
+        self._max_num_seqs = max_num_seqs
+        self._max_waiting = max_waiting
+        self._max_num_batched_tokens = max_num_batched_tokens
         self._prefix_caching = prefix_caching
 
     @property
@@ -60,14 +70,14 @@ class Scheduler:
 
     @property
     def running_sequences(self) -> int:
-        """Counting those that a running request will have once its prompt is computed."""
+        """Counts the sequences that a request in prefill is going to have."""
         return sum(request.width for request in self.running)
 
     def add(self, request: Request) -> None:
         """Puts a request in the queue.
 
         Raises:
-            ContextLengthExceeded: it can never fit into the KV.
+            ContextLengthExceeded: it can never fit into the KV cache.
             InvalidRequest: it has more beams or samples than ever run at once.
             Overloaded: the queue is full.
         """
@@ -77,39 +87,38 @@ class Scheduler:
                 f"{self.kv.total}",
                 "max_tokens",
             )
-        if request.width > self._max_running:
+        if request.width > self._max_num_seqs:
             raise InvalidRequest(
-                f"this server generates at most {self._max_running} sequences at once",
+                f"this server generates at most {self._max_num_seqs} sequences at once",
                 "num_beams" if request.params.num_beams > 1 else "n",
             )
-        free_places = max(0, self._max_running - self.running_sequences)  # filled by the next step
-        if len(self.waiting) >= self._max_waiting + free_places:
+        idle = max(0, self._max_num_seqs - self.running_sequences)  # the next step fills these
+        if len(self.waiting) >= self._max_waiting + idle:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(request)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's work: decodes first, then prompts, oldest first."""
-        self.admitted = []
-        self._admit()
+    def schedule(self) -> Plan:
+        """Admits what fits and plans the next step: decodes first, then prefill, oldest first."""
+        admitted = self._admit()
         sequences = [s for request in self.running for s in request.sequences]
         chunks = [Chunk(s, s.computed, s.length) for s in sequences if s.output]
-        budget = self._max_step_tokens - len(chunks)
+        budget = self._max_num_batched_tokens - len(chunks)
         for sequence in sequences:
             if not sequence.output and budget > 0:
                 end = min(sequence.length, sequence.computed + budget)
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 budget -= end - sequence.computed
-        return chunks
+        return Plan(chunks, admitted)
 
     def advance(self, chunks: list[Chunk]) -> None:
-        """Notes that the chunks' keys and values are in the KV."""
+        """Notes that the chunks' keys and values are in the KV cache."""
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
             if chunk.completes and not chunk.sequence.output:
-                self._cache(chunk.sequence)  # for requests that come while this one runs
+                self._cache(chunk.sequence)  # for requests that arrive while this one runs
 
     def end(self, sequence: Sequence) -> None:
-        """Takes a sequence out; with its last sequence, a request gives back its slots."""
+        """Removes a sequence; with its last sequence, a request releases its slots."""
         request = sequence.request
         self._cache(sequence)
         request.sequences.remove(sequence)
@@ -117,7 +126,7 @@ class Scheduler:
             self.release(request)
 
     def release(self, request: Request) -> None:
-        """Takes a request out, running or waiting."""
+        """Removes a request, whether it runs or waits: finished, aborted or cancelled."""
         if request in self.waiting:
             self.waiting.remove(request)
         else:
@@ -129,7 +138,7 @@ class Scheduler:
         """Asserts what must hold between steps."""
         self.cached.check_integrity()
         self.kv.check_integrity((r.slots for r in self.running), self.cached.holdings())
-        assert self.running_sequences <= self._max_running
+        assert self.running_sequences <= self._max_num_seqs
         for request in self.running:
             assert len(request.slots) == request.slots_needed
             for sequence in request.sequences:
@@ -138,27 +147,32 @@ class Scheduler:
                 assert {*sequence.slots} <= {*request.slots}
         assert not any(request.slots for request in self.waiting)
 
-    def _admit(self) -> None:
-        while self.waiting:
-            request = self.waiting[0]
-            if self.running_sequences + request.width > self._max_running:
-                return
-            # Not the last token: its logits are needed, so it must be computed.
-            known = self.cached.match(request.digest, request.prompt[:-1])
-            missing = request.slots_needed - len(known)
-            own = self.kv.allocate(missing) if self.cached.make_room(missing) else None
-            if own is None:
-                self.kv.release(known)
-                return
-            self.waiting.popleft()
-            self.running.append(request)
-            request.slots = known + own
-            request.unused = request.slots[len(request.prompt) :]
-            request.sequences = [
-                Sequence(request, slots=request.slots[: len(request.prompt)], computed=len(known))
-            ]
-            self.admitted.append(Admission(request.id, len(request.prompt), len(known)))
-            self.cached_tokens += len(known)
+    def _admit(self) -> tuple[Admission, ...]:
+        admitted = []
+        while self.waiting and (admission := self._try_to_admit(self.waiting[0])):
+            admitted.append(admission)
+        return tuple(admitted)
+
+    def _try_to_admit(self, request: Request) -> Admission | None:
+        """Admits the request at the head of the queue if there is room for it."""
+        if self.running_sequences + request.width > self._max_num_seqs:
+            return None
+        # The last token is always computed, because its logits are needed.
+        known = self.cached.match(request.digest, request.prompt[:-1])
+        missing = request.slots_needed - len(known)
+        own = self.kv.allocate(missing) if self.cached.make_room(missing) else None
+        if own is None:
+            self.kv.release(known)
+            return None
+        self.waiting.popleft()
+        self.running.append(request)
+        request.slots = known + own
+        request.unused = request.slots[len(request.prompt) :]
+        request.sequences = [
+            Sequence(request, slots=request.slots[: len(request.prompt)], computed=len(known))
+        ]
+        self.cached_tokens += len(known)
+        return Admission(request.id, len(request.prompt), len(known))
 
     def _cache(self, sequence: Sequence) -> None:
         if self._prefix_caching and sequence.computed:

@@ -1,4 +1,4 @@
-"""One request inside the engine, and its lines of tokens. Plain Python: no torch, no text."""
+"""One request inside the engine and its sequences of tokens. Plain Python: no torch, no text."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import Any
 from blip2_serve.types import SamplingParams, TokenLogprob
 
 
-def _rows() -> array[int]:
+def _no_slots() -> array[int]:
     return array("q")
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A line of tokens: the answer itself, one of n samples, or one of the beams.
+    """A sequence of tokens: the answer itself, one of n samples, or one of the beams.
 
-    `slots` has the KV slot of each token, the last one included, which is computed next.
+    `slots` has the KV slot of each token (a block table with blocks of one token), including the
+    last token, whose keys and values the next step computes.
     """
 
     request: Request
     index: int = 0
     output: list[int] = field(default_factory=list)
-    slots: array[int] = field(default_factory=_rows)
-    computed: int = 0  # tokens whose keys and values are in the KV
+    slots: array[int] = field(default_factory=_no_slots)
+    computed: int = 0  # tokens whose keys and values are in the KV cache
     score: float = 0.0  # of a beam: the sum of its log-probabilities
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of a beam, if asked for
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of a beam, if requested
 
     @property
     def length(self) -> int:
@@ -37,7 +38,7 @@ class Sequence:
         return self.request.prompt[position] if past_prompt < 0 else self.output[past_prompt]
 
     def fork(self, index: int) -> Sequence:
-        """Another line that goes on from here; the KV so far is shared."""
+        """Another sequence that continues from here and shares the KV so far."""
         return Sequence(
             self.request,
             index,
@@ -49,7 +50,7 @@ class Sequence:
         )
 
     def append(self, token: int) -> None:
-        """Adds a token that is to be computed, and gives it a slot."""
+        """Adds a token for the next step to compute, in one of the request's unused slots."""
         self.output.append(token)
         self.slots.append(self.request.unused.pop())
 
@@ -58,8 +59,9 @@ class Sequence:
 class Request:
     """A prompt, how to answer it, and the KV slots it holds.
 
-    `prompt` starts with as many image token ids as `image` has slots; the runner puts the slots in
-    their place. `image` is opaque here, `digest` stands for it. `params.max_tokens` is set.
+    `prompt` starts with one image token id for each row of `image`, the image features; the runner
+    replaces their embeddings with these rows. `image` is opaque here; `digest` identifies it.
+    `params.max_tokens` must be set.
     """
 
     id: str
@@ -67,25 +69,25 @@ class Request:
     image: Any
     digest: str
     params: SamplingParams
-    sequences: list[Sequence] = field(default_factory=list)  # one until the prompt is computed
-    slots: array[int] = field(default_factory=_rows)  # every slot, shared ones included
-    unused: array[int] = field(default_factory=_rows)  # those that no token has yet
+    sequences: list[Sequence] = field(default_factory=list)  # one until prefill is done
+    slots: array[int] = field(default_factory=_no_slots)  # all of them, shared ones included
+    unused: array[int] = field(default_factory=_no_slots)  # those without a token yet
 
     @property
     def width(self) -> int:
-        """Sequences that are computed at once."""
+        """Sequences that run at once."""
         return max(self.params.num_beams, self.params.n)
 
     @property
     def slots_needed(self) -> int:
-        """KV slots it can ever need: the last token of a sequence is never fed back."""
+        """KV slots it can ever need. The last token of a sequence is never fed back."""
         assert self.params.max_tokens is not None
         return len(self.prompt) + self.width * (self.params.max_tokens - 1)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Work of one step for one sequence: compute its tokens [start, end)."""
+    """One sequence's share of a step: compute its tokens [start, end)."""
 
     sequence: Sequence
     start: int
@@ -93,5 +95,5 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether the last known token is in it, so that the next one can be chosen."""
+        """Whether it includes the last known token, so that the next one can be sampled."""
         return self.end == self.sequence.length

@@ -252,7 +252,7 @@ class GeneratorInstruments(Instruments):
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
         record.observe(metrics.STEP_DURATION, step.seconds, phase=report.phase)
-        record.observe(metrics.BATCH_SIZE, report.prompts + report.decodes, stage=self.stage)
+        record.observe(metrics.BATCH_SIZE, report.prefills + report.decodes, stage=self.stage)
         record.add(metrics.BATCH_CAPACITY, self._max_num_seqs, stage=self.stage)
         record.add(metrics.GENERATED_TOKENS, step.answered)
 

@@ -259,7 +259,7 @@ def test_many_requests_through_few_rows_have_the_logits_of_transformers(
         )
         scheduler.add(request)
     while scheduler.has_work:
-        chunks = scheduler.schedule()
+        chunks = scheduler.schedule().chunks
         model.check(runner, chunks)
         scheduler.advance(chunks)
         for request in {c.sequence.request: None for c in chunks if c.completes}:

@@ -114,7 +114,7 @@ class Bench:
         return request
 
     def step(self) -> None:
-        for name, event in self.engine.step():
+        for name, event in self.engine.step().events:
             self.events[name].append(event)
         self.engine.check_integrity()
 

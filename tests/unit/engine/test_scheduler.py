@@ -79,7 +79,7 @@ class Simulation:
 
     def step(self) -> list[Chunk]:
         running = {r.id for r in self.scheduler.running}
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule().chunks
 
         assert sum(c.end - c.start for c in chunks) <= self.max_num_batched_tokens
         assert len({c.sequence for c in chunks}) == len(chunks)
@@ -260,7 +260,7 @@ def test_prompts_share_a_step_oldest_first() -> None:
     s = scheduler(max_num_batched_tokens=8)
     for name, prompt in [("a", 5), ("b", 5), ("c", 5)]:
         s.add(make_request(name, prompt))
-    chunks = s.schedule()
+    chunks = s.schedule().chunks
     assert work(chunks) == [("a", 0, 5), ("b", 0, 3)]
     assert [c.completes for c in chunks] == [True, False]
 
@@ -271,10 +271,10 @@ def test_a_request_waits_until_its_whole_reach_is_free() -> None:
     second = make_request("b", 8, max_tokens=2)  # slots_needed 9
     s.add(first)
     s.add(second)
-    assert work(s.schedule()) == [("a", 0, 8)]
+    assert work(s.schedule().chunks) == [("a", 0, 8)]
     assert list(s.waiting) == [second]
     s.release(first)
-    assert work(s.schedule()) == [("b", 0, 8)]
+    assert work(s.schedule().chunks) == [("b", 0, 8)]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_no_more_run_than_allowed() -> None:
     s = scheduler(max_num_seqs=2)
     for name in "abc":
         s.add(make_request(name, 1))
-    assert work(s.schedule()) == [("a", 0, 1), ("b", 0, 1)]
+    assert work(s.schedule().chunks) == [("a", 0, 1), ("b", 0, 1)]
     assert [w.id for w in s.waiting] == ["c"]
 
 

@@ -117,7 +117,7 @@ def test_the_state_of_an_encoder_on_a_gpu_is_reported(recorder: FakeRecorder) ->
 def test_a_step_counts(recorder: FakeRecorder) -> None:
     instruments = generator(recorder)
     admitted = (Admission("a", prompt_tokens=20, cached_tokens=5),)
-    report = StepReport(admitted, prompts=1, decodes=2, tokens=17)
+    report = StepReport(admitted, prefills=1, decodes=2, tokens=17)
     instruments.step(Step(report, seconds=0.05, queue_seconds=(0.4,), answered=3))
 
     assert recorder.observed["blip2_queue_time_seconds", "generator"] == [0.4]
@@ -175,7 +175,7 @@ def test_beams_that_are_in_no_answer_count_for_the_capacity(recorder: FakeRecord
     with instruments.request(request(num_beams=4)) as count:
         count.tokens += 3
     for tokens in (2, 4, 4, 4):
-        report = StepReport((), prompts=0, decodes=tokens, tokens=tokens)
+        report = StepReport((), prefills=0, decodes=tokens, tokens=tokens)
         instruments.step(Step(report, 0.1, (), answered=0))
 
     # Each of the 12 tokens takes a step of 0.1 s, which up to 16 sequences share.
