@@ -234,36 +234,9 @@ NODE_UP = Gauge(
     ("node",),
 )
 
-MEASURED: tuple[Metric, ...] = (
-    REQUESTS,
-    REQUEST_DURATION,
-    TIME_TO_FIRST_TOKEN,
-    INTER_TOKEN_LATENCY,
-    REJECTIONS,
-    IMAGE_ERRORS,
-    STAGE_DURATION,
-    QUEUE_TIME,
-    QUEUE_DEPTH,
-    DROPPED,
-    FEATURE_LOOKUPS,
-    IMAGE_BYTES,
-    IMAGE_DECODE_TIME,
-    STEP_DURATION,
-    BATCH_SIZE,
-    BATCH_CAPACITY,
-    PROMPT_TOKENS,
-    GENERATED_TOKENS,
-    CACHED_PROMPT_TOKENS,
-    KV_SLOTS_USED,
-    KV_SLOTS_CACHED,
-    KV_SLOTS_CAPACITY,
-    SEQUENCES_RUNNING,
-    MODEL_LOAD_SECONDS,
-    MODEL_BYTES,
-    GPU_MEMORY_USED,
-    GPU_MEMORY_CAPACITY,
-    BUILD_INFO,
-    NODE_UP,
+# Every metric above, in order.
+DEFINED: tuple[Metric, ...] = tuple(
+    value for value in [*globals().values()] if isinstance(value, Metric)
 )
 
 
@@ -271,7 +244,7 @@ def catalogue() -> list[Metric]:
     """Every metric; each histogram is followed by its exact sum."""
     return [
         entry
-        for metric in MEASURED
+        for metric in DEFINED
         for entry in ((metric, metric.exact_sum) if isinstance(metric, Histogram) else (metric,))
     ]
 
@@ -279,7 +252,7 @@ def catalogue() -> list[Metric]:
 def table() -> str:
     """The catalogue as a Markdown table, under the exported names."""
     lines = ["| metric | type | labels | |", "|---|---|---|---|"]
-    for metric in MEASURED:
+    for metric in DEFINED:
         kind = type(metric).__name__.lower()
         labels = ", ".join(metric.labels)
         name = f"`{metric.exported}`"

@@ -43,6 +43,18 @@ def test_names_follow_prometheus_rules(metric: Metric) -> None:
         assert min(metric.buckets) > 0  # Ray requires it
 
 
-def test_every_metric_defined_is_in_the_catalogue_in_order() -> None:
-    defined = [value for value in vars(metrics).values() if isinstance(value, Metric)]
-    assert defined == [*metrics.MEASURED]
+def test_the_catalogue_has_every_metric_in_order_and_exact_sums_behind_histograms() -> None:
+    first, last = metrics.REQUESTS, metrics.NODE_UP
+    duration = metrics.REQUEST_DURATION
+
+    found = metrics.catalogue()
+    assert found[:3] == [first, duration, duration.exact_sum]
+    assert found[-1] == last
+
+
+def test_the_table_has_a_line_for_every_metric() -> None:
+    lines = metrics.table().splitlines()[2:]
+
+    assert len(lines) == len(metrics.DEFINED)
+    assert lines[0].startswith("| `ray_blip2_requests_total` | counter | route, outcome |")
+    assert "`ray_blip2_request_duration_seconds_exact_total` | histogram" in lines[1]
