@@ -116,7 +116,7 @@ class PreprocessorInstruments(Instruments):
 
     @contextmanager
     def image(self, size: int) -> Iterator[None]:
-        """Measures the block as the stay of one image file of `size` bytes."""
+        """Measures the block as the time that an image file of `size` bytes is here."""
         self._image_arrived(size)
         self._here += 1
         try:
