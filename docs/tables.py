@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from blip2_serve.observe import metrics
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -38,6 +37,7 @@ from blip2_serve.http.schema import (
     GenerationFields,
     StreamFields,
 )
+from blip2_serve.observe import metrics
 from blip2_serve.types import SamplingParams
 
 FOLDER = Path(__file__).parent

@@ -1,14 +1,14 @@
-"""How many replicas a stage needs: a function of what its replicas measure.
+"""Decides how many replicas a stage needs from what its replicas measure.
 
-Serve's default policy divides the ongoing requests by a target. A queue is not linear in the load:
-near saturation a little more load makes it many times as long, so the quotient overshoots, and far
-from it says little. This policy divides the offered load by what a replica can do, both measured,
-and adds a headroom for the time that others take to start, and what drains the backlog. The offered
-load is what replicas finish and, on top, the growth of what is ongoing: a backlog that moves from
-callers to new replicas is no load.
+Serve's default policy divides the ongoing requests by a target. But a queue does not grow in
+proportion to the load: near saturation a little more load makes it many times longer, so that
+policy overshoots, and far from saturation the queue says little. This policy divides the offered
+load by the capacity of a replica, both measured, and adds headroom for the time that replicas take
+to start and enough to drain the backlog. The offered load is what replicas finish plus the growth
+of the ongoing requests: a backlog that moves from callers to new replicas does not count as load.
 
-Serve applies its own delays, factors and bounds around the policy. It pickles this module by value
-into its controller, which need not have this package: only the standard library is imported here.
+Serve applies its own delays, factors and bounds on top. It pickles this module by value into its
+controller, which may not have this package installed: import only the standard library here.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Signals:
-    """What one replica reports. None: not known yet.
+    """What one replica reports; None is unknown yet.
 
-    Items are images in preprocessor and encoder, requests in the generator.
+    An item is an image in the preprocessor and the encoder, and a request in the generator.
     """
 
-    finished: float = 0.0  # items, a second
-    waiting: float = 0.0  # items whose turn has not come
-    capacity: float | None = None  # items a second, at its largest batch
-    start_s: float | None = None  # seconds that it took to start
-    occupancy: float | None = None  # of its places (sequences, KV rows), 0 to 1
-    step_s: float | None = None  # seconds of an engine step, lately
-    least_step_s: float | None = None  # of them, those that less load would not save
+    finished: float = 0.0  # items per second
+    waiting: float = 0.0  # items in the replica that are not being computed yet
+    capacity: float | None = None  # items per second with full batches
+    start_s: float | None = None  # seconds from the start of its process until it was ready
+    occupancy: float | None = None  # share of its sequences or KV slots in use, the larger; 0 to 1
+    step_s: float | None = None  # mean seconds of the latest engine steps
+    fixed_step_s: float | None = None  # seconds of a step that do not depend on the load
 
     def report(self) -> dict[str, float]:
-        """What `record_autoscaling_stats` returns: Serve wants numbers, and averages each."""
+        """The dict for `record_autoscaling_stats`: Serve takes numbers and averages each."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -43,20 +43,20 @@ class Signals:
 class Stage:
     """A stage at one moment."""
 
-    replicas: tuple[Signals, ...]  # of those that run and have reported
-    running: int
-    target: int  # replicas that are to run, as decided before
-    ongoing: float  # requests, those included that wait at callers
-    growth: float = 0.0  # of them, a second
-    queued: float = 0.0  # requests that wait at callers
-    bursty: bool = False  # the load comes in bursts, by `Bursts`
-    least: int = 1
-    most: int = 1
+    replicas: tuple[Signals, ...]  # of running replicas that have reported
+    running: int  # running replicas
+    target: int  # replicas decided on last time
+    ongoing: float  # requests at replicas and at callers
+    growth: float = 0.0  # of `ongoing`, requests per second
+    queued: float = 0.0  # requests waiting at callers
+    bursty: bool = False  # whether the load comes in bursts, as `Bursts` tells
+    min_replicas: int = 1
+    max_replicas: int = 1
 
 
 @dataclass(frozen=True)
 class Settings:
-    """`ScalingConfig` says what they mean, and has the defaults."""
+    """The fields of `ScalingConfig`, which describes them and has the defaults."""
 
     target_utilization: float
     headroom: float
@@ -70,12 +70,12 @@ class Settings:
 
 
 def desired_replicas(stage: Stage, settings: Settings) -> int:
-    """Replicas that the stage should have.
+    """Returns how many replicas the stage should have.
 
-    The target stays put between "too few" and "too many by `downscale_margin`", so a load that
-    wavers around a whole number of replicas moves nothing.
+    The target stays while it is neither too small nor too large by more than `downscale_margin`, so
+    a load that wavers around a whole number of replicas changes nothing.
     """
-    if stage.running == 0:  # they are starting, or there is no work; a first request is Serve's
+    if stage.running == 0:  # replicas are starting, or the stage is idle: Serve wakes it up
         return _bounded(stage.target, stage)
     needed = replicas_needed(stage, settings)
     enough, ample = _ceil(needed), _ceil(needed * (1 + settings.downscale_margin))
@@ -84,7 +84,10 @@ def desired_replicas(stage: Stage, settings: Settings) -> int:
 
 
 def replicas_needed(stage: Stage, settings: Settings) -> float:
-    """Before rounding: what keeps up, what drains the backlog, what the places are enough for."""
+    """Returns the replicas to keep up, to drain the backlog or to avoid crowding: the largest.
+
+    Not rounded, not bounded.
+    """
     capacity = _capacity(stage)
     if capacity is None:
         return stage.ongoing / settings.initial_ongoing_requests
@@ -98,21 +101,21 @@ def replicas_needed(stage: Stage, settings: Settings) -> float:
 
 
 def offered_load(stage: Stage, capacity: float) -> float:
-    """In replicas: what one can do in a second, its `capacity`, is 1."""
+    """Returns the load in replicas: 1 is what one of `capacity` items per second can do."""
     finished = sum(r.finished for r in stage.replicas)
     return max(0.0, (finished + stage.growth) / capacity)
 
 
 def _capacity(stage: Stage) -> float | None:
-    """Items a second of one replica; None while none has measured it."""
+    """Mean items per second that a replica can do; None while no replica knows."""
     return _mean([r.capacity for r in stage.replicas if r.capacity])
 
 
 def _headroom(load: float, stage: Stage, settings: Settings) -> float:
-    """Replicas for what the load may grow by until others have started.
+    """Replicas for how much the load may grow until more have started.
 
-    What many do by themselves wanders, in sum, by the square root of how many they are, and of how
-    long one looks: a large load needs a smaller share of itself than a small one.
+    Independent requests fluctuate by the square root of their number, which grows with the load and
+    with the time looked at: a large load needs a smaller share of headroom than a small one.
     """
     start_s = _mean([r.start_s for r in stage.replicas if r.start_s is not None])
     headroom = settings.headroom * math.sqrt(load * (start_s or 0.0))
@@ -120,12 +123,12 @@ def _headroom(load: float, stage: Stage, settings: Settings) -> float:
 
 
 def _crowding(replica: Signals, settings: Settings) -> float:
-    """How many replicas this one's sequences should be spread over, by places and step time."""
+    """How many replicas this one's sequences should spread over, by occupancy and step time."""
     crowding = (replica.occupancy or 0.0) / settings.target_occupancy
-    limit, step, least = settings.max_step_s, replica.step_s, replica.least_step_s
-    if limit is None or step is None or least is None or least >= limit:
-        return crowding  # no limit, or one that no number of replicas would keep
-    return max(crowding, (step - least) / (limit - least))
+    limit, step, fixed = settings.max_step_s, replica.step_s, replica.fixed_step_s
+    if limit is None or step is None or fixed is None or fixed >= limit:
+        return crowding  # there is no limit, or more replicas would not keep it
+    return max(crowding, (step - fixed) / (limit - fixed))
 
 
 def _mean(numbers: list[float]) -> float | None:
@@ -133,21 +136,24 @@ def _mean(numbers: list[float]) -> float | None:
 
 
 def _ceil(number: float) -> int:
-    return math.ceil(number - 1e-9)  # 0.6 / 0.2 is a little more than 3
+    return math.ceil(number - 1e-9)  # 0.6 / 0.2 is slightly more than 3
 
 
 def _bounded(replicas: int, stage: Stage) -> int:
-    return max(stage.least, min(stage.most, replicas))
+    return max(stage.min_replicas, min(stage.max_replicas, replicas))
 
 
 class Trend:
-    """How fast a number grows, over the last `seconds`."""
+    """Tells how fast a number grows."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, float]] = deque()  # times and numbers
+        self._seen: deque[tuple[float, float]] = deque()  # (time in seconds, number)
 
     def growth(self, now: float, number: float, seconds: float) -> float:
-        """A second. 0 until the number has been seen for so long."""
+        """Adds the number of this moment and returns its growth per second over the last `seconds`.
+
+        0 until it has been seen for that long.
+        """
         self._seen.append((now, number))
         while len(self._seen) > 1 and self._seen[1][0] <= now - seconds:
             self._seen.popleft()
@@ -156,39 +162,43 @@ class Trend:
 
 
 class Bursts:
-    """Whether a load has risen more than once lately: what came twice may come again.
+    """Tells whether a load has surged more than once lately: what came twice may come again.
 
-    A rise is one by LEAST_SHARE of the load and LEAST_REPLICAS, and again from where the load has
-    fallen by as much. Rises within APART_S are one: a backlog makes the measured load waver.
+    A surge is a rise by MIN_SHARE of the load plus MIN_REPLICAS; the next one counts after the load
+    has fallen by as much. Surges less than MIN_GAP_S apart are one, since a backlog makes the
+    measured load waver.
     """
 
-    LATELY_S = 480.0
-    APART_S = 60.0
-    LEAST_SHARE = 0.3
-    LEAST_REPLICAS = 0.6
+    WINDOW_S = 480.0
+    MIN_GAP_S = 60.0
+    MIN_SHARE = 0.3
+    MIN_REPLICAS = 0.6
 
     def __init__(self) -> None:
-        self._rises: deque[float] = deque()  # times
-        # The least load since it fell, or the largest since it rose.
+        self._surges: deque[float] = deque()  # times in seconds
+        # The lowest load since the last fall, or the highest since the last rise.
         self._turn: float | None = None
         self._risen = False
 
-    def seen(self, now: float, load: float) -> bool:
-        """Takes the load of one moment after another."""
+    def update(self, now: float, load: float) -> bool:
+        """Adds the load (in replicas) of this moment; returns whether the load is bursty."""
         turn = load if self._turn is None else self._turn
         self._turn = max(turn, load) if self._risen else min(turn, load)
         low, high = sorted((self._turn, load))
-        if high > low * (1 + self.LEAST_SHARE) + self.LEAST_REPLICAS:
+        if high > low * (1 + self.MIN_SHARE) + self.MIN_REPLICAS:
             self._risen, self._turn = not self._risen, load
-            if self._risen and (not self._rises or now - self._rises[-1] >= self.APART_S):
-                self._rises.append(now)
-        while self._rises and self._rises[0] < now - self.LATELY_S:
-            self._rises.popleft()
-        return len(self._rises) > 1
+            if self._risen and (not self._surges or now - self._surges[-1] >= self.MIN_GAP_S):
+                self._surges.append(now)
+        while self._surges and self._surges[0] < now - self.WINDOW_S:
+            self._surges.popleft()
+        return len(self._surges) > 1
 
 
 class StagePolicy:
-    """For `AutoscalingPolicy(policy_function="blip2_serve.scaling:StagePolicy")`."""
+    """The policy for Serve: `AutoscalingPolicy(policy_function="blip2_serve.scaling:StagePolicy")`.
+
+    Keyword arguments are the fields of `Settings`.
+    """
 
     def __init__(self, **settings: Any) -> None:
         self._settings = Settings(**settings)
@@ -196,19 +206,19 @@ class StagePolicy:
         self._bursts = Bursts()
 
     def __call__(self, ctx: Any) -> tuple[int, dict[str, Any]]:
-        """`ctx` is Serve's AutoscalingContext; nothing is kept in its state."""
-        # Callers report in steps: each of them once in this time.
+        """Takes Serve's AutoscalingContext; returns the replicas to have, and no state."""
+        # Each caller reports once per interval, so `ongoing` moves in steps within one.
         interval_s = ctx.config.metrics_interval_s
         growth = self._ongoing.growth(ctx.current_time, ctx.total_num_requests, interval_s)
         stage = stage_of(ctx, growth)
         if capacity := _capacity(stage):
-            bursty = self._bursts.seen(ctx.current_time, offered_load(stage, capacity))
+            bursty = self._bursts.update(ctx.current_time, offered_load(stage, capacity))
             stage = replace(stage, bursty=bursty)
         return desired_replicas(stage, self._settings), {}
 
 
 def stage_of(ctx: Any, growth: float) -> Stage:
-    """What the policy needs of Serve's context; `growth` is that of the ongoing requests."""
+    """Reads Serve's AutoscalingContext; `growth` is that of the ongoing requests, per second."""
     metrics = ctx.aggregated_metrics or {}
     names = [field.name for field in fields(Signals) if field.name in metrics]
     reported = [r for r in ctx.running_replicas if r in metrics.get("finished", {})]
@@ -222,6 +232,6 @@ def stage_of(ctx: Any, growth: float) -> Stage:
         ongoing=ctx.total_num_requests,
         growth=growth,
         queued=ctx.total_queued_requests or 0.0,
-        least=ctx.capacity_adjusted_min_replicas,
-        most=ctx.capacity_adjusted_max_replicas,
+        min_replicas=ctx.capacity_adjusted_min_replicas,
+        max_replicas=ctx.capacity_adjusted_max_replicas,
     )

@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import pytest
-from blip2_serve.observe import metrics
 from pydantic import BaseModel, Field
 
 from blip2_serve import errors
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import Blip2ServeError, StartupError
+from blip2_serve.observe import metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -1,4 +1,4 @@
-"""A collector of OpenTelemetry's spans, and what tests ask of them."""
+"""A collector of OpenTelemetry spans, and what tests ask of the spans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
 class Collector:
-    """Takes spans as OpenTelemetry's collector does."""
+    """Receives spans over HTTP, as OpenTelemetry's collector does."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -53,12 +53,12 @@ class Collector:
 
 
 def stages_of(spans: list[Span]) -> set[str]:
-    """Names of spans of stages, without what Serve puts in front."""
-    start = "replica_handle_request "
-    return {span.name.removeprefix(start) for span in spans if span.name.startswith(start)}
+    """Names of the stages' spans, without the prefix that Serve gives them."""
+    prefix = "replica_handle_request "
+    return {span.name.removeprefix(prefix) for span in spans if span.name.startswith(prefix)}
 
 
 def orphans(spans: list[Span], parent: str) -> list[str]:
-    """Spans whose parent is neither among them nor `parent`."""
+    """Names of spans whose parent is neither another of the spans nor `parent`."""
     known = {parent, *(span.span_id.hex() for span in spans)}
     return [span.name for span in spans if span.parent_span_id.hex() not in known]

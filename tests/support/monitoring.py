@@ -1,4 +1,4 @@
-"""The rules and the dashboard, and a Prometheus that looks at them."""
+"""The alert rules and the dashboard, and a Prometheus server to evaluate them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALERTS_TEST = ROOT / "tests/monitoring/alerts_test.yaml"
 
 
 def needs(program: str) -> None:
-    """Skips the test where there is no such program."""
+    """Skips the test if the program is not installed."""
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed (apt-get install prometheus)")
 
@@ -34,13 +34,13 @@ def rule_groups() -> list[dict[str, Any]]:
 
 
 def write_rules(path: Path) -> Path:
-    """As Prometheus reads them."""
+    """Writes the rules as a file that Prometheus reads."""
     path.write_text(yaml.safe_dump({"groups": rule_groups()}))
     return path
 
 
 def dashboard_expressions() -> dict[str, str]:
-    """By panel and number of the query."""
+    """Queries by panel title and query id."""
     dashboard = json.loads((MONITORING / "dashboards/blip2-serve.json").read_text())
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
@@ -54,7 +54,7 @@ class Prometheus:
         self._url = url
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an instant query."""
+        """Returns the samples of an instant query."""
         response = httpx.get(f"{self._url}/api/v1/query", params={"query": expression}, timeout=30)
         answer = response.json()
         assert answer["status"] == "success", f"{expression}: {answer['error']}"
@@ -67,7 +67,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
-    """One that scrapes all the time: by job, host:port/path."""
+    """Runs a Prometheus that scrapes `targets`: by job, host:port/path."""
     needs("prometheus")
     port = free_port()
     jobs = []
@@ -76,7 +76,7 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
         static = [{"targets": [host]}]
         jobs.append({"job_name": name, "metrics_path": f"/{path}", "static_configs": static})
     config = {
-        # A scrape has as long as the interval is; on two busy cores a page can take a second.
+        # A scrape times out after one interval; on two busy cores a page can take a second.
         "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
         "rule_files": [str(write_rules(folder / "rules.yaml"))],
         "scrape_configs": jobs,

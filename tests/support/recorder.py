@@ -1,18 +1,23 @@
-"""A `Recorder` that remembers."""
+"""A `Recorder` that keeps what it is given."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
 
 
 class FakeRecorder:
-    """By metric and the values of its labels, in their order."""
+    """Keeps values by the metric's name and the values of its labels, in the metric's order.
+
+    `report` is what would be called once per second.
+    """
 
     def __init__(self) -> None:
         self.counted: dict[tuple[str, ...], float] = defaultdict(float)
         self.observed: dict[tuple[str, ...], list[float]] = defaultdict(list)
+        self.report: Callable[[], None] = lambda: None
 
     def add(self, metric: Counter, value: float = 1, **labels: str) -> None:
         assert value >= 0
@@ -24,6 +29,9 @@ class FakeRecorder:
 
     def observe(self, metric: Histogram, value: float, **labels: str) -> None:
         self.observed[_key(metric, labels)].append(value)
+
+    def report_every_second(self, report: Callable[[], None]) -> None:
+        self.report = report
 
 
 def _key(metric: Metric, labels: dict[str, str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def replica(deployment: Any, *args: Any) -> Any:
-    """An instance as Serve makes it, and what its `__init__` returned: a coroutine, or None."""
+    """Makes an instance as Serve does; returns it and the result of `__init__`, maybe awaitable."""
     cls = deployment.func_or_class
     instance = object.__new__(cls)
     return instance, cls.__init__(instance, *args)

@@ -64,7 +64,7 @@ def test_a_message_may_hold_the_largest_body_and_the_largest_image() -> None:
 
 # KMP_VERSION has Intel's OpenMP print its name as soon as it is used.
 COMPUTES = """
-import blip2_serve.stages.loading, torch  # the package comes first, whatever is imported
+import blip2_serve.stages.batching, torch  # the package comes first, whatever is imported
 torch.set_num_threads(2)
 torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 """

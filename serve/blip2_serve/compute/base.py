@@ -172,3 +172,12 @@ def attend_parts(parts: list[tuple[int, Attend]]) -> Attend:
         return together
 
     return attend
+
+
+def set_threads(threads: int | None) -> None:
+    """Sets how many threads torch uses when called from this thread; None: all usable cores.
+
+    Ray sets OMP_NUM_THREADS to the CPUs that the replica reserves, rounded up: 1. OpenMP keeps the
+    number per calling thread, so every thread that computes must call this.
+    """
+    torch.set_num_threads(threads or machine.cores())

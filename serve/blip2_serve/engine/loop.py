@@ -75,7 +75,6 @@ class EngineLoop:
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._closing = False
-        self.seconds = 0.0  # total over finished requests, from submission to the end
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -103,8 +102,6 @@ class EngineLoop:
             while not finished:
                 events, failure = await _next(reader.woken)
                 finished = failure is not None or events[-1].last
-                if finished:
-                    self.seconds += time.perf_counter() - reader.submitted
                 for event in _merged(events):
                     yield event
                 if failure is not None:

@@ -114,6 +114,11 @@ def resolve_dtype(dtype: str, device: torch.device, config: Blip2Config) -> torc
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
+def tensor_bytes(module: torch.nn.Module) -> int:
+    """Bytes of a module's parameters, each counted once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def eos_token_ids(config: Blip2Config) -> tuple[int, ...]:
     """transformers generates through the language model, so only its config counts here."""
     eos = config.text_config.eos_token_id

@@ -1,7 +1,7 @@
-"""Log lines of a replica: to standard error, from where Ray brings them to files and terminals.
+"""Log lines of a replica. They go to standard error; Ray forwards them to files and terminals.
 
-Each line has the id of the request that it is about, which is also the answer's `x-request-id`; "-"
-where it is about none, or about several.
+Each line names the id of its request, which is also the response's `x-request-id`, or "-" if it is
+about no request or several.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEXT = "%(asctime)s %(levelname)s %(request_id)s %(message)s"
 
 
 def configure(log_format: LogFormat) -> None:
-    """Called once by every replica."""
+    """Sets up logging. Every replica calls it; calling it again changes nothing."""
     logger = logging.getLogger("blip2_serve")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -33,13 +33,13 @@ def configure(log_format: LogFormat) -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of Serve's is worth a traceback: a client's own mistake is not."""
+    """Filters Serve's log lines: drops the tracebacks of clients' own mistakes."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, Blip2ServeError) or error.status >= 500
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the names that Serve's own JSON logs use."""
+    """One JSON object per line, with the field names of Serve's own JSON logs."""
 
     def format(self, record: logging.LogRecord) -> str:
         replica = serve.get_replica_context()

@@ -1,6 +1,7 @@
-"""What a replica measures about itself for the autoscaling policy.
+"""Turns what a replica does into the signals of the autoscaling policy.
 
-It knows neither Ray nor torch. The simulator of `loadtest/simulation` has the same meters.
+Needs neither Ray nor torch: the simulator in `loadtest/simulation` runs these meters on its own
+clock.
 """
 
 from __future__ import annotations
@@ -12,150 +13,160 @@ import blip2_serve
 from blip2_serve.scaling import Signals
 
 Clock = Callable[[], float]  # seconds
-LEAST_INTERVAL_S = 0.5  # between readings that say something
+MIN_INTERVAL_S = 0.5  # shortest interval that a rate is taken over
 
 
-class Meter:
-    """Growth of counters from one reading to the next."""
+class Deltas:
+    """How much running totals grow from one reading to the next."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._read_at = clock()
-        self._counts: dict[str, float] = {}
+        self._totals: dict[str, float] = {}
 
-    def read(self, **counts: float) -> tuple[float, dict[str, float]]:
-        """Seconds since the last reading, and by how much each has grown.
+    def read(self, **totals: float) -> tuple[float, dict[str, float]]:
+        """Returns the seconds since the last reading and the growth of each total in that time.
 
-        `counts` are totals since the start; a new name counts from zero.
+        A name seen for the first time grew from zero.
         """
         now = self._clock()
         seconds, self._read_at = now - self._read_at, now
-        grown = {name: count - self._counts.get(name, 0.0) for name, count in counts.items()}
-        self._counts = counts
-        return seconds, grown
+        growth = {name: total - self._totals.get(name, 0.0) for name, total in totals.items()}
+        self._totals = totals
+        return seconds, growth
 
 
-class Usual:
-    """The mean over about the last `memory` items."""
+class RecentMean:
+    """The mean over roughly the last `memory` items; older ones fade."""
 
     def __init__(self, memory: int = 200) -> None:
-        self._keep = 1 - 1 / memory
+        self._decay = 1 - 1 / memory
         self._sum = self._weight = 0.0
 
     def add(self, total: float, items: float) -> None:
-        """Items that come to so much together."""
-        keep = self._keep**items
-        self._sum = keep * self._sum + total
-        self._weight = keep * self._weight + items
+        """Adds `items` items that sum to `total`."""
+        decay = self._decay**items
+        self._sum = decay * self._sum + total
+        self._weight = decay * self._weight + items
 
     @property
     def value(self) -> float | None:
-        """None before there was any."""
+        """None until there are items."""
         return self._sum / self._weight if self._weight else None
 
 
 class StepCost:
-    """Seconds of a step: `fixed`, and `each` for every item in it.
+    """Fits the seconds of a step as `fixed + per_item * items`.
 
-    Ordinary least squares over about the last `memory` steps. Steps of nearly one size do not tell
-    the two apart; then all is `each`, which promises no gain from larger steps. One thread adds,
-    others read.
+    Ordinary least squares over roughly the last `memory` steps. Steps of nearly equal size cannot
+    separate the two terms; then everything counts as `per_item`, which promises no gain from larger
+    steps. One thread may add while others read.
     """
 
-    # Standard deviation of sizes by their mean, below which they are nearly one.
-    LEAST_SPREAD = 0.2
+    # Sizes are nearly equal if their standard deviation is below this share of their mean.
+    MIN_SPREAD = 0.2
 
     def __init__(self, memory: int = 1000) -> None:
-        self._keep = 1 - 1 / memory
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # replaced as a whole: a reader never sees half
+        self._decay = 1 - 1 / memory
+        # Replaced as a whole, so that a reader never sees half an update.
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
 
     def add(self, items: float, seconds: float) -> None:
-        """A step with at least one item."""
-        keep, (n, x, y, xx, xy) = self._keep, self._sums
+        """Adds a step of `items` > 0."""
+        decay, (n, x, y, xx, xy) = self._decay, self._sums
         self._sums = (
-            keep * n + 1,
-            keep * x + items,
-            keep * y + seconds,
-            keep * xx + items * items,
-            keep * xy + items * seconds,
+            decay * n + 1,
+            decay * x + items,
+            decay * y + seconds,
+            decay * xx + items * items,
+            decay * xy + items * seconds,
         )
 
     @property
     def known(self) -> bool:
+        """Whether any step was added; the other methods need one."""
         return self._sums[0] > 0
 
     @property
-    def fixed_and_each(self) -> tuple[float, float]:
-        """Seconds, both at least 0. Only where `known`."""
+    def fixed_and_per_item(self) -> tuple[float, float]:
+        """Seconds, neither below 0."""
         n, x, y, xx, xy = self._sums
         mean, seconds = x / n, y / n
         variance = xx / n - mean * mean
         proportional = seconds / mean
-        if variance < (self.LEAST_SPREAD * mean) ** 2:
+        if variance < (self.MIN_SPREAD * mean) ** 2:
             return 0.0, proportional
-        each = (xy / n - mean * seconds) / variance
-        each = min(max(each, 0.0), proportional)
-        return seconds - each * mean, each
+        per_item = (xy / n - mean * seconds) / variance
+        per_item = min(max(per_item, 0.0), proportional)
+        return seconds - per_item * mean, per_item
 
     def seconds(self, items: float) -> float:
-        """Of a step of this size. Only where `known`."""
-        fixed, each = self.fixed_and_each
-        return fixed + each * items
+        """Expected seconds of a step of this size."""
+        fixed, per_item = self.fixed_and_per_item
+        return fixed + per_item * items
 
 
 def seconds_since_import() -> float:
-    """Of this package: nearly the age of a replica's process."""
+    """Seconds since this package was imported: close to the age of a replica's process."""
     return time.monotonic() - blip2_serve.IMPORTED_AT
 
 
-class StageMeter:
-    """What the meters of all stages have."""
+class Meter:
+    """What the meters of all stages share."""
 
     def __init__(self, clock: Clock, age: Clock) -> None:
         self._cost = StepCost()
-        self._meter = Meter(clock)
+        self._deltas = Deltas(clock)
         self._age = age
         self._start_s: float | None = None
 
     def ready(self) -> None:
-        """The replica can work from now on: its age is what it took to start."""
+        """Takes the replica's age as its start-up time. Call when it can take requests."""
         self._start_s = self._age()
 
 
-class BatchMeter(StageMeter):
-    """For stages that compute items in batches of up to `batch`, `threads` of them at once."""
+class BatchMeter(Meter):
+    """Meters a stage that computes batches of up to `max_batch_size` items in `threads` threads."""
 
     def __init__(
         self,
-        batch: int = 1,
+        max_batch_size: int = 1,
         threads: int = 1,
         clock: Clock = time.monotonic,
         age: Clock = seconds_since_import,
     ) -> None:
         super().__init__(clock, age)
-        self._batch = batch
+        self._max_batch_size = max_batch_size
         self._threads = threads
-        self._finished = 0
+        # Totals since the start.
+        self.items = self.batches = 0
+        self.seconds = 0.0  # summed over batches, side by side or not
 
     def computed(self, items: int, seconds: float) -> None:
-        """One batch, in one thread."""
-        self._finished += items
+        """Counts one batch that one thread computed."""
+        self.items += items
+        self.batches += 1
+        self.seconds += seconds
         self._cost.add(items, seconds)
 
     def signals(self, waiting: int) -> Signals:
-        """To be read once in each interval: finished are those since the last time."""
-        seconds, grown = self._meter.read(finished=self._finished)
+        """Returns the signals since the last call. Call once per reporting interval.
+
+        `waiting` is the number of items that no batch has taken yet.
+        """
+        seconds, growth = self._deltas.read(finished=self.items)
         capacity = None
         if self._cost.known:
-            capacity = self._threads * self._batch / self._cost.seconds(self._batch)
-        return Signals(_rate(grown["finished"], seconds), waiting, capacity, self._start_s)
+            full_batch_s = self._cost.seconds(self._max_batch_size)
+            capacity = self._threads * self._max_batch_size / full_batch_s
+        return Signals(_rate(growth["finished"], seconds), waiting, capacity, self._start_s)
 
 
-class EngineMeter(StageMeter):
-    """For the generator, whose requests share steps."""
+class EngineMeter(Meter):
+    """Meters the generator, whose requests share steps."""
 
-    BUSY = 0.5
-    # A running request has its prompt and half of its answer behind it, in the mean.
+    BUSY = 0.5  # share of its capacity that a replica handles without requests piling up
+    # On average, a running request has computed its prompt and half of its answer.
     RUNNING_IS_DONE = 0.75
 
     def __init__(
@@ -165,84 +176,98 @@ class EngineMeter(StageMeter):
         age: Clock = seconds_since_import,
     ) -> None:
         super().__init__(clock, age)
-        self._max_running = max_num_seqs
-        self._arrived = self._left = self._ended = self._answered = 0
-        self._steps = self._tokens = self._seconds = 0.0
-        self._request_tokens = Usual()  # computed for a request, prompt and answers
-        self._answer_tokens = Usual()  # of them, of its answers
+        self._max_num_seqs = max_num_seqs
+        self._arrived = self._left = self._answered = self._answer_tokens = 0
+        self._steps = self._step_tokens = self._step_seconds = 0.0
+        self._tokens_per_request = RecentMean()  # computed for it, prompt and answers
+        self._tokens_per_answer = RecentMean()  # generated for a request, in all its sequences
 
     def arrived(self) -> None:
+        """Counts a request that came in."""
         self._arrived += 1
 
     def left(self, answer_tokens: int) -> None:
-        """A request, with the tokens of all its sequences; none, if it was refused or given up."""
+        """Counts a request that is over, with the tokens that all its sequences generated.
+
+        0 tokens mean that it was refused or given up before the first one.
+        """
         self._left += 1
-        self._ended += answer_tokens > 0
-        self._answered += answer_tokens
+        self._answered += answer_tokens > 0
+        self._answer_tokens += answer_tokens
 
     def stepped(self, tokens: int, seconds: float, steps: float = 1) -> None:
-        """A step of the engine, or several alike; called in its thread."""
+        """Counts an engine step of `tokens` tokens, or several such steps.
+
+        `seconds` is the time of one step. Safe to call from the engine's thread.
+        """
         self._steps += steps
-        self._tokens += steps * tokens
-        self._seconds += steps * seconds
+        self._step_tokens += steps * tokens
+        self._step_seconds += steps * seconds
         self._cost.add(tokens, seconds)
 
     def signals(self, running: int, waiting: int, kv_share: float) -> Signals:
-        """Of sequences that run, requests that wait, and the share of the KV that the former hold.
+        """Returns the signals since the last call. Call once per reporting interval.
 
-        To be read once in each interval.
+        `running` counts sequences, `waiting` requests; `kv_share` is the share of the KV slots
+        (0 to 1) that running requests hold.
         """
         begun = self._arrived - self._left - waiting
-        seconds, grown = self._meter.read(
+        seconds, growth = self._deltas.read(
             left=self._left,
-            ended=self._ended,
-            done=self._ended + self.RUNNING_IS_DONE * begun,
             answered=self._answered,
+            done=self._answered + self.RUNNING_IS_DONE * begun,
+            answer_tokens=self._answer_tokens,
             steps=self._steps,
-            tokens=self._tokens,
-            seconds=self._seconds,
+            step_tokens=self._step_tokens,
+            step_seconds=self._step_seconds,
         )
-        self._request_tokens.add(grown["tokens"], max(0.0, grown["done"]))
-        self._answer_tokens.add(grown["answered"], grown["ended"])
-        occupancy = max(running / self._max_running, kv_share)
-        steps = grown["steps"]
-        capacity = self._capacity(running / occupancy if running else self._max_running)
+        self._tokens_per_request.add(growth["step_tokens"], max(0.0, growth["done"]))
+        self._tokens_per_answer.add(growth["answer_tokens"], growth["answered"])
+        occupancy = max(running / self._max_num_seqs, kv_share)
+        steps = growth["steps"]
+        capacity = self._capacity(running / occupancy if running else self._max_num_seqs)
         return Signals(
-            finished=_rate(grown["left"], seconds),
+            finished=_rate(growth["left"], seconds),
             waiting=waiting + self._surplus(running, capacity),
             capacity=capacity,
             start_s=self._start_s,
             occupancy=occupancy,
-            step_s=grown["seconds"] / steps if steps else None,
-            least_step_s=self._cost.fixed_and_each[0] if self._cost.known else None,
+            step_s=growth["step_seconds"] / steps if steps else None,
+            fixed_step_s=self._cost.fixed_and_per_item[0] if self._cost.known else None,
         )
 
     def _surplus(self, running: int, capacity: float | None) -> float:
-        """Running sequences that are there because others are in their way.
+        """How many running sequences run only because they slow each other down.
 
-        More than the `BUSY` share of the capacity takes: so many requests a second have
-        1 / (BUSY * capacity) seconds each, which their tokens and their parts of `fixed` fill.
+        At the `BUSY` share of the capacity, a request may take 1 / (BUSY * capacity) seconds. Its
+        own tokens use a part of that; the rest pays for the fixed cost of its steps. Little's law
+        then gives how many sequences run at that load. What runs beyond is a backlog.
         """
-        answer_tokens, tokens = self._answer_tokens.value, self._request_tokens.value
-        if capacity is None or answer_tokens is None or tokens is None:
+        answer_tokens = self._tokens_per_answer.value
+        request_tokens = self._tokens_per_request.value
+        if capacity is None or answer_tokens is None or request_tokens is None:
             return 0.0
-        fixed, each = self._cost.fixed_and_each
-        left_s = 1 / (self.BUSY * capacity) - each * tokens
-        return max(0.0, running - fixed * answer_tokens / left_s)
+        fixed, per_token = self._cost.fixed_and_per_item
+        fixed_s = 1 / (self.BUSY * capacity) - per_token * request_tokens
+        return max(0.0, running - fixed * answer_tokens / fixed_s)
 
     def _capacity(self, places: float) -> float | None:
-        """Requests a second with so many sequences at once.
+        """Requests per second with `places` sequences at once; None until it is known.
 
-        Each token takes `each`, and an answer's tokens their part of `fixed`, which a step's
-        sequences share.
+        Each token costs the `per_item` seconds of a step. The `fixed` seconds are shared by the
+        sequences of a step, once for each token of an answer.
         """
-        tokens, answer_tokens = self._request_tokens.value, self._answer_tokens.value
-        if tokens is None or answer_tokens is None or not self._cost.known:
+        answer_tokens = self._tokens_per_answer.value
+        request_tokens = self._tokens_per_request.value
+        if request_tokens is None or answer_tokens is None or not self._cost.known:
             return None
-        fixed, each = self._cost.fixed_and_each
-        return 1 / (fixed * answer_tokens / places + each * tokens)
+        fixed, per_token = self._cost.fixed_and_per_item
+        return 1 / (fixed * answer_tokens / places + per_token * request_tokens)
 
 
 def _rate(count: float, seconds: float) -> float:
-    """A second. Of a batch that ends just before a second reading, no huge rate is made."""
-    return count / max(seconds, LEAST_INTERVAL_S)
+    """Count per second. Intervals below MIN_INTERVAL_S count as that long.
+
+    Otherwise a batch that ends between two readings in quick succession would look like a surge.
+    """
+    return count / max(seconds, MIN_INTERVAL_S)

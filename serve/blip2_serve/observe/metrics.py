@@ -1,14 +1,13 @@
-"""Every metric: what it is called, what it means, its labels and its buckets. No Ray here.
+"""The catalogue of metrics: names, help texts, labels and buckets. Needs no Ray.
 
-Who measures is handed a `Recorder`. Ray exports the names with `ray_` in front and adds the labels
-deployment, replica and application; the README's table is made from this catalogue.
-
-Ray estimates the `_sum` of a histogram from the middles of its buckets, so each histogram has a
-counter beside it with the exact one.
+Ray exports each name with `ray_` in front and adds the labels deployment, replica and application.
+It estimates a histogram's `_sum` from the middles of its buckets, so each histogram has a counter
+with the exact sum beside it. The table in the documentation is made from this catalogue.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -20,12 +19,12 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 EXPORT_PREFIX = "ray_"
-LOG_EVERY_S = 60.0
+LOG_INTERVAL_S = 60.0  # between log lines about one failing measurement
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`name` is without what Ray puts in front."""
+    """A metric as Ray is given it: `name` lacks the prefix that Ray exports it with."""
 
     name: str
     help: str
@@ -48,43 +47,47 @@ class Gauge(Metric):
 
 @dataclass(frozen=True)
 class Histogram(Metric):
-    buckets: tuple[float, ...] = ()
+    buckets: tuple[float, ...] = ()  # upper bounds, ascending
 
     @property
     def exact_sum(self) -> Counter:
         return Counter(
             f"{self.name}_exact_total",
-            f"The exact sum of {self.exported}, whose own _sum Ray estimates.",
+            f"Exact sum of {self.exported}, whose _sum is an estimate.",
             self.labels,
         )
 
 
 class Recorder(Protocol):
-    """Takes measurements, from any thread. Labels are those of the metric, all of them."""
+    """Takes measurements, from any thread. Give every label of the metric."""
 
     def add(self, metric: Counter, value: float = 1, **labels: str) -> None:
-        """Nothing happens for a `value` of 0."""
+        """Adds to a counter; a `value` of 0 does nothing."""
 
     def set(self, metric: Gauge, value: float, **labels: str) -> None: ...
 
     def observe(self, metric: Histogram, value: float, **labels: str) -> None:
-        """Counts in the histogram, and adds to its exact sum."""
+        """Adds to a histogram and to its exact sum."""
+
+    def report_every_second(self, report: Callable[[], None]) -> None:
+        """Calls `report` once per second in a thread, to record state rather than events."""
 
 
-def harmless(observe: Callable[P, object]) -> Callable[P, None]:
-    """`observe`, but what it raises is only logged, at most once a minute.
+def harmless(measure: Callable[P, object]) -> Callable[P, None]:
+    """Wraps `measure` so that what it raises is logged, at most once a minute, and goes no further.
 
-    A measurement that fails must never harm the work that it measures.
+    A measurement that fails must never harm the work it measures.
     """
     quiet_until = 0.0
 
+    @functools.wraps(measure)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         nonlocal quiet_until
         try:
-            observe(*args, **kwargs)
+            measure(*args, **kwargs)
         except Exception:
             if time.monotonic() >= quiet_until:
-                quiet_until = time.monotonic() + LOG_EVERY_S
+                quiet_until = time.monotonic() + LOG_INTERVAL_S
                 logger.exception("a measurement failed; the work it measured is unaffected")
 
     return guarded
@@ -99,37 +102,36 @@ _BYTES = tuple(float(1 << power) for power in range(14, 27, 2))  # 16 KiB to 64 
 
 REQUESTS = Counter(
     "blip2_requests_total",
-    "HTTP requests answered. Outcomes: ok, invalid (4xx), overloaded, unavailable (503), "
-    "error (other 5xx, and streams that broke), cancelled (the client left).",
+    "HTTP requests by outcome: ok, invalid (4xx), overloaded, unavailable (503), error (other 5xx, "
+    "or a stream that broke) or cancelled (the client left).",
     ("route", "outcome"),
 )
 REQUEST_DURATION = Histogram(
     "blip2_request_duration_seconds",
-    "From the request's arrival at the ingress to the end of its answer.",
+    "Time from a request's arrival at the ingress to the end of its response.",
     ("route",),
     _SECONDS,
 )
 TIME_TO_FIRST_TOKEN = Histogram(
     "blip2_time_to_first_token_seconds",
-    "From the arrival of a request that streams to its first token.",
+    "Time from a streaming request's arrival at the ingress to its first token.",
     ("route",),
     _SECONDS,
 )
 INTER_TOKEN_LATENCY = Histogram(
     "blip2_inter_token_latency_seconds",
-    "Of streams: time from one event to the next, by the tokens of the next.",
+    "Time between consecutive events of a streamed answer, per token of the later event.",
     ("route",),
     _SHORT_SECONDS,
 )
 REJECTIONS = Counter(
     "blip2_rejections_total",
-    "Requests that were refused although their form was right, by the error's code.",
+    "Well-formed requests that were rejected, by error code.",
     ("reason",),
 )
 IMAGE_ERRORS = Counter(
     "blip2_image_errors_total",
-    "Images that could not be used. Kinds: url, base64, empty, bytes, pixels, format, broken, "
-    "fetch.",
+    "Unusable images by kind of error: url, base64, empty, bytes, pixels, format, broken or fetch.",
     ("kind",),
 )
 
@@ -137,135 +139,120 @@ IMAGE_ERRORS = Counter(
 
 STAGE_DURATION = Histogram(
     "blip2_stage_duration_seconds",
-    "A request's time in a replica of a stage, waiting included.",
+    "Time of a request in a replica of a stage, including its wait.",
     ("stage",),
     _SECONDS,
 )
 QUEUE_TIME = Histogram(
     "blip2_queue_time_seconds",
-    "Of that, waiting: for a thread (preprocessor), a batch (encoder), KV rows (generator).",
+    "Time a request waits in a replica: for a thread (preprocessor), a batch (encoder) or KV slots "
+    "(generator).",
     ("stage",),
     _SECONDS,
 )
-QUEUE_DEPTH = Gauge("blip2_queue_depth", "Requests that wait in a replica of a stage.", ("stage",))
+QUEUE_DEPTH = Gauge("blip2_queue_depth", "Requests waiting in a replica of a stage.", ("stage",))
 DROPPED = Counter(
-    "blip2_dropped_total", "Work that was dropped since its client had left.", ("stage",)
+    "blip2_dropped_total", "Requests a stage dropped because their clients had left.", ("stage",)
 )
 FEATURE_LOOKUPS = Counter(
     "blip2_feature_cache_lookups_total",
-    "Images looked up by the ingress. Results: hit, joined (an encode under way), miss.",
+    "Lookups in the ingress's cache of image features by result: hit, joined (the image is already "
+    "being encoded) or miss.",
     ("result",),
 )
-IMAGE_BYTES = Histogram("blip2_image_bytes", "Sizes of image files.", (), _BYTES)
+IMAGE_BYTES = Histogram("blip2_image_bytes", "Size of an image file.", (), _BYTES)
 IMAGE_DECODE_TIME = Histogram(
-    "blip2_image_decode_seconds", "Decoding and resizing an image.", (), _SHORT_SECONDS
+    "blip2_image_decode_seconds", "Time to decode and resize an image.", (), _SHORT_SECONDS
 )
 STEP_DURATION = Histogram(
     "blip2_step_duration_seconds",
-    "One batch of images (encode) or one step of the engine (prefill, decode, mixed).",
+    "Time of one encoder batch (phase encode) or one engine step (prefill, decode or mixed).",
     ("phase",),
     _SHORT_SECONDS,
 )
 BATCH_SIZE = Histogram(
     "blip2_batch_size",
-    "Images of a batch (encoder), sequences of a step (generator).",
+    "Images in an encoder batch, or sequences in an engine step.",
     ("stage",),
     _SIZES,
 )
 BATCH_CAPACITY = Counter(
     "blip2_batch_capacity_total",
-    "Places that these batches and steps had. Occupancy is the batch sizes' exact sum by this.",
+    "Images or sequences that batches and steps had room for. The exact sum of batch sizes divided "
+    "by this is the occupancy.",
     ("stage",),
 )
 
 # -- generation ------------------------------------------------------------------------------------
 
 PROMPT_TOKENS = Counter(
-    "blip2_prompt_tokens_total", "Tokens of prompts that were begun, the image's included."
+    "blip2_prompt_tokens_total", "Prompt tokens of admitted requests, including image tokens."
 )
-GENERATED_TOKENS = Counter("blip2_generated_tokens_total", "Tokens of answers, all of n and beams.")
+GENERATED_TOKENS = Counter(
+    "blip2_generated_tokens_total", "Generated tokens, over all answers to a request."
+)
 CACHED_PROMPT_TOKENS = Counter(
     "blip2_cached_prompt_tokens_total",
-    "Tokens of prompts whose keys and values were there already.",
+    "Prompt tokens whose keys and values came from the prefix cache.",
 )
-KV_SLOTS_USED = Gauge(
-    "blip2_kv_slots_used", "KV rows that are taken: by requests, or kept for later ones."
-)
+KV_SLOTS_USED = Gauge("blip2_kv_slots_used", "KV slots in use, by requests or by the prefix cache.")
 KV_SLOTS_CACHED = Gauge(
-    "blip2_kv_slots_cached", "Of them, those of earlier requests, which go when rows are needed."
+    "blip2_kv_slots_cached",
+    "KV slots that the prefix cache keeps, evicted when requests need room.",
 )
-KV_SLOTS_CAPACITY = Gauge("blip2_kv_slots_capacity", "KV rows that there are; one holds a token.")
-SEQUENCES_RUNNING = Gauge("blip2_sequences_running", "Sequences that are being generated.")
+KV_SLOTS_CAPACITY = Gauge(
+    "blip2_kv_slots_capacity", "KV slots in total. A slot holds one token's keys and values."
+)
+SEQUENCES_RUNNING = Gauge("blip2_sequences_running", "Sequences being generated.")
 
 # -- replicas --------------------------------------------------------------------------------------
 
 MODEL_LOAD_SECONDS = Gauge(
-    "blip2_model_load_seconds", "Loading a stage's part of the model took so long.", ("stage",)
+    "blip2_model_load_seconds", "Time a replica took to load its part of the model.", ("stage",)
 )
-MODEL_BYTES = Gauge("blip2_model_bytes", "Its parameters as they are served.", ("stage",))
+MODEL_BYTES = Gauge(
+    "blip2_model_bytes", "Size of the model parameters a replica holds.", ("stage",)
+)
 GPU_MEMORY_USED = Gauge(
-    "blip2_gpu_memory_used_bytes", "Of the replica's GPU, whoever uses it.", ("stage",)
+    "blip2_gpu_memory_used_bytes",
+    "Memory in use on the replica's GPU, by any process.",
+    ("stage",),
 )
-GPU_MEMORY_CAPACITY = Gauge("blip2_gpu_memory_capacity_bytes", "Of the replica's GPU.", ("stage",))
+GPU_MEMORY_CAPACITY = Gauge(
+    "blip2_gpu_memory_capacity_bytes", "Total memory of the replica's GPU.", ("stage",)
+)
 BUILD_INFO = Gauge(
     "blip2_build_info",
-    "Always 1; the labels say what is running.",
+    "Always 1; the labels tell which versions, model, dtype and device are running.",
     ("version", "model", "dtype", "device", "torch", "transformers", "ray"),
 )
 
-# Made by the page at /metrics itself, not by a replica.
+# The page at /metrics makes this one itself; no replica records it.
 NODE_UP = Gauge(
     "blip2_node_up",
-    "Whether a node's metrics are on this page (1) or did not come in time (0).",
+    "1 if a node's metrics are on this page, 0 if they did not arrive in time.",
     ("node",),
 )
 
-MEASURED: tuple[Metric, ...] = (
-    REQUESTS,
-    REQUEST_DURATION,
-    TIME_TO_FIRST_TOKEN,
-    INTER_TOKEN_LATENCY,
-    REJECTIONS,
-    IMAGE_ERRORS,
-    STAGE_DURATION,
-    QUEUE_TIME,
-    QUEUE_DEPTH,
-    DROPPED,
-    FEATURE_LOOKUPS,
-    IMAGE_BYTES,
-    IMAGE_DECODE_TIME,
-    STEP_DURATION,
-    BATCH_SIZE,
-    BATCH_CAPACITY,
-    PROMPT_TOKENS,
-    GENERATED_TOKENS,
-    CACHED_PROMPT_TOKENS,
-    KV_SLOTS_USED,
-    KV_SLOTS_CACHED,
-    KV_SLOTS_CAPACITY,
-    SEQUENCES_RUNNING,
-    MODEL_LOAD_SECONDS,
-    MODEL_BYTES,
-    GPU_MEMORY_USED,
-    GPU_MEMORY_CAPACITY,
-    BUILD_INFO,
-    NODE_UP,
+# Every metric above, in order.
+DEFINED: tuple[Metric, ...] = tuple(
+    value for value in [*globals().values()] if isinstance(value, Metric)
 )
 
 
 def catalogue() -> list[Metric]:
-    """Every metric, the exact sums of histograms behind them."""
+    """Every metric; each histogram is followed by its exact sum."""
     return [
         entry
-        for metric in MEASURED
+        for metric in DEFINED
         for entry in ((metric, metric.exact_sum) if isinstance(metric, Histogram) else (metric,))
     ]
 
 
 def table() -> str:
-    """The catalogue in Markdown, by exported names; the README shows it."""
+    """The catalogue as a Markdown table, under the exported names."""
     lines = ["| metric | type | labels | |", "|---|---|---|---|"]
-    for metric in MEASURED:
+    for metric in DEFINED:
         kind = type(metric).__name__.lower()
         labels = ", ".join(metric.labels)
         name = f"`{metric.exported}`"

@@ -1,4 +1,4 @@
-"""The page at /metrics: the pages of all nodes' exporters as one, of this application only."""
+"""The page at /metrics: merges all nodes' exporter pages, keeping this application's metrics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ NODE_TIMEOUT_S = 1.0
 
 
 class MetricsPage:
-    """Asks the nodes for their pages and makes one of them."""
+    """Fetches the nodes' pages and merges them."""
 
     def __init__(self) -> None:
-        # Made once: it takes as long as asking a node.
+        # Made once: making it takes as long as fetching a page.
         self._client = httpx.AsyncClient(timeout=NODE_TIMEOUT_S, trust_env=False)
 
     async def page(self, nodes: Mapping[str, str], accept: str) -> tuple[bytes, str]:
-        """The page and its content type; `nodes` has the address of each node's own page.
+        """Returns the page and its content type.
 
-        In OpenMetrics where `accept` asks for it. A node that does not answer in time is marked so.
+        `nodes` maps each node's name to the URL of its page. The format is OpenMetrics if `accept`
+        (the request's header) asks for it. Nodes that do not answer in time are marked as down.
         """
         texts = await gather(map(self._page_of, nodes.values()))
-        # Parsing takes some 8 ms of Python for every hundred lines.
+        # Parsing takes about 8 ms of Python per hundred lines.
         return await asyncio.to_thread(render, dict(zip(nodes, texts, strict=True)), accept)
 
     async def _page_of(self, url: str) -> str | None:
@@ -45,23 +46,25 @@ class MetricsPage:
 
 
 def render(pages: Mapping[str, str | None], accept: str) -> tuple[bytes, str]:
-    """By node, its page or None if there is none -> one page and its content type."""
+    """Merges pages by node, None for a node without one. Returns the page and its content type."""
     families: dict[str, Metric] = {}
     for page in pages.values():
         for family in text_string_to_metric_families(_kept_lines(page or "")):
             families.setdefault(family.name, family)
             if families[family.name] is not family:
                 families[family.name].samples += family.samples
-    answered = GaugeMetricFamily(NODE_UP.exported, NODE_UP.help, labels=["node"])
+    node_up = GaugeMetricFamily(NODE_UP.exported, NODE_UP.help, labels=["node"])
     for node, page in pages.items():
-        answered.add_metric([node], page is not None)
+        node_up.add_metric([node], page is not None)
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families([*families.values(), answered]))
+    registry.register(_Families([*families.values(), node_up]))
     encode, content_type = choose_encoder(accept)
     return encode(registry), content_type
 
 
 class _Families:
+    """A collector, as prometheus_client's registry wants one."""
+
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
 
@@ -70,6 +73,6 @@ class _Families:
 
 
 def _kept_lines(page: str) -> str:
-    """Most of a node's page is about Ray itself; it is left out before it is parsed."""
+    """Drops the metrics of Ray itself, most of the page, before parsing: parsing is slow."""
     starts = (*KEPT, *(f"# {kind} {name}" for kind in ("HELP", "TYPE") for name in KEPT))
     return "".join(f"{line}\n" for line in page.splitlines() if line.startswith(starts))

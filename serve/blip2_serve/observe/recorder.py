@@ -1,27 +1,25 @@
-"""The metrics of a replica, on their way to Ray's exporter."""
+"""Carries a replica's measurements to Ray's metrics exporter."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from ray.serve import metrics as ray_metrics
 
-from blip2_serve.observe import metrics
-from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric, Recorder, harmless
+from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric, harmless
 
-EVERY_S = 1.0
-MOST_PENDING = 100_000  # beyond that, the oldest are lost: Ray has stopped taking them
+INTERVAL_S = 1.0
+MAX_PENDING = 100_000  # measurements; beyond that the oldest are lost: Ray has stopped taking them
 
 
 def ray_metric(metric: Metric) -> Any:
-    """Ray's own, which its exporter knows."""
-    labels: Any = metric.labels  # Ray's annotation says one
+    """Makes the metric in Ray, whose exporter then knows it."""
+    labels: Any = metric.labels  # Ray annotates tag_keys as a tuple of one
     if isinstance(metric, Histogram):
         return ray_metrics.Histogram(
             metric.name, metric.help, boundaries=[*metric.buckets], tag_keys=labels
@@ -31,24 +29,23 @@ def ray_metric(metric: Metric) -> Any:
 
 
 class RayRecorder:
-    """A `Recorder` for this replica; Ray adds its deployment, replica and application.
+    """The `Recorder` of a replica. Ray adds the labels deployment, replica and application.
 
-    Measurements reach Ray once a second, from a thread: a call of Ray's takes 5 to 10 microseconds,
-    several times that in a process that has just woken, and a request would wait for some 25.
+    A thread hands measurements to Ray once per second: a call into Ray takes 5 to 10 microseconds,
+    several times that in a process that has just woken, and a request makes about 25 of them.
     """
 
     def __init__(
-        self, make: Callable[[Metric], Any] = ray_metric, every_s: float = EVERY_S
+        self, make: Callable[[Metric], Any] = ray_metric, interval_s: float = INTERVAL_S
     ) -> None:
         self._make = make
-        self._every_s = every_s
-        self._pending: deque[Callable[[], None]] = deque(maxlen=MOST_PENDING)
+        self._interval_s = interval_s
+        self._pending: deque[Callable[[], None]] = deque(maxlen=MAX_PENDING)
         self._made: dict[str, Any] = {}
         self._report: Callable[[], None] = lambda: None
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
-    def report_by(self, report: Callable[[], None]) -> None:
-        """Calls `report` once per second, in the thread: for what is a state, not an event."""
+    def report_every_second(self, report: Callable[[], None]) -> None:
         self._report = harmless(report)
 
     def add(self, metric: Counter, value: float = 1, **labels: str) -> None:
@@ -64,12 +61,12 @@ class RayRecorder:
     # -- in the thread -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        tell = harmless(lambda measurement: measurement())
+        record = harmless(lambda measurement: measurement())
         while True:
-            time.sleep(self._every_s)
+            time.sleep(self._interval_s)
             self._report()
             while self._pending:
-                tell(self._pending.popleft())
+                record(self._pending.popleft())
 
     def _add(self, metric: Counter, value: float, labels: dict[str, str]) -> None:
         self._of(metric).inc(value, labels)
@@ -87,13 +84,3 @@ class RayRecorder:
         if made is None:
             made = self._made[metric.name] = self._make(metric)
         return made
-
-
-@contextmanager
-def stage_seconds(recorder: Recorder, stage: str) -> Iterator[None]:
-    """Measures the block as one request's time in the stage."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        recorder.observe(metrics.STAGE_DURATION, time.perf_counter() - start, stage=stage)

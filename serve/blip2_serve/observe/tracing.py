@@ -1,6 +1,6 @@
-"""Where the spans of Serve's tracing go: to a collector, by OpenTelemetry's protocol over HTTP.
+"""Sends the spans of Serve's tracing to an OpenTelemetry collector over HTTP.
 
-Serve makes a span for each stage that a request goes through, and one for finding each replica.
+Serve makes a span for each stage of a request, and one for choosing each replica.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ OTLP = f"{__name__}:otlp"  # for Serve's TracingConfig
 
 
 def otlp() -> list[SpanProcessor]:
-    """To the collector that OTEL_EXPORTER_OTLP_ENDPOINT names; needs the extra `trace`."""
+    """Exports to the collector at OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `trace`."""
     import requests
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     session = requests.Session()
-    # A proxy that the environment names is for other machines.
+    # The environment's proxy is for other machines.
     session.trust_env = not is_loopback(os.environ.get(OTLP_ENDPOINT, ""))
     return [BatchSpanProcessor(OTLPSpanExporter(session=session))]

@@ -1,7 +1,7 @@
-"""A thread that computes whatever is waiting, as one batch. It knows neither Ray nor torch.
+"""A thread that computes whatever is waiting as one batch. Needs neither Ray nor torch.
 
 Serve's own batching waits on the event loop and then asks a pool for a thread. Here the thread
-itself waits, which is a wake-up less, and what nobody wants any more is not computed.
+itself waits, which saves a wake-up, and items whose callers have left are not computed.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from blip2_serve.observe.instruments import Batch
 from blip2_serve.observe.metrics import harmless
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch that was computed."""
-
-    seconds: float
-    waited: tuple[float, ...]  # seconds, of each item
-    dropped: int  # items before it that nobody wanted any more
-
-
 @dataclass
-class _Waiting(Generic[Item, Result]):
+class _Entry(Generic[Item, Result]):
+    """An item in the queue."""
+
     item: Item
-    since: float  # as time.perf_counter() counts
+    enqueued: float  # time.perf_counter(), in seconds
     result: asyncio.Future[Result]
 
 
 class BatchThread(Generic[Item, Result]):
-    """Calls `compute` with whatever is waiting, up to `limit` items; never waits for a second one.
+    """Computes batches of up to `limit` items in a thread; never waits for a batch to fill up.
 
-    In the same thread, `prepare` is called first, and `observe` after each batch, before its
-    results are told; what `observe` raises is logged. `failure` is what the last batch raised, None
-    if it succeeded. Used from the event loop that it is made on.
+    Make it and use it on one event loop. `prepared` is done once `prepare` has returned, or has
+    what it raised. `failure` is what the last batch raised, None if it succeeded.
+
+    Args:
+        prepare: called first, in the thread.
+        compute: called in the thread with the items of a batch; returns their results in order.
+        limit: the most items of a batch.
+        observe: called in the thread after each successful batch, before its results are delivered.
+            What it raises is logged.
     """
 
     def __init__(
@@ -57,57 +57,60 @@ class BatchThread(Generic[Item, Result]):
         self._observe = harmless(observe)
         self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
-        self._waiting: SimpleQueue[_Waiting[Item, Result]] = SimpleQueue()
+        self._queue: SimpleQueue[_Entry[Item, Result]] = SimpleQueue()
         self.prepared: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._run, name="batches", daemon=True).start()
 
     @property
     def waiting(self) -> int:
         """How many items no batch has taken yet."""
-        return self._waiting.qsize()
+        return self._queue.qsize()
 
     async def result_of(self, item: Item) -> Result:
-        """What `compute` returns for this item, or raises for its batch."""
+        """Returns the item's result, or raises what its batch raised.
+
+        A batch that raises no `Exception` (a panic of a Rust library) becomes a RuntimeError.
+        """
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._waiting.put(_Waiting(item, time.perf_counter(), future))
+        self._queue.put(_Entry(item, time.perf_counter(), future))
         return await future
 
     def _run(self) -> None:
         try:
             self._prepare()
-        except BaseException as error:  # Rust's panics among them: whoever waits must hear of it
+        except BaseException as error:  # panics of Rust libraries too: the caller must hear of it
             self._loop.call_soon_threadsafe(_fail, [self.prepared], error)
             return
-        self._loop.call_soon_threadsafe(_answer, [self.prepared], [None])
+        self._loop.call_soon_threadsafe(_deliver, [self.prepared], [None])
         while True:
-            batch, dropped = self._next_batch()
-            futures = [waiting.result for waiting in batch]
+            entries, dropped = self._next_batch()
+            futures = [entry.result for entry in entries]
             start = time.perf_counter()
             try:
-                results = self._compute([waiting.item for waiting in batch])
+                results = self._compute([entry.item for entry in entries])
             except BaseException as error:
                 self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
                 self._loop.call_soon_threadsafe(_fail, futures, self.failure)
                 continue
             self.failure = None
-            waited = tuple(start - waiting.since for waiting in batch)
+            waited = tuple(start - entry.enqueued for entry in entries)
             self._observe(Batch(time.perf_counter() - start, waited, dropped))
-            self._loop.call_soon_threadsafe(_answer, futures, results)
+            self._loop.call_soon_threadsafe(_deliver, futures, results)
 
-    def _next_batch(self) -> tuple[list[_Waiting[Item, Result]], int]:
-        """And how many were passed over, since their caller had left."""
-        batch: list[_Waiting[Item, Result]] = []
+    def _next_batch(self) -> tuple[list[_Entry[Item, Result]], int]:
+        """Waits for an item; returns a batch, and how many were skipped as their callers left."""
+        entries: list[_Entry[Item, Result]] = []
         dropped = 0
-        while not batch or (len(batch) < self._limit and not self._waiting.empty()):
-            waiting = self._waiting.get()
-            if waiting.result.cancelled():
+        while not entries or (len(entries) < self._limit and not self._queue.empty()):
+            entry = self._queue.get()
+            if entry.result.cancelled():
                 dropped += 1
             else:
-                batch.append(waiting)
-        return batch, dropped
+                entries.append(entry)
+        return entries, dropped
 
 
-def _answer(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:
+def _deliver(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:
     for future, result in zip(futures, results, strict=True):
         if not future.cancelled():
             future.set_result(result)

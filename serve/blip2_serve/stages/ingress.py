@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,19 +24,18 @@ from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.observe import logs, metrics
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.serve_internals import detached_context
+from blip2_serve.stages.feature_cache import FeatureCache
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_RETRY_S = 1.0
 
-Computation = Callable[[], Awaitable[ImageFeatures]]
-
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """The `Backend` of the routes: prefix (kept, computed once), then the answer."""
+    """The `Backend` of the routes: first the image's features, then the answer."""
 
     def __init__(
         self,
@@ -48,20 +46,21 @@ class Ingress:
     ) -> None:
         logs.configure(config.log_format)
         self._config = config
-        # Made once: a handle's method is a new handle each time, and costs as much as a small call.
+        # Made once: taking a method of a handle makes a new handle, as costly as a small call.
         self._pixels = _method(preprocessor, "pixels")
         self._encode_pixels = _method(encoder, "encode")
         self._generate = _method(generator, "generate")
         self._stream = _method(generator, "stream", stream=True)
         self._recorder = RayRecorder()
-        self._prefixes = FeatureCache(
+        self._features = FeatureCache(
             config.ingress.feature_cache_entries,
+            detached_context,
             lambda result: self._recorder.add(metrics.FEATURE_LOOKUPS, result=result),
         )
         if config.ingress.images.allow_urls:
             logger.warning(
-                "image URLs are on: any client can make this server fetch https addresses, those "
-                "of its own network included"
+                "image URLs are on: any client can make this server fetch https addresses, "
+                "including those of its own network"
             )
         self.is_ready = False
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
@@ -70,28 +69,31 @@ class Ingress:
         return create_app(self, self._config, self._recorder)
 
     async def features(self, image: bytes) -> ImageFeatures:
-        """The image's prefix: from the cache, from an encode under way, or encoded now."""
+        """Returns an image's features: kept, being computed for someone else, or computed now."""
         name = digest(image, PREPROCESSING_VERSION)
-        return await self._prefixes.get(name, lambda: self._encode(image, name))
+        return await self._features.get(name, lambda: self._encode(image, name))
 
     async def _encode(self, image: bytes, name: str) -> ImageFeatures:
         with stage_errors():
+            # The encoder gets a reference: the pixels do not come through here.
             pixels = self._pixels.remote(image)
-            prefix: ImageFeatures = await self._encode_pixels.remote(pixels, name)
-            return prefix
+            features: ImageFeatures = await self._encode_pixels.remote(pixels, name)
+            return features
 
     async def generate(
-        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> Completion:
+        """Returns the whole answers."""
         with stage_errors():
-            completion: Completion = await self._generate.remote(prefix, prompt, params)
+            completion: Completion = await self._generate.remote(features, prompt, params)
             return completion
 
     async def stream(
-        self, prefix: ImageFeatures, prompt: str, params: SamplingParams
+        self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
+        """Yields the answers as they come; leaving early cancels the generation."""
         with stage_errors():
-            events = self._stream.remote(prefix, prompt, params)
+            events = self._stream.remote(features, prompt, params)
             finished = False
             try:
                 async for event in events:
@@ -102,7 +104,7 @@ class Ingress:
                     events.cancel()
 
     async def metrics_urls(self) -> dict[str, str]:
-        """Of each node, where Ray exports its metrics."""
+        """Returns the URL of Ray's metrics exporter on each node, by its address and port."""
         nodes = await asyncio.to_thread(ray.nodes)
         places = (
             f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in nodes if n["Alive"]
@@ -110,20 +112,20 @@ class Ingress:
         return {place: f"http://{place}/metrics" for place in places}
 
     async def _warm_up(self) -> None:
-        """Sends one request through every stage, until it succeeds: then the replica is ready."""
+        """Sends a request through every stage until one succeeds; then the replica is ready."""
         image = DEMO_PICTURE.read_bytes()
         while not self.is_ready:
             try:
-                prefix = await self._encode(image, digest(image, PREPROCESSING_VERSION))
-                await self.generate(prefix, "", SamplingParams(max_tokens=2, ignore_eos=True))
+                features = await self._encode(image, digest(image, PREPROCESSING_VERSION))
+                await self.generate(features, "", SamplingParams(max_tokens=2, ignore_eos=True))
                 self.is_ready = True
-            except Exception as error:  # whatever it is, the stages may come up later
+            except Exception as error:  # the stages may still be starting
                 logger.warning("not ready yet: %r", error)
                 await asyncio.sleep(WARM_UP_RETRY_S)
 
 
 def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = False) -> Any:
-    """The handle of one method. What travels here is plain: it needs no cloudpickle."""
+    """The handle of one method. All arguments and results are plain: pickle is enough."""
     return deployment.options(
         method_name=name,
         stream=stream,
@@ -132,50 +134,9 @@ def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = Fals
     )
 
 
-class FeatureCache:
-    """The last used prefixes by digest; a digest asked for twice at once is computed once."""
-
-    def __init__(self, entries: int, count: Callable[[str], None] = lambda _: None) -> None:
-        """`count` is told the result of each look: "hit", "joined" or "miss"."""
-        self._entries = entries
-        self._count = count
-        self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
-        self._under_way: dict[str, asyncio.Task[ImageFeatures]] = {}
-
-    async def get(self, name: str, compute: Computation) -> ImageFeatures:
-        """The prefix of that name, computed if need be; errors reach everyone who waits."""
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            self._count("hit")
-            return self._kept[name]
-        task = self._under_way.get(name)
-        self._count("joined" if task else "miss")
-        if task is None:
-            task = asyncio.create_task(self._run(name, compute), context=detached_context())
-            task.add_done_callback(_retrieve)
-            self._under_way[name] = task
-        return await asyncio.shield(task)
-
-    async def _run(self, name: str, compute: Computation) -> ImageFeatures:
-        try:
-            prefix = await compute()
-        finally:
-            del self._under_way[name]
-        self._kept[name] = prefix
-        while len(self._kept) > self._entries:
-            self._kept.popitem(last=False)
-        return prefix
-
-
-def _retrieve(task: asyncio.Task[ImageFeatures]) -> None:
-    """Takes note of a failure, or asyncio would log one whose clients have all left."""
-    if not task.cancelled():
-        task.exception()
-
-
 @contextmanager
 def stage_errors() -> Iterator[None]:
-    """What Ray raises when a stage fails, as this package's errors."""
+    """Turns what Ray raises when a stage fails into this package's errors."""
     try:
         yield
     except RayTaskError as error:

@@ -361,16 +361,6 @@ async def test_more_answers_than_ever_run_at_once_is_told_to_the_caller(
     assert text(await bench.collect("b", n=4), index=3) == "defgh"
 
 
-async def test_the_time_of_finished_requests_is_summed_whatever_their_answers(
-    make: Callable[..., Bench],
-) -> None:
-    bench = make(free=True)
-    await bench.collect("a", n=3)
-    after_one = bench.loop.seconds
-    await bench.collect("b")
-    assert 0 < after_one < bench.loop.seconds
-
-
 async def test_a_failing_step_fails_everyone_and_all_who_come_later(
     make: Callable[..., Bench],
 ) -> None:

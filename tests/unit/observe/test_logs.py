@@ -1,4 +1,4 @@
-"""Logs tell of the server's failures, not of the clients' mistakes, and of which request."""
+"""Logs report the server's failures but not the clients' mistakes, and name the request."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_a_clients_mistake_is_not_logged_as_a_failure(error: Exception | None, k
 
 @pytest.fixture(autouse=True)
 def loggers() -> Iterator[None]:
-    """As they were, afterwards."""
+    """Restores the loggers afterwards."""
     logger, serves = logging.getLogger("blip2_serve"), logging.getLogger("ray.serve")
     before = (logger.handlers, logger.level, logger.propagate, serves.filters)
-    # As in a new process; to loggers that do not propagate, pytest adds handlers of its own.
+    # As in a new process. pytest adds handlers to loggers that do not propagate.
     logger.handlers, logger.propagate, serves.filters = [], True, []
     yield
     logger.handlers, logger.level, logger.propagate, serves.filters = before
@@ -50,7 +50,7 @@ class Replica:
 
 
 def log(log_format: LogFormat, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One plain line of a request, and one with an exception of none."""
+    """Logs a plain line within a request, and an exception outside of any."""
     monkeypatch.setattr(serve, "get_replica_context", Replica)
     logs.configure(log_format)
     logger = logging.getLogger("blip2_serve.stages.encoder")
@@ -66,7 +66,7 @@ def log(log_format: LogFormat, monkeypatch: pytest.MonkeyPatch) -> None:
         logger.exception("failed")
 
 
-def test_a_line_has_the_id_of_its_request(
+def test_a_line_names_its_request(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log("text", monkeypatch)
@@ -77,7 +77,7 @@ def test_a_line_has_the_id_of_its_request(
     assert " ERROR - failed\nTraceback" in written
 
 
-def test_a_line_of_json_is_a_whole_record(
+def test_a_json_line_is_a_whole_record(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log("json", monkeypatch)

@@ -1,4 +1,4 @@
-"""The catalogue: names as Prometheus wants them."""
+"""The catalogue: names follow Prometheus' rules."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
 BASE_UNITS = ("_seconds", "_bytes", "_slots", "_tokens", "_size", "_capacity")
 
 
-def test_no_name_is_there_twice() -> None:
+def test_names_are_unique() -> None:
     names = [metric.name for metric in metrics.catalogue()]
     assert len({*names}) == len(names)
 
 
-def test_prometheus_own_library_takes_all_of_them_together() -> None:
+def test_prometheus_own_library_registers_the_whole_catalogue() -> None:
     registry = CollectorRegistry()
     kinds = {
         Counter: PrometheusCounter,
@@ -40,9 +40,21 @@ def test_names_follow_prometheus_rules(metric: Metric) -> None:
     if isinstance(metric, Histogram):
         assert metric.name.endswith(BASE_UNITS)
         assert [*metric.buckets] == sorted({*metric.buckets})
-        assert min(metric.buckets) > 0  # Ray wants it
+        assert min(metric.buckets) > 0  # Ray requires it
 
 
-def test_every_metric_is_in_the_catalogue() -> None:
-    defined = [value for value in vars(metrics).values() if isinstance(value, Metric)]
-    assert defined == [*metrics.MEASURED]
+def test_the_catalogue_has_every_metric_in_order_and_exact_sums_behind_histograms() -> None:
+    first, last = metrics.REQUESTS, metrics.NODE_UP
+    duration = metrics.REQUEST_DURATION
+
+    found = metrics.catalogue()
+    assert found[:3] == [first, duration, duration.exact_sum]
+    assert found[-1] == last
+
+
+def test_the_table_has_a_line_for_every_metric() -> None:
+    lines = metrics.table().splitlines()[2:]
+
+    assert len(lines) == len(metrics.DEFINED)
+    assert lines[0].startswith("| `ray_blip2_requests_total` | counter | route, outcome |")
+    assert "`ray_blip2_request_duration_seconds_exact_total` | histogram" in lines[1]

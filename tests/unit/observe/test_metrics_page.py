@@ -1,4 +1,4 @@
-"""The page at /metrics: the nodes' pages merged, foreign metrics left out, the missing marked."""
+"""The page at /metrics: merges the nodes' pages, drops foreign metrics, marks missing nodes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ray_blip2_requests_total{route="/v1/caption",WorkerId="b"} 4.0
 
 
 def samples(page: bytes) -> dict[str, float]:
-    """By name and labels."""
+    """Values by name and sorted labels."""
     return {
         f"{s.name}{sorted(s.labels.items())}": s.value
         for family in parse(page.decode())
@@ -48,7 +48,7 @@ def samples(page: bytes) -> dict[str, float]:
     }
 
 
-def test_the_pages_of_all_nodes_are_one() -> None:
+def test_the_pages_of_all_nodes_are_merged() -> None:
     page, _ = render({"a": ONE, "b": OTHER}, "")
     found = samples(page)
 
@@ -59,13 +59,13 @@ def test_the_pages_of_all_nodes_are_one() -> None:
     assert page.decode().count("# TYPE ray_blip2_requests_total counter") == 1
 
 
-def test_what_is_not_this_applications_or_serves_is_left_out() -> None:
+def test_metrics_of_ray_itself_are_left_out() -> None:
     page, _ = render({"a": ONE}, "")
 
     assert b"ray_node_cpu_count" not in page
 
 
-def test_a_node_that_did_not_answer_is_marked() -> None:
+def test_a_node_that_did_not_answer_is_marked_as_down() -> None:
     page, _ = render({"a": ONE, "b": None}, "")
     found = samples(page)
 
@@ -73,7 +73,7 @@ def test_a_node_that_did_not_answer_is_marked() -> None:
     assert found["ray_blip2_node_up[('node', 'b')]"] == 0
 
 
-def test_openmetrics_is_for_those_who_ask() -> None:
+def test_openmetrics_is_for_clients_that_ask_for_it() -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
     page, content_type = render({"a": ONE, "b": OTHER}, accept)
 
@@ -109,7 +109,7 @@ def exporter() -> Iterator[str]:
     thread.join()
 
 
-async def test_nodes_that_are_silent_broken_or_gone_hold_up_nobody(exporter: str) -> None:
+async def test_silent_broken_and_missing_nodes_delay_nobody(exporter: str) -> None:
     nodes = {"good": f"{exporter}/good", "broken": f"{exporter}/broken"}
     nodes |= {"silent": f"{exporter}/silent", "gone": "http://127.0.0.1:9/metrics"}
     page, _ = await asyncio.wait_for(MetricsPage().page(nodes, ""), 10)

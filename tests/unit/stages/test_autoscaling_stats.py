@@ -1,4 +1,4 @@
-"""What each stage's replicas report for autoscaling, without a cluster."""
+"""What the replicas of each stage report for autoscaling, without a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURE = Path(blip2_serve.__file__).parent / "demo" / "picture.png"
 
 
 def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> None:
-    engine = {"occupancy", "step_s", "least_step_s"} if of_an_engine else set()
+    engine = {"occupancy", "step_s", "fixed_step_s"} if of_an_engine else set()
     assert set(stats) == {"finished", "waiting", "capacity", "start_s"} | engine
     assert all(isinstance(value, int | float) for value in stats.values())
     assert stats["finished"] > 0
@@ -44,13 +44,13 @@ async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
     pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
     encoder, loaded = replica(Encoder, CONFIG, "cpu")
     await loaded
-    prefix: ImageFeatures = await encoder.encode(pixels, "digest")
+    features: ImageFeatures = await encoder.encode(pixels, "digest")
     assert_reported(await encoder.record_autoscaling_stats())
 
     generator, loaded = replica(Generator, CONFIG, "cpu")
     await loaded
-    await generator.generate(prefix, "", SamplingParams(max_tokens=8))
-    async for _ in generator.stream(prefix, "a photo of", SamplingParams(max_tokens=8)):
+    await generator.generate(features, "", SamplingParams(max_tokens=8))
+    async for _ in generator.stream(features, "a photo of", SamplingParams(max_tokens=8)):
         pass
 
     stats = await generator.record_autoscaling_stats()

@@ -1,4 +1,4 @@
-"""The thread that computes what waits: together, in order, only what is still wanted."""
+"""The batching thread: computes waiting items together, in order, and only while wanted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from blip2_serve.stages.batching import Batch, BatchThread
+from blip2_serve.observe.instruments import Batch
+from blip2_serve.stages.batching import BatchThread
 
 
 class Doubling:
-    """Doubles numbers; notes batches and threads; waits at a gate while it is closed."""
+    """Doubles numbers; remembers batches and threads; blocks while its gate is closed."""
 
     def __init__(self, limit: int = 3, prepare: Callable[[], None] | None = None) -> None:
         self.batches: list[list[int]] = []
@@ -38,7 +39,7 @@ class Doubling:
         return [2 * number for number in numbers]
 
     async def blocked_by(self, number: int) -> asyncio.Task[int]:
-        """A batch of one under way, which ends when the gate is opened."""
+        """Starts a batch of one that ends when the gate is opened."""
         self.gate.clear()
         task = asyncio.create_task(self.batching.result_of(number))
         await asyncio.to_thread(self.started.acquire)
@@ -46,7 +47,7 @@ class Doubling:
 
     async def wait(self, *numbers: int) -> list[asyncio.Task[int]]:
         tasks = [asyncio.create_task(self.batching.result_of(number)) for number in numbers]
-        await asyncio.sleep(0)  # each has put its number into the queue
+        await asyncio.sleep(0)  # every number is in the queue now
         return tasks
 
 
@@ -60,12 +61,12 @@ async def test_a_batch_is_observed_with_how_long_each_item_waited() -> None:
     first_batch, second = doubling.observed
     assert len(first_batch.waited) == 1
     assert len(second.waited) == 2
-    # They waited for as long as the first was computed, or nearly so.
+    # They waited while the first one was computed, or a little less.
     assert all(0 < waited < first_batch.seconds for waited in second.waited)
     assert doubling.batching.waiting == 0
 
 
-async def test_an_observer_that_fails_takes_no_batch_with_it(
+async def test_a_failing_observer_fails_no_batch(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def observe(_: Batch) -> None:
@@ -76,10 +77,10 @@ async def test_an_observer_that_fails_takes_no_batch_with_it(
         assert [await batching.result_of(number) for number in (1, 2)] == [1, 2]
     assert batching.failure is None
     logged = [r.exc_info[0] for r in caplog.records if r.exc_info]
-    assert logged.count(ArithmeticError) == 1  # the first one is logged, not every one
+    assert logged.count(ArithmeticError) == 1  # only the first one is logged
 
 
-async def test_what_the_last_batch_raised_is_remembered_until_one_succeeds() -> None:
+async def test_failure_holds_what_the_last_batch_raised_until_one_succeeds() -> None:
     doubling = Doubling()
     with pytest.raises(ArithmeticError, match="thirteen"):
         await doubling.batching.result_of(13)
@@ -88,7 +89,7 @@ async def test_what_the_last_batch_raised_is_remembered_until_one_succeeds() -> 
     assert doubling.batching.failure is None
 
 
-async def test_what_came_meanwhile_is_one_batch_up_to_the_limit() -> None:
+async def test_items_that_arrive_during_a_batch_form_the_next_one_up_to_the_limit() -> None:
     doubling = Doubling(limit=3)
     first = await doubling.blocked_by(1)
     others = await doubling.wait(2, 3, 4, 5)
@@ -105,7 +106,7 @@ async def test_everything_happens_in_one_thread_of_its_own() -> None:
     assert prepared is computed is not threading.current_thread()
 
 
-async def test_what_nobody_waits_for_any_more_is_dropped_and_counted() -> None:
+async def test_items_whose_callers_left_are_dropped_and_counted() -> None:
     doubling = Doubling()
     first = await doubling.blocked_by(1)
     left, stayed = await doubling.wait(2, 3)
@@ -118,7 +119,7 @@ async def test_what_nobody_waits_for_any_more_is_dropped_and_counted() -> None:
     assert [batch.dropped for batch in doubling.observed] == [0, 1]
 
 
-async def test_a_caller_who_leaves_during_its_batch_takes_nothing_from_the_others() -> None:
+async def test_a_caller_that_leaves_during_its_batch_does_not_affect_the_others() -> None:
     doubling = Doubling()
     first = await doubling.blocked_by(1)
     leaving, staying = await doubling.wait(2, 3)
@@ -131,7 +132,7 @@ async def test_a_caller_who_leaves_during_its_batch_takes_nothing_from_the_other
     assert await doubling.batching.result_of(5) == 10
 
 
-async def test_a_batch_that_fails_fails_for_its_callers_and_no_others() -> None:
+async def test_a_failed_batch_fails_its_own_callers_only() -> None:
     doubling = Doubling(limit=2)
     first = await doubling.blocked_by(1)
     tasks = await doubling.wait(13, 2, 3)
@@ -140,7 +141,7 @@ async def test_a_batch_that_fails_fails_for_its_callers_and_no_others() -> None:
     assert [str(r) for r in results] == ["2", "thirteen", "thirteen", "6"]
 
 
-async def test_what_preparing_raises_is_told() -> None:
+async def test_prepared_raises_what_prepare_raised() -> None:
     def fail() -> None:
         raise FileNotFoundError("no checkpoint")
 
@@ -149,10 +150,10 @@ async def test_what_preparing_raises_is_told() -> None:
 
 
 class Panic(BaseException):
-    """As Rust's libraries raise it."""
+    """What a Rust library raises."""
 
 
-async def test_after_a_panic_the_thread_goes_on() -> None:
+async def test_the_thread_survives_a_panic() -> None:
     def compute(numbers: list[int]) -> list[int]:
         if 13 in numbers:
             raise Panic("thirteen")
@@ -166,7 +167,7 @@ async def test_after_a_panic_the_thread_goes_on() -> None:
         assert await batching.result_of(2) == 2
 
 
-async def test_a_panic_while_preparing_is_told_too() -> None:
+async def test_prepared_raises_a_panic_of_prepare() -> None:
     def fail() -> None:
         raise Panic("no checkpoint")
 

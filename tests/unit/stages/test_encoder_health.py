@@ -1,4 +1,4 @@
-"""An encoder that can compute nothing any more says so to Serve, which replaces it."""
+"""An encoder that can no longer compute fails its health check, so that Serve replaces it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blip2_serve.stages.encoder import Encoder
 from support.replicas import replica
 
 
-async def test_an_encoder_is_unhealthy_while_batches_fail_and_healthy_again_after() -> None:
+async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
     await encoder.check_health()
@@ -24,10 +24,10 @@ async def test_an_encoder_is_unhealthy_while_batches_fail_and_healthy_again_afte
     encoder._run = is_gone
     with pytest.raises(RuntimeError, match="CUDA error"):
         await encoder.encode(pixels, "digest")
-    for _ in range(2):  # Serve asks several times
+    for _ in range(2):  # Serve checks several times before it replaces a replica
         with pytest.raises(RuntimeError, match="CUDA error"):
             await encoder.check_health()
 
-    encoder._run = works  # as if the failure had been one image's only
+    encoder._run = works  # as if only that batch had failed
     await encoder.check_health()
     assert encoder._batching.failure is None

@@ -1,4 +1,4 @@
-"""The ingress's prefix cache: once computed, shared by all who wait, forgotten in order."""
+"""The ingress's feature cache: computes once, shares with all who wait, evicts the oldest."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import asyncio
 import contextvars
 import gc
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from blip2_serve.errors import InvalidImage
-from blip2_serve.stages.ingress import FeatureCache
+from blip2_serve.stages.feature_cache import FeatureCache
+from blip2_serve.stages.ingress import _own_context
 from blip2_serve.types import ImageFeatures
 
 
 class Encoder:
-    """Counts computations; they end when `gate` is set."""
+    """Counts computations, which end once `gate` is set."""
 
     def __init__(self, *, open_gate: bool = True) -> None:
         self.calls: Counter[str] = Counter()
@@ -40,7 +42,7 @@ class Encoder:
 async def waiters(
     encoder: Encoder, cache: FeatureCache, count: int
 ) -> list[asyncio.Task[ImageFeatures]]:
-    """So many tasks that all wait for one computation under way."""
+    """Starts `count` tasks that all wait for one computation under way."""
     tasks = [asyncio.create_task(encoder.get(cache, "a")) for _ in range(count)]
     async with asyncio.timeout(10):
         await encoder.started.wait()
@@ -53,18 +55,18 @@ async def test_an_image_asked_for_32_times_at_once_is_computed_once(entries: int
     tasks = await waiters(encoder, cache, 32)
     encoder.gate.set()
 
-    assert {prefix.digest for prefix in await asyncio.gather(*tasks)} == {"a"}
+    assert {features.digest for features in await asyncio.gather(*tasks)} == {"a"}
     assert encoder.calls["a"] == 1
 
 
-async def test_a_kept_prefix_is_not_computed_again() -> None:
+async def test_kept_features_are_not_computed_again() -> None:
     encoder, cache = Encoder(), FeatureCache(1)
 
     assert await encoder.get(cache, "a") is await encoder.get(cache, "a")
     assert encoder.calls["a"] == 1
 
 
-async def test_different_images_are_computed_side_by_side() -> None:
+async def test_different_images_are_computed_concurrently() -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(2)
     tasks = [asyncio.create_task(encoder.get(cache, name)) for name in "ab"]
     async with asyncio.timeout(10):
@@ -72,22 +74,22 @@ async def test_different_images_are_computed_side_by_side() -> None:
             await asyncio.sleep(0)
     encoder.gate.set()
 
-    assert [prefix.digest for prefix in await asyncio.gather(*tasks)] == ["a", "b"]
+    assert [features.digest for features in await asyncio.gather(*tasks)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("leaving", [0, 1], ids=["the first one leaves", "a later one leaves"])
-async def test_a_client_that_leaves_does_not_take_the_others_prefix_away(leaving: int) -> None:
+async def test_a_client_that_leaves_does_not_cancel_it_for_the_others(leaving: int) -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
     tasks = await waiters(encoder, cache, 3)
     tasks.pop(leaving).cancel()
     await asyncio.sleep(0)  # the cancellation arrives
     encoder.gate.set()
 
-    assert {prefix.digest for prefix in await asyncio.gather(*tasks)} == {"a"}
+    assert {features.digest for features in await asyncio.gather(*tasks)} == {"a"}
     assert encoder.calls["a"] == 1
 
 
-async def test_work_that_every_client_left_is_still_kept_for_the_next() -> None:
+async def test_features_are_kept_even_if_every_client_left() -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
     tasks = await waiters(encoder, cache, 2)
     for task in tasks:
@@ -99,7 +101,7 @@ async def test_work_that_every_client_left_is_still_kept_for_the_next() -> None:
     assert encoder.calls["a"] == 1
 
 
-async def test_a_failure_that_every_client_left_is_not_reported_as_forgotten(
+async def test_a_failure_after_every_client_left_is_not_logged_as_unretrieved(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
@@ -112,12 +114,12 @@ async def test_a_failure_that_every_client_left_is_not_reported_as_forgotten(
     encoder.gate.set()
     await asyncio.wait(encoding)
     del encoding, clients, client
-    gc.collect()  # asyncio complains when it sees the last of the task
+    gc.collect()  # asyncio complains when the task is freed
 
     assert "never retrieved" not in caplog.text
 
 
-async def test_an_error_reaches_everyone_who_waits_and_is_not_kept() -> None:
+async def test_an_error_reaches_every_waiter_and_is_not_kept() -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
     encoder.failure = InvalidImage("broken")
     tasks = await waiters(encoder, cache, 3)
@@ -130,7 +132,7 @@ async def test_an_error_reaches_everyone_who_waits_and_is_not_kept() -> None:
     assert encoder.calls["a"] == 2
 
 
-async def test_the_prefix_that_was_not_used_for_longest_is_forgotten() -> None:
+async def test_the_least_recently_used_features_are_evicted() -> None:
     encoder, cache = Encoder(), FeatureCache(2)
     for name in "abac":  # `a` is used again before `c` comes, so `b` goes
         await encoder.get(cache, name)
@@ -149,7 +151,10 @@ async def test_a_cache_without_entries_keeps_nothing() -> None:
     assert encoder.calls["a"] == 2
 
 
-async def test_the_computation_does_not_belong_to_the_request_that_began_it() -> None:
+@pytest.mark.parametrize("new_context", [contextvars.Context, _own_context])
+async def test_a_computation_does_not_run_in_the_context_of_the_request_that_started_it(
+    new_context: Callable[[], contextvars.Context],
+) -> None:
     request = contextvars.ContextVar("request", default="none")
     seen = []
 
@@ -158,6 +163,17 @@ async def test_the_computation_does_not_belong_to_the_request_that_began_it() ->
         return ImageFeatures("a", b"", (0, 8), "float32")
 
     request.set("the first client's")
-    await FeatureCache(1).get("a", compute)
+    await FeatureCache(1, new_context).get("a", compute)
 
     assert seen == ["none"]
+
+
+async def test_each_lookup_tells_its_result() -> None:
+    results: list[str] = []
+    encoder, cache = Encoder(open_gate=False), FeatureCache(1, on_lookup=results.append)
+    tasks = await waiters(encoder, cache, 2)
+    encoder.gate.set()
+    await asyncio.gather(*tasks)
+    await encoder.get(cache, "a")
+
+    assert results == ["miss", "joined", "hit"]
