@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from blip2_serve.errors import InvalidImage
+from blip2_serve.serve_internals import detached_context
 from blip2_serve.stages.feature_cache import FeatureCache
-from blip2_serve.stages.ingress import _own_context
 from blip2_serve.types import ImageFeatures
 
 
@@ -151,7 +151,7 @@ async def test_a_cache_without_entries_keeps_nothing() -> None:
     assert encoder.calls["a"] == 2
 
 
-@pytest.mark.parametrize("new_context", [contextvars.Context, _own_context])
+@pytest.mark.parametrize("new_context", [contextvars.Context, detached_context])
 async def test_a_computation_does_not_run_in_the_context_of_the_request_that_started_it(
     new_context: Callable[[], contextvars.Context],
 ) -> None:
