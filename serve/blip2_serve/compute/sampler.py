@@ -1,9 +1,9 @@
-"""Logits to next tokens.
+"""Chooses next tokens from logits.
 
-Every answer is a function of its own logits, parameters and position: greedy takes the largest
-logit, sampling draws one number from a generator keyed by (seed, sample, position). So the answer
-does not depend on what else is in the batch, nor on which replica computes it. Order and meaning of
-the steps are transformers': repetition penalty, minimum length, temperature, top-k, top-p.
+A token depends only on its own logits, the request's parameters and the position: greedy takes the
+largest logit, and sampling uses a random number keyed by (seed, sample, position). Neither the rest
+of the batch nor the replica matters. The steps and their order are those of transformers:
+repetition penalty, minimum length, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -22,21 +22,27 @@ from blip2_serve.types import TokenLogprob
 
 @dataclass(frozen=True)
 class Choice:
-    """The next token of a sequence; its log-probability where the request asks for it."""
+    """The next token of a sequence, with its log-probability if the request wants it."""
 
     token: int
     logprob: TokenLogprob | None = None
 
 
 class Sampler:
+    """Chooses tokens for a model whose answers end with one of `eos_token_ids`."""
+
     def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
         self._eos = list(eos_token_ids)
 
     @torch.inference_mode()
     def choose(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Choice]:
-        """float32 logits [n, vocabulary], and the row of each sequence -> its next token.
+        """Chooses the next token of each sequence.
 
-        Samples of one request may share a row, as long as they have no tokens of their own yet.
+        Args:
+            logits: float32 [n, vocabulary].
+            rows: The row of `logits` for each sequence. Samples of one request share a row until
+                they have tokens of their own.
+            sequences: As many as `rows`.
         """
         raw = logits if rows == list(range(len(logits))) else logits[rows]
         scores = raw.clone() if any(_changes_scores(s) for s in sequences) else raw
@@ -57,9 +63,15 @@ class Sampler:
     def expand(
         self, logits: Tensor, rows: list[int], beams: list[Sequence], count: int
     ) -> list[Candidate]:
-        """The `count` best continuations of one request's beams, the best first.
+        """Returns the `count` best continuations of one request's beams, best first.
 
-        As in transformers, penalties work on log-probabilities here, not on logits.
+        As in transformers, penalties apply to log-probabilities here, not to logits.
+
+        Args:
+            logits: float32 [n, vocabulary].
+            rows: The row of `logits` for each beam.
+            beams: As many as `rows`.
+            count: At most len(beams) * vocabulary.
         """
         raw = logits[rows].log_softmax(-1)
         scores = raw.clone() if _changes_scores(beams[0]) else raw
@@ -78,7 +90,7 @@ class Sampler:
     def _penalise(self, row: Tensor, sequence: Sequence) -> None:
         params = sequence.request.params
         if params.repetition_penalty != 1:
-            # Prompt and image tokens count, as in transformers.
+            # As in transformers, the tokens of the prompt and the image count too.
             seen = sorted({*sequence.request.prompt, *sequence.output})
             where = torch.tensor(seen, device=row.device)
             scores = row[where]
@@ -89,7 +101,7 @@ class Sampler:
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
-    """A number in [0, 1) that depends on nothing but its arguments (64-bit integers)."""
+    """Returns a pseudo-random number in [0, 1), a hash of the arguments (64-bit integers)."""
     key = struct.pack("<qqq", seed, position, sample)
     digest = hashlib.blake2b(key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
@@ -101,30 +113,30 @@ def _changes_scores(sequence: Sequence) -> bool:
 
 
 def _logprob(row: Tensor, token: int, top: int) -> TokenLogprob:
-    """From a row of log-probabilities [vocabulary]."""
+    """Reads a token's log-probability, and the `top` largest, from `row` [vocabulary]."""
     likeliest = row.topk(top)
     others = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     return TokenLogprob(token, row[token].item(), top=tuple(TokenLogprob(*o) for o in others))
 
 
 def _draw(row: Tensor, sequence: Sequence) -> int:
-    """One token by inverting the cumulative distribution at a keyed uniform number."""
+    """Samples a token: inverts the cumulative distribution at the position's random number."""
     params = sequence.request.params
-    # Less the largest, or a tiny temperature would make them infinite.
+    # Subtracting the largest score keeps the others finite at tiny temperatures.
     scores = row.double().cpu()
     scores = (scores - scores.max()) / params.temperature
     if 0 < params.top_k < len(scores):
-        smallest_kept = scores.topk(params.top_k).values[-1]
-        scores[scores < smallest_kept] = -torch.inf
+        threshold = scores.topk(params.top_k).values[-1]
+        scores[scores < threshold] = -torch.inf
     if params.top_p < 1:
         ordered, order = scores.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        # Kept: every token before which less than top_p is gathered; so at least the likeliest.
+        # A token stays if those before it sum to less than top_p; the likeliest always stays.
         dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
         dropped[0] = False
         scores[order[dropped]] = -torch.inf
     cumulative = scores.softmax(-1).cumsum(-1)
     number = uniform(params.seed, len(sequence.output), sequence.index)
     token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
-    # Rounding may put the last step's end a hair below the number: then the last possible token.
+    # Rounding can leave the number above the whole sum; it then means the last possible token.
     return token if token < len(scores) else int(scores.isfinite().nonzero()[-1])

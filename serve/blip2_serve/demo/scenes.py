@@ -1,8 +1,8 @@
-"""Drawn scenes with captions, questions and chats: the whole world of the shipped checkpoint.
+"""Generates scenes with captions, questions and chats, all that the shipped checkpoint knows.
 
-A scene has one to three shapes, each in a quarter of its own, on a coloured background. Everything
-is a function of the seed. This module knows nothing of models or tokens; `train.py` draws seeds
-from 1,000,000 upwards only, so every smaller seed is held out.
+A scene has one to three shapes on a coloured background, at most one per quarter. Everything about
+it is a function of its seed. Training uses seeds from `FIRST_TRAINING_SEED` up, so smaller seeds
+are held out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COLOR_JITTER = 10
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape of a scene. `center` and `radius` are in pixels of the drawn image."""
+    """One shape in a scene. `center` (x, y) and `radius` are in pixels of the image."""
 
     shape: str
     size: str
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn scene and everything that may be said about it."""
+    """A scene, its image, and the texts about it."""
 
     seed: int
     things: tuple[Thing, ...]  # in reading order: top left, top right, bottom left, bottom right
@@ -63,7 +63,7 @@ class Scene:
 
     @cached_property
     def image(self) -> Image.Image:
-        """The picture: RGB, 224 x 224."""
+        """The scene as an RGB image of 224 x 224 pixels."""
         image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), self.background_rgb)
         draw = ImageDraw.Draw(image)
         for thing in self.things:
@@ -79,7 +79,7 @@ class Scene:
 
     @cached_property
     def questions(self) -> list[Turn]:
-        """(question, answer) pairs, one of each kind that the scene can answer."""
+        """(question, answer) pairs: one of each kind that has a unique answer in this scene."""
         rng = random.Random(f"questions {self.seed}")
         taken = {thing.position: thing for thing in self.things}
         free = [p for p in POSITIONS if p not in taken]
@@ -102,7 +102,7 @@ class Scene:
 
     @cached_property
     def chat(self) -> list[Turn]:
-        """Two to four turns; the second asks about what the first found ("what color is it?")."""
+        """Two to four turns; the second refers back to the first ("what color is it?")."""
         rng = random.Random(f"chat {self.seed}")
         thing = rng.choice(self.things)
         follow_ups = [
@@ -135,7 +135,7 @@ def _existence_question(color: str, shape: str) -> str:
 
 
 def sample(seed: int) -> Scene:
-    """The scene of this seed; equal seeds give equal scenes."""
+    """Returns the scene of this seed; equal seeds give equal scenes."""
     rng = random.Random(f"scene {seed}")
     positions = sorted(rng.sample(POSITIONS, rng.choice((1, 2, 3))), key=POSITIONS.index)
     background = rng.choice(list(BACKGROUNDS))

@@ -1,8 +1,8 @@
-"""From a folder or a hub id to tensors, each read once and cast on its way to where it belongs.
+"""Opens checkpoints and loads their tensors.
 
-Files are memory-mapped and copied tensor by tensor into memory that the caller has allocated in
-the dtype asked for, so a stage's own memory grows by its own tensors and by nothing else, whatever
-the checkpoint's dtype and sharding. This module does not know which stage wants which tensors.
+Files are memory-mapped and copied tensor by tensor into memory that the caller has allocated, cast
+to its dtype. A stage's memory therefore grows by its own tensors only, whatever the checkpoint's
+dtype and sharding. This module does not know which stage needs which tensors.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ class Checkpoint:
     files: Mapping[str, Path]
 
     def load(self, destinations: Mapping[str, Tensor], what: str) -> None:
-        """Fills each destination from the tensor of its name, casting; logs progress as `what`.
+        """Copies the tensor of each name into its destination and casts it to that dtype.
+
+        Progress is logged every few seconds, with `what` as the name of the whole.
 
         Raises:
-            StartupError: a tensor is missing or has another shape.
+            StartupError: A tensor is missing or has another shape.
         """
         missing = [name for name in destinations if name not in self.files]
         if missing:
             raise StartupError(
-                f"{self.folder}: {len(missing)} tensors of the {what} are missing, first "
+                f"{self.folder} lacks {len(missing)} tensors of the {what}, the first being "
                 f"{missing[0]}: the checkpoint is incomplete or not a BLIP-2 OPT model"
             )
         progress = _Progress(what, sum(t.numel() * t.element_size() for t in destinations.values()))
@@ -58,7 +60,7 @@ class Checkpoint:
                     source = tensors[name]
                     if source.shape != destination.shape:
                         raise StartupError(
-                            f"{self.folder}: {name} has shape {list(source.shape)}, its config "
+                            f"{self.folder}: {name} has shape {list(source.shape)}, but the config "
                             f"says {list(destination.shape)}"
                         )
                     destination.copy_(source)
@@ -66,17 +68,21 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
-    """Opens a folder, the shipped checkpoint ("demo") or a hub id (downloaded if need be).
+    """Opens a folder, the shipped checkpoint ("demo") or a hub id, downloading it if needed.
 
     Raises:
-        StartupError: there is no such checkpoint, or it is not a BLIP-2 OPT model.
+        StartupError: There is no such checkpoint, or it is not a BLIP-2 OPT model.
     """
     folder = find_folder(model, revision)
     return Checkpoint(folder, read_config(folder), _tensor_files(folder))
 
 
 def read_config(folder: Path) -> Blip2Config:
-    """The config of a checkpoint folder, checked to be one that this package can serve."""
+    """Reads the config of a checkpoint folder and checks that this package can serve it.
+
+    Raises:
+        StartupError: There is no readable config, or it describes an unsupported model.
+    """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -91,21 +97,26 @@ def read_config(folder: Path) -> Blip2Config:
     text = config.text_config
     if text.model_type != "opt":
         raise StartupError(
-            f"{folder} is a BLIP-2 {text.model_type} checkpoint: only OPT decoders are served"
+            f"{folder} is a BLIP-2 {text.model_type} checkpoint; only OPT decoders are supported"
         )
     if text.word_embed_proj_dim != text.hidden_size:
         raise StartupError(
-            f"{folder}: OPT with embeddings of another width than its layers is not served"
+            f"{folder}: word_embed_proj_dim ({text.word_embed_proj_dim}) differs from hidden_size "
+            f"({text.hidden_size}), which is not supported"
         )
     if config.image_token_index is None:
         raise StartupError(
-            f"{folder}: config.json lacks image_token_index; take a newer revision of it"
+            f"{folder}: config.json has no image_token_index; use a newer revision of the model"
         )
     return config
 
 
 def resolve_dtype(dtype: str, device: torch.device, config: Blip2Config) -> torch.dtype:
-    """ "auto" is float32 on a CPU and, on a GPU, the checkpoint's dtype (bfloat16 for float32)."""
+    """Returns the dtype to compute in.
+
+    "auto" means float32 on a CPU and the checkpoint's own dtype on a GPU, or bfloat16 if that is
+    float32.
+    """
     if dtype != "auto":
         return _DTYPES[dtype]
     if device.type == "cpu":
@@ -115,35 +126,41 @@ def resolve_dtype(dtype: str, device: torch.device, config: Blip2Config) -> torc
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:
-    """Bytes of a module's parameters, each counted once."""
+    """Returns the bytes of a module's parameters; a shared parameter counts once."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def eos_token_ids(config: Blip2Config) -> tuple[int, ...]:
-    """transformers generates through the language model, so only its config counts here."""
+    """Returns the token ids that end an answer; there may be none.
+
+    They come from the text config: transformers generates through the language model and ignores
+    the outer config too.
+    """
     eos = config.text_config.eos_token_id
     if eos is None:
         return ()
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def longest_sequence(config: Blip2Config, asked: int | None) -> int:
-    """Tokens of image, prompt and answer together: the model's positions, or fewer if asked.
+def longest_sequence(config: Blip2Config, max_model_len: int | None) -> int:
+    """Returns the most tokens of image, prompt and answer together.
+
+    This is `max_model_len`, or the model's number of positions if that is None.
 
     Raises:
-        StartupError: more are asked for than the model has, or too few for an image.
+        StartupError: `max_model_len` exceeds the model's positions or leaves no room for an image.
     """
     positions: int = config.text_config.max_position_embeddings
     shortest = shortest_sequence(config)
-    if asked is not None and not shortest <= asked <= positions:
+    if max_model_len is not None and not shortest <= max_model_len <= positions:
         raise StartupError(
-            f"max_model_len {asked} is out of range: this model takes {shortest} to {positions}"
+            f"max_model_len must be {shortest} to {positions} for this model, not {max_model_len}"
         )
-    return asked or positions
+    return max_model_len or positions
 
 
 def shortest_sequence(config: Blip2Config) -> int:
-    """Tokens of the shortest request: the image, BOS and one token of an answer."""
+    """Returns the tokens of the shortest request: the image, BOS and one token of an answer."""
     return int(config.num_query_tokens) + 2
 
 
@@ -153,7 +170,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             weight_map = json.loads((folder / index).read_text())["weight_map"]
             absent = sorted({n for n in weight_map.values() if not (folder / n).exists()})
             if absent:
-                raise StartupError(f"{folder}: {index} names {absent[0]}, which is not there")
+                raise StartupError(f"{folder}: {index} lists {absent[0]}, which does not exist")
             return {name: folder / file for name, file in weight_map.items()}
         if (folder / single).exists():
             try:
@@ -162,7 +179,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             except Exception as error:
                 raise StartupError(f"cannot read {folder / single}: {error}") from error
     raise StartupError(
-        f"{folder} holds no weights: neither {WEIGHT_LAYOUTS[0][0]} nor {WEIGHT_LAYOUTS[1][0]}"
+        f"{folder} has no weights: neither {WEIGHT_LAYOUTS[0][0]} nor {WEIGHT_LAYOUTS[1][0]}"
     )
 
 
@@ -193,7 +210,7 @@ class _Safetensors:
 
 
 class _Progress:
-    """A log line every few seconds while a large checkpoint loads."""
+    """Logs a line every few seconds while a large checkpoint loads."""
 
     SECONDS = 2.0
 

@@ -1,9 +1,9 @@
-"""The OPT decoder, over a ragged batch of tokens laid end to end.
+"""The OPT decoder, for a ragged batch: the tokens of all sequences, concatenated.
 
-Linear layers see one [tokens, hidden] matrix, whichever sequences the tokens belong to. Only
-attention has to tell them apart, and it is passed in, so this module knows nothing of sequences,
-the KV cache or scheduling. Arithmetic follows transformers' `OPTForCausalLM`; q, k and v are one
-matrix.
+Linear layers compute one [tokens, hidden] matrix. Only attention depends on which tokens belong
+together, and the caller passes it in, so this module knows nothing about sequences, the KV cache or
+scheduling. The arithmetic is that of transformers' `OPTForCausalLM`, but with a single projection
+for q, k and v.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from blip2_serve.model.packing import MakeLinear, replace_linears, replace_with_
 
 POSITION_OFFSET = 2  # OPT's position embeddings start with two unused rows
 
-# (layer, queries, keys and values as [tokens, 3, heads, head_dim]) -> [tokens, heads, head_dim]
+# (layer number, qkv [tokens, 3, heads, head_dim]) -> attended values [tokens, heads, head_dim]
 Attend = Callable[[int, Tensor], Tensor]
 
-# (x, more, norm) -> (x + more, its norm)
+# (x, more, norm) -> (x + more, norm(x + more)); all [tokens, hidden]
 AddNorm = Callable[[Tensor, Tensor, nn.LayerNorm], tuple[Tensor, Tensor]]
 
 
 def add_norm(x: Tensor, more: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The `AddNorm` of plain torch."""
+    """The `AddNorm` in plain torch."""
     x = x + more
     return x, norm(x)
 
 
-# transformers' own table takes a second to import. OPT checkpoints use the first.
+# A copy, because transformers' table takes a second to import. OPT checkpoints use relu.
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
 def _activation(name: str) -> nn.Module:
     if name not in _ACTIVATIONS:
         raise StartupError(
-            f"OPT with the activation {name!r} is not supported, only {', '.join(_ACTIVATIONS)}"
+            f"the activation {name!r} is not supported; OPT can have {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]()
 
@@ -63,7 +63,10 @@ class OptLayer(nn.Module):
     def forward(
         self, x: Tensor, more: Tensor, layer: int, attend: Attend, add_norm: AddNorm
     ) -> tuple[Tensor, Tensor]:
-        """Input and output are sums in two parts, (x, more), which the next norm adds up."""
+        """Maps a residual stream x + more to the next one, returned in two parts as well.
+
+        The sum is left to the next norm, which a device may fuse with it. All are [tokens, hidden].
+        """
         if self.norm_first:
             x, y = add_norm(x, more, self.self_attn_layer_norm)
         else:
@@ -101,7 +104,11 @@ class OptDecoder(nn.Module):
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> OptDecoder:
-        """Reads only the language model from the checkpoint."""
+        """Loads the language model, and no other tensor, onto `device`.
+
+        Raises:
+            StartupError: A tensor is missing, has another shape, or the config is not supported.
+        """
         with torch.device("meta"):
             decoder = cls(checkpoint.config.text_config).to(dtype).eval()
         decoder.to_empty(device=device).requires_grad_(False)
@@ -115,14 +122,14 @@ class OptDecoder(nn.Module):
         return int(self.config.hidden_size) // int(self.config.num_attention_heads)
 
     def replace_linears(self, make: MakeLinear) -> None:
-        """Replaces the linear layers, and the activations behind them where `make` fuses both."""
+        """Replaces the linear layers, and the activations after them where `make` fuses both."""
         name = self.config.activation_function
         for layer in self.layers:
             replace_with_activation(layer, "fc1", "activation", name, make)
         replace_linears(self, make)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Maps each name in the checkpoint to the parameter, or the part of one, that holds it."""
+        """Maps tensor names in the checkpoint to the parameters, or parts of them, to load into."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():  # lists a tied head once, as embedding
             if name.startswith("lm_head"):
@@ -143,7 +150,7 @@ class OptDecoder(nn.Module):
         attend: Attend,
         add_norm: AddNorm = add_norm,
     ) -> Tensor:
-        """Token (or image) embeddings [T, hidden] at positions [T] -> hidden states [T, hidden]."""
+        """Token or image embeddings [T, hidden] at int64 positions [T] -> hidden [T, hidden]."""
         x: Tensor = embeddings
         more: Tensor = self.embed_positions(positions + POSITION_OFFSET)
         for number, layer in enumerate(self.layers):

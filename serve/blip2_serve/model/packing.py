@@ -1,7 +1,7 @@
-"""Replaces a model's linear layers by others that compute the same. Knows no device.
+"""Replaces a model's linear layers with ones that a device computes faster.
 
-A device has a `MakeLinear` of its own; it gets each layer with the name of the activation behind it
-and returns one module for both, or None to leave them as they are.
+Each device provides its own `MakeLinear`. It receives a layer and the name of the activation that
+follows it, and returns one module for both, or None to leave them as they are.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 from torch import nn
 
-# (layer, transformers' name of the activation behind it or "none") -> both in one, or None
+# (layer, transformers' name of the activation that follows or "none") -> both in one, or None
 MakeLinear = Callable[[nn.Linear, str], nn.Module | None]
 
 
 def replace_linears(module: nn.Module, make: MakeLinear) -> None:
-    """Replaces every linear layer inside `module`; each old weight is freed before the next.
+    """Replaces every linear layer inside `module`, freeing each old weight before the next.
 
-    A weight shared with another module, such as a tied head, is copied.
+    A weight shared with another module, such as that of a tied head, is copied.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
@@ -29,7 +29,10 @@ def replace_linears(module: nn.Module, make: MakeLinear) -> None:
 def replace_with_activation(
     module: nn.Module, linear: str, activation: str, name: str, make: MakeLinear
 ) -> None:
-    """Replaces the child `linear` and the activation `name` behind it, if `make` fuses them."""
+    """Replaces `module`'s children `linear` and `activation` if `make` fuses them.
+
+    `name` is transformers' name of the activation function.
+    """
     fused = make(getattr(module, linear), name)
     if fused:
         setattr(module, linear, fused)

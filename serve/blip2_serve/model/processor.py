@@ -1,7 +1,8 @@
-"""Image bytes to the pixels a checkpoint expects: decode, upright, RGB, resize. Imports no torch.
+"""Turns image files into the pixels that a checkpoint expects. Imports no torch.
 
-The result is uint8 before rescaling and normalisation, which the encoder does on its device: a
-quarter of the bytes to send, and nothing lost, since resizing yields whole numbers anyway.
+Decodes, applies the EXIF orientation, converts to RGB and resizes. Pixels stay uint8, and the
+encoder rescales and normalises them on its device: that is a quarter of the bytes to send, and
+exact, since Pillow resizes to whole numbers anyway.
 """
 
 from __future__ import annotations
@@ -22,25 +23,32 @@ from blip2_serve.errors import InvalidImage, StartupError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 64_000_000
 
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size while that leaves at least this many decoded
-# pixels for each one wanted along both sides. Against decoding in full, a photograph's pixels then
-# differ by at most half a grey level (of 255) on average, and at the sharpest edges by at most 20.
+# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as each side still has this many
+# times the pixels of the result. Compared with full decoding, a photograph's pixels then differ by
+# at most half a grey level (of 255) on average and by at most 20 at the sharpest edges.
 DRAFT_OVERSAMPLING = 4
 DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE = 0.5, 20
 
-Image.init()  # or Image.open does not know all of FORMATS by name
+Image.init()  # registers every format: Image.open(formats=...) only knows registered ones
 
-# Pillow warns of odd EXIF data and large images: no news, since what counts is checked. Once for
-# the process: with `warnings.catch_warnings`, one thread would put back the filters of another.
+# Pillow warns about odd EXIF data and large images, which this module checks itself. The filter is
+# set once per process because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-# Part of every image's digest: raise it when the pixels of an image change.
+# Part of every image's digest. Increase it with any change to the resulting pixels.
 PREPROCESSING_VERSION = 1
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What `BlipImageProcessor` does, as its config says; `size` is (height, width)."""
+    """Does what transformers' `BlipImageProcessor` does with the same config.
+
+    Args:
+        size: (height, width) in pixels of every result.
+        mean, std: Per channel, for the encoder to normalise with.
+        rescale: What the encoder multiplies pixels by first, usually 1/255.
+        resample: Pillow's filter for resizing.
+    """
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
@@ -50,10 +58,10 @@ class ImageProcessor:
 
     @classmethod
     def load(cls, folder: Path) -> ImageProcessor:
-        """Reads processor_config.json or, as older checkpoints have it, preprocessor_config.json.
+        """Reads processor_config.json or, for older checkpoints, preprocessor_config.json.
 
         Raises:
-            StartupError: neither is there, or it asks for steps other than resize and normalise.
+            StartupError: Neither exists, or it has steps other than resize, rescale and normalise.
         """
         config = _read_config(folder)
         for step, wanted in (
@@ -64,13 +72,13 @@ class ImageProcessor:
         ):
             if config.get(step, wanted) != wanted:
                 raise StartupError(
-                    f"{folder}: image processors with {step}={not wanted} are not served"
+                    f"{folder}: image processors with {step}={not wanted} are not supported"
                 )
         size = config.get("size", 384)  # defaults are BlipImageProcessor's
         if isinstance(size, int):
             size = {"height": size, "width": size}
         if not {"height", "width"} <= size.keys():
-            raise StartupError(f"{folder}: image size {size} has no height and width")
+            raise StartupError(f"{folder}: the image size must have height and width, not {size}")
         return cls(
             size=(size["height"], size["width"]),
             mean=tuple(config.get("image_mean", (0.48145466, 0.4578275, 0.40821073))),
@@ -80,10 +88,10 @@ class ImageProcessor:
         )
 
     def pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """An image file's bytes -> uint8 [3, height, width], upright RGB.
+        """Returns an image file's pixels: upright RGB, uint8 [3, height, width].
 
         Raises:
-            InvalidImage: not a readable image of an accepted format, or one too large.
+            InvalidImage: The file is broken, of an unsupported format, or has too many pixels.
         """
         image = self._decode(data).resize(self.size[::-1], self.resample)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -93,8 +101,8 @@ class ImageProcessor:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.width * image.height > MAX_PIXELS:
                 raise InvalidImage(
-                    f"the image has {image.width} x {image.height} pixels; at most "
-                    f"{MAX_PIXELS:,} are accepted",
+                    f"the image has {image.width} x {image.height} pixels; the maximum is "
+                    f"{MAX_PIXELS:,} pixels",
                     kind="pixels",
                 )
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
@@ -109,25 +117,25 @@ class ImageProcessor:
         except UnidentifiedImageError:
             accepted = ", ".join(FORMATS)
             raise InvalidImage(
-                f"not an image that can be read; accepted are {accepted}", kind="format"
+                f"not an image in a supported format ({accepted})", kind="format"
             ) from None
-        # Pillow's decoders raise whatever their parsing trips over (SyntaxError, struct.error,
-        # IndexError, zlib.error, ...): each of them means that the file is broken.
+        # Pillow's decoders leak the errors of their parsers (SyntaxError, struct.error, IndexError,
+        # zlib.error, ...). Each of them means that the file is broken.
         except Exception as error:
             raise InvalidImage(f"the image is broken or truncated: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: alpha over white, 16 bits to 8."""
+    """Converts any mode to RGB: composites alpha over white and scales 16 bits to 8."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's convert would clip at 255; 65535 / 257 = 255.
+        # Scaled here, as Pillow's convert would clip at 255. 65535 / 257 = 255.
         wide = np.asarray(image).astype(np.uint32).clip(0, 65535)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InvalidImage(
-            "images of floating-point values have no defined white; send 8 or 16 bits",
+            "floating-point images are not supported; send 8 or 16 bits per channel",
             kind="format",
         )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -153,6 +161,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if key in config:
             return dict(config[key])
     raise StartupError(
-        f"{folder} has no image processor: neither processor_config.json nor "
-        "preprocessor_config.json says how to resize"
+        f"{folder} has no image processor, neither in processor_config.json nor in "
+        "preprocessor_config.json"
     )

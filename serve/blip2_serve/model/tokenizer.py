@@ -1,4 +1,4 @@
-"""Prompts to token ids and back. A prompt is text: no part of it becomes a special token."""
+"""Converts prompts to token ids and back. Special tokens in a prompt are treated as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from blip2_serve.errors import InvalidRequest, StartupError
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's way to write bytes as characters: printable Latin-1 as it is, the rest above it."""
+    """Returns GPT-2's byte of each character in a token.
+
+    Printable Latin-1 bytes are their own characters; the others follow from U+0100 on.
+    """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {
@@ -23,14 +26,18 @@ BYTES = _byte_level_alphabet()
 
 
 class Tokenizer:
-    """The checkpoint's tokenizer, and BLIP-2's layout: image tokens, BOS, prompt."""
+    """A checkpoint's tokenizer, and BLIP-2's layout of a prompt: image tokens, BOS, text.
+
+    Raises:
+        StartupError: The folder has no tokenizer that can be loaded.
+    """
 
     def __init__(self, folder: Path, config: Blip2Config) -> None:
         try:
             # Otherwise "<image>" in a prompt would become an image position.
             self._tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
         except (OSError, ValueError) as error:
-            raise StartupError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+            raise StartupError(f"cannot load a tokenizer from {folder}: {error}") from error
         self._bytes: dict[int, bytes] = {}
         self._image_id = config.image_token_index
         self._bos_id = config.text_config.bos_token_id
@@ -38,14 +45,17 @@ class Tokenizer:
         self._image_tokens = [config.image_token_index] * config.num_query_tokens
 
     def least_tokens(self, prompt: str) -> int:
-        """A lower bound of the prompt's tokens, at no cost: no token stands for more characters."""
+        """Returns a lower bound of the prompt's tokens without tokenizing it.
+
+        It assumes that every token is as long as the longest.
+        """
         return len(prompt) // self._longest_token
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """[image] * queries + [bos] + the prompt's tokens.
+        """Returns [image token] * queries + [BOS] + the prompt's tokens.
 
         Raises:
-            InvalidRequest: a special token that cannot be told from text is in the prompt.
+            InvalidRequest: The prompt contains an image token that the tokenizer does not split.
         """
         text = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if self._image_id in text:
@@ -53,7 +63,10 @@ class Tokenizer:
         return [*self._image_tokens, self._bos_id, *text]
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token stands for; a special token or one beyond the vocabulary by its name."""
+        """Returns the bytes that a token stands for.
+
+        A special token gives its name, and an id beyond the vocabulary "<id>".
+        """
         if token_id not in self._bytes:
             self._bytes[token_id] = self._find_bytes(token_id)
         return self._bytes[token_id]
@@ -67,7 +80,7 @@ class Tokenizer:
         return bytes(BYTES[character] for character in piece)
 
     def decode(self, ids: list[int]) -> str:
-        """Token ids to text, without special tokens."""
+        """Converts token ids to text; special tokens are skipped."""
         text: str = self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

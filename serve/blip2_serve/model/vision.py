@@ -1,7 +1,4 @@
-"""Pixels to image features: ViT, Q-Former and projection, through transformers' own modules.
-
-This module knows nothing of text, of batching or of where its pixels come from.
-"""
+"""Turns pixels into image features: ViT, Q-Former and projection, as transformers' own modules."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ from blip2_serve.model.processor import ImageProcessor
 class ImageEncoder(nn.Module):
     """The vision half of a BLIP-2 checkpoint. Parameters are named as in the checkpoint."""
 
-    mean: Tensor
-    std: Tensor
-    dtype: torch.dtype  # of all but the Q-Former under float16
+    mean: Tensor  # float32 [3, 1, 1]
+    std: Tensor  # float32 [3, 1, 1]
+    dtype: torch.dtype  # of all parts, except that the Q-Former stays float32 under float16
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
@@ -39,10 +36,16 @@ class ImageEncoder(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
     ) -> ImageEncoder:
-        """Reads only the vision half; the Q-Former stays float32 under float16."""
+        """Loads the vision half, and no other tensor, onto `device`.
+
+        With float16, the Q-Former stays float32, as in transformers.
+
+        Raises:
+            StartupError: A tensor is missing or has another shape.
+        """
         with torch.device("meta"):
             encoder = cls(checkpoint.config).to(dtype).eval()
-            if dtype == torch.float16:  # _keep_in_fp32_modules of transformers' BLIP-2
+            if dtype == torch.float16:  # transformers' _keep_in_fp32_modules
                 encoder.qformer.float()
                 encoder.query_tokens.data = encoder.query_tokens.data.float()
         encoder.to_empty(device=device).requires_grad_(False)
@@ -52,6 +55,7 @@ class ImageEncoder(nn.Module):
         return encoder
 
     def set_normalisation(self, processor: ImageProcessor) -> None:
+        """Takes over the rescaling and normalisation that the processor leaves to this module."""
         device = self.query_tokens.device
         self.mean = torch.tensor(processor.mean, device=device).view(3, 1, 1)
         self.std = torch.tensor(processor.std, device=device).view(3, 1, 1)
@@ -59,11 +63,12 @@ class ImageEncoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels [B, 3, S, S] -> image features [B, queries, hidden], both on its device."""
+        """uint8 pixels [B, 3, H, W] -> image features [B, queries, hidden], both on the device."""
         normalised = (pixels.float() * self.rescale - self.mean) / self.std
-        seen = self.vision_model(normalised.to(self.dtype)).last_hidden_state
+        patches = self.vision_model(normalised.to(self.dtype)).last_hidden_state
         output = self.qformer(
-            query_embeds=self.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=seen
+            query_embeds=self.query_tokens.expand(len(pixels), -1, -1),
+            encoder_hidden_states=patches,
         ).last_hidden_state
         features: Tensor = self.language_projection(output.to(self.dtype))
         return features

@@ -1,7 +1,7 @@
-"""A sum and the layer norm of it as one kernel for a GPU, in Triton.
+"""Adds two tensors and layer-normalises the sum in one GPU kernel, written in Triton.
 
-Of few rows, torch's two take 7 µs, three quarters of it the norm (DESIGN.md); a decode step has
-64 of them.
+For few rows, torch's two kernels take 7 µs together, three quarters of it in the norm (DESIGN.md),
+and a decode step runs them 64 times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ WARPS = 16
 
 
 def add_norm(x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + more and its norm, all [rows, width]; `norm` has weight and bias. Sums are float32."""
+    """Returns (x + more, its layer norm); all are [rows, width] of one dtype.
+
+    `norm` must have weight and bias. Means and variances are computed in float32.
+    """
     rows, width = x.shape
     total, normed = torch.empty_like(x), torch.empty_like(x)
     _kernel[(rows,)](
@@ -47,7 +50,7 @@ def _add_and_normalise(  # type: ignore[no-untyped-def]  # Triton reads annotati
     columns = tl.arange(0, padded_width)
     inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
-    # Rounded as torch rounds a sum before it norms it.
+    # torch also rounds the sum to its dtype before the norm.
     added = tl.load(x + places, inside, 0).to(tl.float32) + tl.load(more + places, inside, 0)
     rounded = added.to(total.dtype.element_ty)
     tl.store(total + places, rounded, inside)

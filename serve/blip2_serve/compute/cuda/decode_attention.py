@@ -1,9 +1,9 @@
-"""Attention of one token of each sequence on a GPU, over the KV's rows as they lie; in Triton.
+"""Paged attention for decode steps on a GPU, written in Triton: one query per sequence.
 
-A program computes one head of one sequence: it writes the token's key and value into its row, and
-reads each earlier key and value once. How many there are it learns from memory, so that a CUDA
-graph of it is good for sequences of any length. torch's attention follows no table of rows, and
-takes two to five times as long for a single query (DESIGN.md).
+Each program computes one head of one sequence: it writes the new token's key and value into its KV
+slot and reads every earlier key and value once, in place. It loads the sequence's length from GPU
+memory, so one CUDA graph fits sequences of any length. torch's attention cannot follow slot
+numbers and takes two to five times as long for a single query (DESIGN.md).
 """
 
 from __future__ import annotations
@@ -13,18 +13,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (keys that a program reads at once, its warps, blocks that are on their way): measured (DESIGN.md)
+# (keys per block, warps per program, pipeline stages), as measured (DESIGN.md)
 FOR_FEW = (64, 4, 2)
 FOR_MANY = (16, 1, 2)
-MANY = 512  # programs; enough to keep a GPU's memory busy with small ones
+MANY = 512  # programs that keep a GPU's memory busy even if each is small
 
 
-def attend(qkv: Tensor, kv: Tensor, tables: Tensor, starts: Tensor) -> Tensor:
-    """[n, heads, head_dim], of the dtype of `qkv`; sums are float32.
+def attend(qkv: Tensor, kv: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """Attends from one token of each sequence to itself and all tokens before it.
 
-    `qkv` is [n, 3, heads, head_dim] of tokens at positions `starts`, int64 [n]; `kv` is one
-    layer's, [2, rows, heads, head_dim]; `tables`, int64 [n, any], has the row of each position up
-    to the token's own, which is written. What lies behind it is not read.
+    Args:
+        qkv: [n, 3, heads, head_dim], the new tokens' queries, keys and values.
+        kv: [2, slots, heads, head_dim], one layer of the KV cache; the new keys and values are
+            written into it.
+        slots: int64 [n, any]; the KV slot of each position up to the token's own. The rest of a
+            row is ignored.
+        positions: int64 [n], the new tokens' positions.
+
+    Returns:
+        [n, heads, head_dim] in the dtype of `qkv`; sums are computed in float32.
     """
     count, _, heads, dim = qkv.shape
     block, warps, stages = FOR_MANY if count * heads > MANY else FOR_FEW
@@ -33,10 +40,10 @@ def attend(qkv: Tensor, kv: Tensor, tables: Tensor, starts: Tensor) -> Tensor:
         out,
         qkv,
         *kv,
-        tables,
-        tables.stride(0),
-        starts,
-        starts.stride(0),
+        slots,
+        slots.stride(0),
+        positions,
+        positions.stride(0),
         dim**-0.5,
         heads=heads,
         dim=dim,
@@ -53,10 +60,10 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations
     qkv,
     keys,
     values,
-    tables,
-    table_stride,
-    starts,
-    start_stride,
+    slots,
+    slots_stride,
+    positions,
+    positions_stride,
     scale,
     heads: tl.constexpr,
     dim: tl.constexpr,
@@ -66,26 +73,27 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
-    table = tables + sequence * table_stride
-    start = tl.load(starts + sequence * start_stride)
+    own_slots = slots + sequence * slots_stride
+    position = tl.load(positions + sequence * positions_stride)
     dims = tl.arange(0, padded_dim)
     inside = dims < dim
     own = qkv + (sequence * 3 * heads + head) * dim + dims
     query = tl.load(own, inside, 0).to(tl.float32) * scale
     key = tl.load(own + heads * dim, inside, 0)
     value = tl.load(own + 2 * heads * dim, inside, 0)
-    place = (tl.load(table + start) * heads + head) * dim + dims
+    place = (tl.load(own_slots + position) * heads + head) * dim + dims
     tl.store(keys + place, key, inside)
     tl.store(values + place, value, inside)
-    # A softmax in one pass: sums are rescaled when a larger score is met. The first is the own.
+    # A softmax in one pass, which rescales its sums at each larger score. It starts with the
+    # token's own.
     largest = tl.sum(query * key.to(tl.float32))
     total = 1.0
     mixed = value.to(tl.float32)
-    for first in tl.range(0, start, block, num_stages=stages):
-        positions = first + tl.arange(0, block)
-        earlier = positions < start
-        rows = tl.load(table + positions, earlier, 0)
-        places = (rows[:, None] * heads + head) * dim + dims[None, :]
+    for first in tl.range(0, position, block, num_stages=stages):
+        block_positions = first + tl.arange(0, block)
+        earlier = block_positions < position
+        block_slots = tl.load(own_slots + block_positions, earlier, 0)
+        places = (block_slots[:, None] * heads + head) * dim + dims[None, :]
         wanted = earlier[:, None] & inside[None, :]
         block_keys = tl.load(keys + places, wanted, 0).to(tl.float32)
         block_values = tl.load(values + places, wanted, 0).to(tl.float32)
