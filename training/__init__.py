@@ -1,1 +1,1 @@
-"""How the shipped checkpoint was made."""
+"""The recipe of the shipped checkpoint."""

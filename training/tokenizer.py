@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers as OPT checkpoints have them."""
+"""Trains byte-level BPE tokenizers like those of OPT checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ BOS, PAD = 2, 1
 
 
 def make_tokenizer(texts: Iterable[str], *, vocabulary: int, min_frequency: int) -> GPT2Tokenizer:
-    """At most `vocabulary` tokens: OPT's special ones, all bytes, and the merges of `texts`."""
+    """Trains a tokenizer on `texts`.
+
+    Args:
+        texts: What to learn merges from.
+        vocabulary: Most tokens, including OPT's special ones and all bytes.
+        min_frequency: How often a pair must occur to become a token.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

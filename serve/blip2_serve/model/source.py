@@ -66,6 +66,6 @@ def _download(model: str, revision: str | None, *, weights: bool) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StartupError(
-            f"cannot download {model} from the hub ({reason}): check the name, the revision and the "
-            "network, or give a local folder"
+            f"cannot download {model} from the hub ({reason}): check the name, the revision and "
+            "the network, or give a local folder"
         ) from error
