@@ -1,4 +1,4 @@
-"""How tests are shared out, and what all of them start from."""
+"""How tests are distributed over workers, and the state they all start from."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import pytest
 import torch
 from hypothesis import settings
 
-import support.device  # noqa: F401 (before anybody imports Triton)
+import support.device  # noqa: F401 (must come before any import of Triton)
 
-# One thread each: tests compare results, and several torch processes share two cores.
+# One thread per process: several of them share two cores, and results must be comparable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# `make test-long` looks at many examples, CI at some more than `make test`. No deadlines: two
-# processes share the cores.
+# `make test` uses the first profile, CI the second, `make test-long` the third. No deadlines, as
+# two processes share the cores.
 settings.register_profile("usual", deadline=None)
 settings.register_profile("short", max_examples=300, deadline=None)
 settings.register_profile("long", max_examples=3000, deadline=None)
 settings.load_profile("usual")
 
-# The folder whose tests share a Ray (its conftest.py), and the one whose modules start servers of
-# their own. They take longest and come first.
+# The folder whose tests share one Ray cluster (see its conftest.py), and the folder whose modules
+# start servers of their own. They take longest, so they start first.
 SHARED_RAY, OWN_SERVERS = "tests/serve/", "tests/up/"
 
 
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """One worker has all that shares a Ray; otherwise a module's tests stay together."""
+    """Gives all tests that share a Ray cluster to one worker, and each other module to one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):
@@ -50,5 +50,5 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
-    """Whichever tests the same worker has run before."""
+    """Seeds torch, so that a test does not depend on those that ran before it."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the kernels' tests share."""
+"""Fixtures for the tests of kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """So many of torch's, and therefore of the kernels'."""
+    """Sets the number of threads of torch, and thereby of the kernels."""
     usual = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

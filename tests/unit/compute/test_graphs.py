@@ -1,4 +1,4 @@
-"""Padding and choice of recorded steps. Only where there is a GPU are they really recorded."""
+"""Padding and sizes of captured steps; `run_again` stands in for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from blip2_serve.compute.cuda.graphs import DecodeGraphs, batch_sizes
 from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE, Capturing, run_again
+from support.capturing import Capturing, run_again
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 50
@@ -31,15 +32,15 @@ SLOTS = 64
         pytest.param(1, [1], id="one"),
         pytest.param(2, [1, 2], id="two"),
         pytest.param(8, [1, 2, 4, 8], id="eight"),
-        pytest.param(20, [1, 2, 4, 8, 16, 20], id="no multiple of eight"),
+        pytest.param(20, [1, 2, 4, 8, 16, 20], id="not a multiple of eight"),
     ],
 )
-def test_batch_sizes_are_close_and_end_with_all_sequences(sequences: int, sizes: list[int]) -> None:
+def test_batch_sizes_grow_and_end_with_max_num_seqs(sequences: int, sizes: list[int]) -> None:
     assert batch_sizes(sequences) == sizes
 
 
 class Captured:
-    """Graphs of a step that only notes what it is given."""
+    """Graphs of a step that only records its inputs."""
 
     def __init__(self, max_num_seqs: int, max_len: int) -> None:
         self.calls: list[list[list[int]]] = []
@@ -56,15 +57,15 @@ class Captured:
         self.calls.append(inputs.tolist())
         return inputs[:, :2].float()
 
-    def run(self, *lines: list[int]) -> list[list[float]]:
+    def run(self, *rows: list[int]) -> list[list[float]]:
         self.calls.clear()
-        logits: list[list[float]] = self.graphs.run(torch.tensor(lines)).tolist()
+        logits: list[list[float]] = self.graphs.run(torch.tensor(rows)).tolist()
         return logits
 
 
-def test_every_size_is_recorded_at_the_start_the_largest_first() -> None:
+def test_every_size_is_captured_up_front_largest_first() -> None:
     captured = Captured(max_num_seqs=4, max_len=9)
-    assert [len(lines) for lines in captured.calls] == [4, 2, 1]
+    assert [len(rows) for rows in captured.calls] == [4, 2, 1]
 
 
 def test_a_step_is_padded_to_the_next_size() -> None:
@@ -72,8 +73,8 @@ def test_a_step_is_padded_to_the_next_size() -> None:
 
     logits = captured.run([5, 1, 30, 31], [6, 1, 32, 33], [7, 0, 34, 0])
 
-    lines = [[5, 1, 30, 31, 0], [6, 1, 32, 33, 0], [7, 0, 34, 0, 0], [0, 0, 0, 0, 0]]
-    assert captured.calls == [lines]
+    rows = [[5, 1, 30, 31, 0], [6, 1, 32, 33, 0], [7, 0, 34, 0, 0], [0, 0, 0, 0, 0]]
+    assert captured.calls == [rows]
     assert logits == [[5, 1], [6, 1], [7, 0]]
 
 
@@ -83,12 +84,12 @@ def test_a_step_that_fits_is_not_padded() -> None:
     assert captured.calls == [[[5, 0, 3], [6, 0, 1]]]
 
 
-def test_what_an_earlier_step_left_is_no_padding() -> None:
+def test_padding_rows_are_cleared() -> None:
     captured = Captured(max_num_seqs=4, max_len=2)
     captured.run(*[[9, 1, 8, 8]] * 4)
     captured.run([5, 0, 3], [6, 0, 1], [7, 0, 2])
-    (lines,) = captured.calls
-    assert [line[:3] for line in lines] == [[5, 0, 3], [6, 0, 1], [7, 0, 2], [0, 0, 0]]
+    (rows,) = captured.calls
+    assert [row[:3] for row in rows] == [[5, 0, 3], [6, 0, 1], [7, 0, 2], [0, 0, 0]]
 
 
 # -- with a real decoder -------------------------------------------------------------------------
@@ -112,8 +113,8 @@ def decoder() -> OptDecoder:
     return decoder
 
 
-def begun(runner: Runner, number: int, length: int) -> Sequence:
-    """A sequence whose prompt is computed, with rows of its own and a first token."""
+def prefilled(runner: Runner, number: int, length: int) -> Sequence:
+    """Returns a sequence with its own slots, a computed prompt and a first token."""
     first = 1 + 16 * number
     request = make_request(
         f"{number}",
@@ -127,7 +128,7 @@ def begun(runner: Runner, number: int, length: int) -> Sequence:
     return sequence
 
 
-def last(sequence: Sequence) -> Chunk:
+def last_token(sequence: Sequence) -> Chunk:
     return Chunk(sequence, sequence.length - 1, sequence.length)
 
 
@@ -135,36 +136,36 @@ def make_runner(decoder: OptDecoder, device: Device) -> Runner:
     return Runner(decoder, device, SLOTS, max_num_seqs=4, max_len=16)
 
 
-def test_a_padded_step_has_the_logits_of_one_without_padding(decoder: OptDecoder) -> None:
+def test_padding_does_not_change_logits(decoder: OptDecoder) -> None:
     logits = []
     for device in (Capturing(DEVICE), Device(DEVICE)):
         runner = make_runner(decoder, device)
-        sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
+        sequences = [prefilled(runner, number, length) for number, length in enumerate((5, 9, 3))]
         for token in (11, 12):
-            logits.append(runner.run([last(s) for s in sequences]).clone())
+            logits.append(runner.run([last_token(s) for s in sequences]).clone())
             for s in sequences:
                 s.output.append(token)
     padded, plain = logits[:2], logits[2:]
     torch.testing.assert_close(padded, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_padding_touches_no_row_but_the_first(decoder: OptDecoder) -> None:
+def test_padding_only_writes_to_slot_0(decoder: OptDecoder) -> None:
     runner = make_runner(decoder, Capturing(DEVICE))
-    sequences = [begun(runner, number, length) for number, length in enumerate((5, 9, 3))]
+    sequences = [prefilled(runner, number, length) for number, length in enumerate((5, 9, 3))]
     before = runner._kv.clone()
 
-    runner.run([last(s) for s in sequences])
+    runner.run([last_token(s) for s in sequences])
 
-    # As bits: rows that were never written may hold anything, NaN too.
+    # Compared as bits, because slots that were never written may contain NaN.
     changed = (runner._kv.view(torch.int32) != before.view(torch.int32)).any(-1).any(3).any(0)
     own = {s.slots[s.length - 1] for s in sequences}
     assert {*changed.any(0).nonzero()[:, 0].tolist()} <= {0, *own}
 
 
-def test_a_step_runs_once_before_it_is_recorded_where_it_is_recorded(
+def test_a_step_runs_once_on_the_capture_stream_before_capture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against a stand-in for torch.cuda: at least the calls are the right ones, in order."""
+    """Uses a fake torch.cuda, which records the calls in order."""
     calls: list[str] = []
 
     class Stream:

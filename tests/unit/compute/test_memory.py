@@ -1,4 +1,4 @@
-"""Loading takes the memory of a stage's own tensors, in the dtype asked for, and no more."""
+"""Loading half of a checkpoint allocates only its tensors, in the requested dtype."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.checkpoints import Recipe, write_checkpoint
 
 ALLOWED = 1.25
 
-# In a process of its own: what other tests have allocated and freed would hide the growth.
+# Runs in its own process: memory that other tests have freed would hide the growth.
 SCRIPT = """
 import json, sys, torch
 from blip2_serve import machine
@@ -44,7 +44,7 @@ print(json.dumps({"grown": machine.anonymous_memory() - before, "owned": owned})
         pytest.param("language", "bin", id="language, .bin shards"),
     ],
 )
-def test_from_float32_shards_to_bfloat16_memory_grows_by_the_tensors_alone(
+def test_loading_float32_shards_as_bfloat16_allocates_only_the_tensors(
     half: str, layout: Literal["sharded", "bin"], tmp_path: Path
 ) -> None:
     recipe = Recipe(

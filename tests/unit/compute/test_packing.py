@@ -1,4 +1,4 @@
-"""Packed layers compute what transformers' plain ones do, up to the rounding of bfloat16."""
+"""Packed layers match transformers' plain ones up to bfloat16 rounding."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from support.checkpoints import Recipe, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not packable(torch.empty(1, dtype=torch.bfloat16)),
-    reason="this CPU or this torch packs no bfloat16",
+    reason="this CPU or this build of torch cannot pack bfloat16 weights",
 )
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    """Norm of the difference by norm of the exact result."""
+    """Returns the norm of the difference, relative to that of the exact result."""
     return float((result.float() - exact).norm() / exact.norm())
 
 
@@ -43,7 +43,7 @@ def encoder(folder: Path, dtype: torch.dtype) -> ImageEncoder:
     return ImageEncoder.load(checkpoint, processor, torch.device("cpu"), dtype)
 
 
-def test_a_packed_encoder_is_as_near_to_float32_as_the_plain_one(tmp_path: Path) -> None:
+def test_a_packed_encoder_is_about_as_accurate_as_a_plain_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Recipe("seeing", seed=1))
     images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
     exact = encoder(tmp_path, torch.float32)(images)
@@ -54,7 +54,7 @@ def test_a_packed_encoder_is_as_near_to_float32_as_the_plain_one(tmp_path: Path)
     assert 0 < error(packed(images), exact) < 1.5 * error(plain(images), exact)
 
 
-def test_packing_leaves_float32_alone(tmp_path: Path) -> None:
+def test_packing_does_not_change_float32(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Recipe("seeing", seed=1))
     images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     packed = encoder(tmp_path, torch.float32)
@@ -63,7 +63,7 @@ def test_packing_leaves_float32_alone(tmp_path: Path) -> None:
     assert torch.equal(packed(images), expected)
 
 
-def test_an_image_is_encoded_alike_alone_and_in_company(tmp_path: Path) -> None:
+def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, Recipe("seeing", seed=1))
     packed = encoder(tmp_path, torch.bfloat16)
     pack_vision(packed)
@@ -73,20 +73,20 @@ def test_an_image_is_encoded_alike_alone_and_in_company(tmp_path: Path) -> None:
         torch.testing.assert_close(packed(images[i : i + 1])[0], together[i], atol=0.05, rtol=0.05)
 
 
-def test_patches_are_what_the_convolution_makes_of_them() -> None:
+def test_packed_patches_match_the_convolution() -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 8, kernel_size=4, stride=4).requires_grad_(False)
     pixels = torch.randn(2, 3, 12, 20)
     expected = convolution(pixels)
-    seen = PackedPatches(convolution.bfloat16())(pixels.bfloat16())
-    assert seen.shape == expected.shape == (2, 8, 3, 5)
-    assert error(seen, expected) < 0.01
+    patches = PackedPatches(convolution.bfloat16())(pixels.bfloat16())
+    assert patches.shape == expected.shape == (2, 8, 3, 5)
+    assert error(patches, expected) < 0.01
 
 
 @pytest.mark.parametrize(
     ("name", "activation"), [("relu", torch.relu), ("gelu", nn.functional.gelu)]
 )
-def test_an_activation_may_be_part_of_the_layer(name: str, activation: object) -> None:
+def test_an_activation_can_be_fused_into_the_layer(name: str, activation: object) -> None:
     torch.manual_seed(0)
     module = nn.ModuleDict({"fc": nn.Linear(16, 8), "act": nn.Tanh()}).requires_grad_(False)
     x = torch.randn(5, 16)
@@ -97,14 +97,14 @@ def test_an_activation_may_be_part_of_the_layer(name: str, activation: object) -
     assert error(module["fc"](x.bfloat16()), expected) < 0.01
 
 
-def test_an_activation_that_the_library_does_not_have_stays() -> None:
+def test_an_unsupported_activation_is_not_fused() -> None:
     module = nn.ModuleDict({"fc": nn.Linear(16, 8).bfloat16(), "act": nn.Tanh()})
     replace_with_activation(module, "fc", "act", "tanh", for_images)
     assert isinstance(module["act"], nn.Tanh)
     assert not isinstance(module["fc"], OneDnnLinear)
 
 
-def test_a_packed_decoder_has_its_activations_inside() -> None:
+def test_packing_a_decoder_fuses_its_activations() -> None:
     config = OPTConfig(
         hidden_size=32,
         word_embed_proj_dim=32,
@@ -120,18 +120,18 @@ def test_a_packed_decoder_has_its_activations_inside() -> None:
         assert (layer.fc1(torch.randn(3, 32, dtype=torch.bfloat16)) >= 0).all()
 
 
-@pytest.mark.skipif(not dot_product.available(), reason="this CPU has other layers for few rows")
+@pytest.mark.skipif(not dot_product.available(), reason="this CPU lacks bfloat16 dot products")
 @pytest.mark.parametrize(
     ("shape", "activation", "kind"),
     [
-        pytest.param((96, 32), "none", DotLinear, id="whole blocks"),
-        pytest.param((96, 32), "relu", DotLinear, id="whole blocks and a relu"),
-        pytest.param((90, 32), "none", OneDnnLinear, id="a block that is not whole"),
-        pytest.param((90, 32), "gelu", OneDnnLinear, id="what only oneDNN can do"),
-        pytest.param((96, 32), "gelu", type(None), id="an activation that the kernel lacks"),
+        pytest.param((96, 32), "none", DotLinear, id="full blocks"),
+        pytest.param((96, 32), "relu", DotLinear, id="full blocks with relu"),
+        pytest.param((90, 32), "none", OneDnnLinear, id="partial block"),
+        pytest.param((90, 32), "gelu", OneDnnLinear, id="partial block with gelu"),
+        pytest.param((96, 32), "gelu", type(None), id="activation that the kernel lacks"),
     ],
 )
-def test_few_rows_have_the_kernel_where_it_fits(
+def test_layers_for_few_rows_use_the_kernel_if_it_fits(
     shape: tuple[int, int], activation: str, kind: type
 ) -> None:
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_few_rows_have_the_kernel_where_it_fits(
         assert error(packed(x.bfloat16()), expected) < 0.01
 
 
-def test_a_layer_for_few_rows_needs_no_bias() -> None:
+def test_layers_for_few_rows_work_without_bias() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 96, bias=False).requires_grad_(False)
     x = torch.randn(5, 32)

@@ -15,7 +15,8 @@ from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE, Capturing
+from support.capturing import Capturing
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 60
@@ -25,7 +26,7 @@ IMAGE_TOKEN = 59
 
 
 class Model:
-    """A small random decoder and transformers' with the same weights."""
+    """A small random decoder, and transformers' with the same weights."""
 
     device = Device(DEVICE)
     max_num_seqs, max_len, pad_to = 8, 64, 1  # see Runner
@@ -60,11 +61,11 @@ class Model:
             max_len=self.max_len,
             pad_to=self.pad_to,
         )
-        runner._kv.fill_(torch.nan)  # nothing may read a slot that was not written before
+        runner._kv.fill_(torch.nan)  # exposes reads of slots that were never written
         return runner
 
     def logits(self, sequence: Sequence) -> Tensor:
-        """After every token of the sequence, by transformers."""
+        """Returns transformers' logits after every token of the sequence."""
         embeddings = self.reference.get_input_embeddings()
         request = sequence.request
         embedded = embeddings(torch.tensor(request.prompt + sequence.output))
@@ -73,7 +74,7 @@ class Model:
         return result
 
     def check(self, runner: Runner, chunks: list[Chunk]) -> None:
-        """Runs the chunks; the logits must be transformers'."""
+        """Runs the chunks and asserts that the logits match transformers'."""
         logits = runner.run(chunks).cpu()
         expected = [self.logits(c.sequence)[-1] for c in chunks if c.completes]
         assert logits.shape == (len(expected), VOCABULARY)
@@ -91,20 +92,20 @@ def model() -> Model:
     autouse=True,
     params=[
         pytest.param((open_device(str(DEVICE)),), id="this device"),
-        pytest.param((open_device(str(DEVICE)), 8, 64, 4), id="this device, padded to fours"),
+        pytest.param((open_device(str(DEVICE)), 8, 64, 4), id="this device, padded to 4 tokens"),
         pytest.param((Device(DEVICE),), id="plain torch"),
         pytest.param((Capturing(DEVICE),), id="captured steps"),
-        pytest.param((Capturing(DEVICE), 2, 13), id="captured steps of few short sequences"),
+        pytest.param((Capturing(DEVICE), 2, 13), id="captured steps for few short sequences"),
     ],
 )
-def _kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("device", "max_num_seqs", "max_len", "pad_to")
     for name, value in zip(names, request.param, strict=False):
         monkeypatch.setattr(Model, name, value)
 
 
 def sequence(
-    length: int, rows: list[int] | None = None, image: int = 0, seed: int = 0, max_tokens: int = 1
+    length: int, slots: list[int] | None = None, image: int = 0, seed: int = 0, max_tokens: int = 1
 ) -> Sequence:
     random = Random(seed)
     prompt = [IMAGE_TOKEN] * image + [random.randrange(VOCABULARY) for _ in range(length - image)]
@@ -112,24 +113,22 @@ def sequence(
     request = make_request(
         f"{seed}", prompt, image=picture, digest=f"picture {seed}", max_tokens=max_tokens
     )
-    return Sequence(request, slots=array("q", rows or range(1, length + 1)))
+    return Sequence(request, slots=array("q", slots or range(1, length + 1)))
 
 
 @pytest.mark.parametrize(
     ("norm_first", "tied"),
     [
-        pytest.param(True, True, id="as in the released checkpoints"),
-        pytest.param(False, True, id="norms come after each block"),
-        pytest.param(True, False, id="the head has weights of its own"),
-        pytest.param(False, False, id="both"),
+        pytest.param(True, True, id="pre-norm, tied head"),
+        pytest.param(False, True, id="post-norm, tied head"),
+        pytest.param(True, False, id="pre-norm, untied head"),
+        pytest.param(False, False, id="post-norm, untied head"),
     ],
 )
-def test_a_prompt_and_its_answer_have_the_logits_of_transformers(
-    norm_first: bool, tied: bool
-) -> None:
+def test_logits_match_transformers_in_prefill_and_decode(norm_first: bool, tied: bool) -> None:
     model = Model(norm_first, tied)
     runner = model.runner()
-    s = sequence(9, rows=list(range(40, 60)), image=3)
+    s = sequence(9, slots=list(range(40, 60)), image=3)
     model.check(runner, [Chunk(s, 0, 9)])
     for token in (5, 17, 0):
         s.output.append(token)
@@ -137,34 +136,34 @@ def test_a_prompt_and_its_answer_have_the_logits_of_transformers(
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 10, 11])
-def test_a_prompt_may_be_computed_in_chunks_of_any_size(model: Model, size: int) -> None:
+def test_logits_match_transformers_for_any_chunk_size(model: Model, size: int) -> None:
     runner = model.runner()
     s = sequence(11, image=4)
     for start in range(0, 11, size):
         model.check(runner, [Chunk(s, start, min(start + size, 11))])
 
 
-def test_image_rows_take_the_place_of_image_tokens(model: Model) -> None:
-    with_image = sequence(8, image=4)
+def test_image_features_replace_the_embeddings_of_image_tokens(model: Model) -> None:
+    with_features = sequence(8, image=4)
     without = sequence(8, image=4)
     without.request.image = torch.empty(0, HIDDEN)
-    seen = model.runner().run([Chunk(with_image, 0, 8)]).cpu()
-    unseen = model.runner().run([Chunk(without, 0, 8)]).cpu()
-    torch.testing.assert_close(seen[0], model.logits(with_image)[-1], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(unseen[0], model.logits(without)[-1], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(seen, unseen, atol=0.1)
+    logits = []
+    for s in (with_features, without):
+        logits.append(model.runner().run([Chunk(s, 0, 8)]).cpu()[0])
+        torch.testing.assert_close(logits[-1], model.logits(s)[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*logits, atol=0.1)
 
 
-def test_sequences_share_a_step_without_seeing_each_other(model: Model) -> None:
+def test_sequences_in_one_step_do_not_affect_each_other(model: Model) -> None:
     runner = model.runner()
-    short = sequence(2, rows=[1, 2, 3], image=1, seed=1)
-    long = sequence(20, rows=list(range(30, 60)), image=4, seed=2)
+    short = sequence(2, slots=[1, 2, 3], image=1, seed=1)
+    long = sequence(20, slots=list(range(30, 60)), image=4, seed=2)
     for s in (short, long):
         model.check(runner, [Chunk(s, 0, s.length)])
         s.output.append(11)
-    chunked = sequence(9, rows=list(range(10, 20)), image=4, seed=3)
-    tiny = sequence(1, rows=[5], seed=4)
-    whole = sequence(6, rows=[99, 4, 98, 6, 97, 7], image=2, seed=5)
+    chunked = sequence(9, slots=list(range(10, 20)), image=4, seed=3)
+    tiny = sequence(1, slots=[5], seed=4)
+    whole = sequence(6, slots=[99, 4, 98, 6, 97, 7], image=2, seed=5)
     model.check(
         runner,
         [
@@ -179,57 +178,57 @@ def test_sequences_share_a_step_without_seeing_each_other(model: Model) -> None:
     model.check(runner, [Chunk(long, 21, 22), Chunk(chunked, 5, 9)])
 
 
-def test_a_last_chunk_of_one_token_may_come_after_decodes(model: Model) -> None:
+def test_a_last_chunk_of_one_token_may_follow_decodes(model: Model) -> None:
     runner = model.runner()
-    decoding = sequence(12, rows=list(range(20, 40)), seed=1)
+    decoding = sequence(12, slots=list(range(20, 40)), seed=1)
     prompt = sequence(4, seed=2)
     model.check(runner, [Chunk(decoding, 0, 12), Chunk(prompt, 0, 3)])
     decoding.output.append(3)
     model.check(runner, [Chunk(decoding, 12, 13), Chunk(prompt, 3, 4)])
 
 
-def test_a_step_that_completes_nothing_has_no_logits(model: Model) -> None:
+def test_a_step_without_completed_chunks_gives_no_logits(model: Model) -> None:
     assert model.runner().run([Chunk(sequence(8), 0, 5)]).shape == (0, VOCABULARY)
 
 
-def test_rows_of_an_earlier_sequence_leave_no_trace(model: Model) -> None:
+def test_reused_slots_do_not_leak_earlier_keys_and_values(model: Model) -> None:
     runner = model.runner()
     earlier = sequence(20, image=4, seed=1)
     model.check(runner, [Chunk(earlier, 0, 20)])
-    later = sequence(7, rows=[20, 3, 11, 1, 2, 19, 7, 8], image=2, seed=2)
+    later = sequence(7, slots=[20, 3, 11, 1, 2, 19, 7, 8], image=2, seed=2)
     model.check(runner, [Chunk(later, 0, 4)])
     model.check(runner, [Chunk(later, 4, 7)])
     later.output.append(9)
     model.check(runner, [Chunk(later, 7, 8)])
 
 
-def test_lines_that_share_rows_go_on_each_in_its_own_way(model: Model) -> None:
+def test_forked_sequences_share_slots_and_continue_independently(model: Model) -> None:
     runner = model.runner()
-    parent = sequence(9, rows=list(range(40, 49)), image=3)
+    parent = sequence(9, slots=list(range(40, 49)), image=3)
     model.check(runner, [Chunk(parent, 0, 9)])
-    lines = [parent.fork(i) for i in range(3)]
+    forks = [parent.fork(i) for i in range(3)]
     for step in range(3):
-        for i, line in enumerate(lines):
-            line.output.append(10 * i + step)
-            line.slots.append(1 + 10 * i + step)
-        model.check(runner, [Chunk(line, line.length - 1, line.length) for line in lines])
-    # Two lines part once more; their tables are longer in common then.
-    child = lines[1].fork(3)
-    for line, token, row in ((lines[1], 50, 80), (child, 51, 81)):
-        line.output.append(token)
-        line.slots.append(row)
-    model.check(runner, [Chunk(line, line.length - 1, line.length) for line in (child, lines[1])])
+        for i, fork in enumerate(forks):
+            fork.output.append(10 * i + step)
+            fork.slots.append(1 + 10 * i + step)
+        model.check(runner, [Chunk(fork, fork.length - 1, fork.length) for fork in forks])
+    # Fork once more, from a sequence that is longer by then.
+    child = forks[1].fork(3)
+    for fork, token, slot in ((forks[1], 50, 80), (child, 51, 81)):
+        fork.output.append(token)
+        fork.slots.append(slot)
+    model.check(runner, [Chunk(fork, fork.length - 1, fork.length) for fork in (child, forks[1])])
 
 
-def test_a_prompt_may_begin_in_rows_that_another_one_was_computed_into(model: Model) -> None:
+def test_a_prompt_can_start_with_slots_computed_by_another(model: Model) -> None:
     runner = model.runner()
-    earlier = sequence(12, rows=list(range(20, 32)), image=4)
+    earlier = sequence(12, slots=list(range(20, 32)), image=4)
     model.check(runner, [Chunk(earlier, 0, 12)])
-    same = sequence(12, rows=[*range(20, 31), 5], image=4)
+    same = sequence(12, slots=[*range(20, 31), 5], image=4)
     model.check(runner, [Chunk(same, 11, 12)])
-    # One that parts from it among the image's rows, and one after them.
+    # One prompt differs from within the image tokens on, another after them.
     for known in (2, 9):
-        other = sequence(12, rows=[*range(20, 20 + known), *range(50, 62 - known)], image=4)
+        other = sequence(12, slots=[*range(20, 20 + known), *range(50, 62 - known)], image=4)
         other.request.prompt[known:] = [(token + 1) % VOCABULARY for token in other.request.prompt][
             known:
         ]
@@ -237,12 +236,12 @@ def test_a_prompt_may_begin_in_rows_that_another_one_was_computed_into(model: Mo
 
 
 @pytest.mark.parametrize(
-    "prefix_caching", [True, False], ids=["with prefix_caching", "without prefix_caching"]
+    "prefix_caching", [True, False], ids=["prefix caching", "no prefix caching"]
 )
-def test_many_requests_through_few_rows_have_the_logits_of_transformers(
+def test_many_requests_through_few_slots_match_transformers(
     model: Model, prefix_caching: bool
 ) -> None:
-    """Single lines, samples and beams, of prompts that begin alike."""
+    """Requests with one answer, samples or beams, whose prompts share prefixes."""
     random = Random(0)
     runner = model.runner()
     scheduler = Scheduler(
@@ -253,9 +252,9 @@ def test_many_requests_through_few_rows_have_the_logits_of_transformers(
         prefix_caching=prefix_caching,
     )
     picture = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
-    beginning = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
+    prefix = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
     for name in range(40):
-        prompt = beginning[: random.randint(2, 14)]
+        prompt = prefix[: random.randint(2, 14)]
         prompt += [random.randrange(VOCABULARY) for _ in range(random.randint(1, 10))]
         width = random.choice([{}, {"n": 3}, {"num_beams": 4}])
         request = make_request(
@@ -267,24 +266,24 @@ def test_many_requests_through_few_rows_have_the_logits_of_transformers(
         model.check(runner, chunks)
         scheduler.advance(chunks)
         for request in {c.sequence.request: None for c in chunks if c.completes}:
-            go_on(scheduler, request, random)
+            advance(scheduler, request, random)
         scheduler.check_integrity()
     assert (scheduler.cached_tokens > 100) is prefix_caching
 
 
-def go_on(scheduler: Scheduler, request: Request, random: Random) -> None:
-    """A random next token for every line of a request; beams go on from random beams."""
-    lines = request.sequences
-    if len(lines[0].output) + 1 == request.params.max_tokens:
-        for line in [*lines]:
-            scheduler.end(line)
+def advance(scheduler: Scheduler, request: Request, random: Random) -> None:
+    """Appends a random token to every sequence; beams continue random beams."""
+    sequences = request.sequences
+    if len(sequences[0].output) + 1 == request.params.max_tokens:
+        for s in [*sequences]:
+            scheduler.end(s)
         return
-    if request.width > len(lines) or request.params.num_beams > 1:
-        parents = random.choices(lines, k=request.width)
-        request.sequences = [line.fork(i) for i, line in enumerate(parents)]
-    for line in request.sequences:
-        line.append(random.randrange(VOCABULARY))
+    if request.width > len(sequences) or request.params.num_beams > 1:
+        parents = random.choices(sequences, k=request.width)
+        request.sequences = [parent.fork(i) for i, parent in enumerate(parents)]
+    for s in request.sequences:
+        s.append(random.randrange(VOCABULARY))
 
 
-def test_a_row_is_the_keys_and_values_of_all_layers(model: Model) -> None:
+def test_slot_bytes_counts_keys_and_values_of_all_layers(model: Model) -> None:
     assert slot_bytes(model.decoder) == 2 * 2 * HIDDEN * 4

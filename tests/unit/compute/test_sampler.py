@@ -23,7 +23,7 @@ def sequence(
 
 
 def choose(logits: Tensor, *sequences: Sequence, rows: list[int] | None = None) -> list[Choice]:
-    """By default, each sequence has a row of its own."""
+    """Chooses a token per sequence; by default, each sequence has its own row."""
     before = logits.clone()
     rows = list(range(len(sequences))) if rows is None else rows
     choices = Sampler(EOS).choose(logits, rows, list(sequences))
@@ -50,24 +50,24 @@ def random_logits(rows: int = 1, seed: int = 0) -> Tensor:
 
 
 def one_row(**logits: float) -> Tensor:
-    """`_3=1.5`: token 3 has logit 1.5; all others have -4."""
+    """`_3=1.5` sets the logit of token 3 to 1.5; all others are -4."""
     row = torch.full((1, VOCABULARY), -4.0)
     for token, logit in logits.items():
         row[0, int(token[1:])] = logit
     return row
 
 
-def test_without_temperature_the_likeliest_token_is_taken() -> None:
+def test_zero_temperature_takes_the_largest_logit() -> None:
     logits = random_logits(6)
     assert sample(logits, *[sequence()] * 6) == logits.argmax(-1).tolist()
 
 
-def test_no_sequence_no_token() -> None:
+def test_no_sequences_give_no_tokens() -> None:
     assert sample(torch.empty(0, VOCABULARY)) == []
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_end_token_comes_before_the_minimum(temperature: float) -> None:
+def test_min_tokens_forbids_end_tokens(temperature: float) -> None:
     logits = one_row(_2=30.0, _5=29.0, _7=3.0)
     params = {"min_tokens": 3, "temperature": temperature}
     tokens = [sample(logits, sequence(output=n, **params))[0] for n in range(5)]
@@ -82,18 +82,18 @@ def test_the_repetition_penalty_counts_prompt_and_answer() -> None:
     assert sample(logits, sequence([3], output=1, repetition_penalty=2.0)) == [4]
 
 
-def test_the_repetition_penalty_is_the_same_for_a_token_seen_often() -> None:
+def test_repeated_occurrences_are_penalised_once() -> None:
     logits = one_row(_3=2.0, _4=1.5)
     assert sample(logits, sequence([3, 3, 3], repetition_penalty=1.2)) == [3]
 
 
-def test_a_negative_logit_is_penalised_downwards() -> None:
+def test_the_penalty_lowers_negative_logits() -> None:
     logits = torch.full((1, VOCABULARY), -9.0)
     logits[0, 3], logits[0, 4] = -1.0, -1.5
     assert sample(logits, sequence([3], repetition_penalty=2.0)) == [4]
 
 
-def test_a_drawn_token_depends_on_its_own_row_only() -> None:
+def test_a_sampled_token_depends_only_on_its_own_row() -> None:
     logits = random_logits(8)
     alone = [sample(logits[i : i + 1], sequence(seed=i, temperature=1.5))[0] for i in range(8)]
     together = sample(logits, *[sequence(seed=i, temperature=1.5) for i in range(8)])
@@ -110,25 +110,25 @@ def test_a_drawn_token_depends_on_its_own_row_only() -> None:
     assert among_greedy[1::2] == logits.argmax(-1).tolist()
 
 
-def test_other_seeds_draw_other_tokens() -> None:
+def test_different_seeds_sample_different_tokens() -> None:
     flat = torch.zeros(40, VOCABULARY)
     tokens = sample(flat, *[sequence(seed=seed, temperature=1.0) for seed in range(40)])
     assert len(set(tokens)) > 10
 
 
-def test_other_positions_draw_other_tokens() -> None:
+def test_different_positions_sample_different_tokens() -> None:
     flat = torch.zeros(40, VOCABULARY)
     tokens = sample(flat, *[sequence(output=n, seed=1, temperature=1.0) for n in range(40)])
     assert len(set(tokens)) > 10
 
 
-def test_other_samples_draw_other_tokens() -> None:
+def test_different_samples_get_different_tokens() -> None:
     flat = torch.zeros(1, VOCABULARY)
     samples = [sequence(index=n, seed=1, temperature=1.0) for n in range(40)]
     assert len(set(sample(flat, *samples, rows=[0] * 40))) > 10
 
 
-def test_samples_that_share_a_row_draw_as_if_each_had_its_own() -> None:
+def test_sharing_a_row_does_not_change_the_samples() -> None:
     logits = random_logits(3)
     samples = [sequence(index=n, seed=1, temperature=1.5, n=4) for n in range(4)]
     other = sequence(seed=2, temperature=1.5)
@@ -137,48 +137,48 @@ def test_samples_that_share_a_row_draw_as_if_each_had_its_own() -> None:
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
-def test_every_64_bit_seed_draws(seed: int) -> None:
+def test_every_64_bit_seed_is_valid(seed: int) -> None:
     assert sample(random_logits(), sequence(seed=seed, temperature=1.0))[0] in range(VOCABULARY)
 
 
 @pytest.mark.parametrize(
     "vary",
     [
-        pytest.param(lambda n: {"seed": n}, id="over seeds"),
-        pytest.param(lambda n: {"seed": 3, "output": n}, id="over positions of one seed"),
-        pytest.param(lambda n: {"seed": 3, "index": n}, id="over samples of one seed"),
+        pytest.param(lambda n: {"seed": n}, id="seeds"),
+        pytest.param(lambda n: {"seed": 3, "output": n}, id="positions of one seed"),
+        pytest.param(lambda n: {"seed": 3, "index": n}, id="samples of one seed"),
     ],
 )
-def test_tokens_come_as_often_as_they_are_likely(vary: Any) -> None:
+def test_token_frequencies_match_their_probabilities(vary: Any) -> None:
     draws = 4000
     row = torch.tensor([[0.0, 1.0, -1.0, 0.5, -0.5]])
     sequences = [sequence(temperature=0.8, **vary(n)) for n in range(draws)]
     choices = Sampler(()).choose(row.repeat(draws, 1), list(range(draws)), sequences)
     tokens = [choice.token for choice in choices]
     expected = (row[0].double() / 0.8).softmax(-1) * draws
-    seen = torch.bincount(torch.tensor(tokens), minlength=5).double()
-    chi_square = ((seen - expected) ** 2 / expected).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: above it once in a thousand
+    counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        pytest.param({"temperature": 1.5, "top_k": 1}, id="the single likeliest"),
-        pytest.param({"temperature": 1.5, "top_p": 1e-9}, id="hardly any probability"),
-        pytest.param({"temperature": 1e-3}, id="nearly no temperature"),
-        pytest.param({"temperature": 1e-308}, id="a temperature that makes logits infinite"),
-        pytest.param({"temperature": 5e-324}, id="the smallest temperature there is"),
-        pytest.param({"temperature": 1e-308, "top_k": 5}, id="that and the five likeliest"),
+        pytest.param({"temperature": 1.5, "top_k": 1}, id="top_k 1"),
+        pytest.param({"temperature": 1.5, "top_p": 1e-9}, id="tiny top_p"),
+        pytest.param({"temperature": 1e-3}, id="low temperature"),
+        pytest.param({"temperature": 1e-308}, id="temperature that makes logits infinite"),
+        pytest.param({"temperature": 5e-324}, id="smallest temperature"),
+        pytest.param({"temperature": 1e-308, "top_k": 5}, id="infinite logits and top_k"),
     ],
 )
-def test_a_narrow_choice_is_greedy(params: dict[str, Any]) -> None:
+def test_extreme_parameters_are_greedy(params: dict[str, Any]) -> None:
     logits = random_logits(10)
     tokens = sample(logits, *[sequence(seed=n, **params) for n in range(10)])
     assert tokens == logits.argmax(-1).tolist()
 
 
-def test_more_than_the_vocabulary_is_the_whole_vocabulary() -> None:
+def test_top_k_may_exceed_the_vocabulary() -> None:
     logits = random_logits(10)
     everything = [sequence(seed=n, temperature=1.0) for n in range(10)]
     more = [sequence(seed=n, temperature=1.0, top_k=1000) for n in range(10)]
@@ -186,7 +186,7 @@ def test_more_than_the_vocabulary_is_the_whole_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_an_impossible_token_is_never_drawn(number: float, monkeypatch: Any) -> None:
+def test_impossible_tokens_are_never_sampled(number: float, monkeypatch: Any) -> None:
     monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda *_: number)
     logits = torch.full((1, VOCABULARY), -torch.inf)
     logits[0, 4], logits[0, 9] = 0.1, 0.7
@@ -196,20 +196,20 @@ def test_an_impossible_token_is_never_drawn(number: float, monkeypatch: Any) -> 
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
-def test_without_being_asked_there_are_no_log_probabilities() -> None:
+def test_log_probabilities_are_only_returned_on_request() -> None:
     logits = random_logits(2)
-    asked, not_asked = choose(logits, sequence(top_logprobs=0), sequence())
-    assert asked.logprob is not None
-    assert not_asked.logprob is None
+    with_logprobs, without = choose(logits, sequence(top_logprobs=0), sequence())
+    assert with_logprobs.logprob is not None
+    assert without.logprob is None
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        pytest.param({}, id="of the likeliest token"),
-        pytest.param({"temperature": 1.5, "top_k": 4, "seed": 3}, id="of a token that was drawn"),
-        pytest.param({"repetition_penalty": 3.0}, id="of a token chosen after a penalty"),
-        pytest.param({"min_tokens": 9}, id="of a token chosen after end tokens were forbidden"),
+        pytest.param({}, id="greedy"),
+        pytest.param({"temperature": 1.5, "top_k": 4, "seed": 3}, id="sampled"),
+        pytest.param({"repetition_penalty": 3.0}, id="repetition penalty"),
+        pytest.param({"min_tokens": 9}, id="end tokens forbidden"),
     ],
 )
 def test_log_probabilities_are_those_of_the_raw_logits(params: dict[str, Any]) -> None:
@@ -223,7 +223,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(params: dict[str, Any]) -
     assert [top.logprob for top in choice.logprob.top] == pytest.approx(raw[[2, 3, 4]].tolist())
 
 
-def test_no_likeliest_tokens_are_listed_where_none_are_asked_for() -> None:
+def test_zero_top_logprobs_lists_no_alternatives() -> None:
     (choice,) = choose(random_logits(), sequence(top_logprobs=0))
     assert choice.logprob is not None
     assert choice.logprob.top == ()
@@ -233,12 +233,12 @@ def test_no_likeliest_tokens_are_listed_where_none_are_asked_for() -> None:
 
 
 def beam(score: float = 0.0, output: int = 0, **params: Any) -> Sequence:
-    made = sequence(output=output, num_beams=2, **params)
-    made.score = score
-    return made
+    result = sequence(output=output, num_beams=2, **params)
+    result.score = score
+    return result
 
 
-def test_the_best_continuations_of_all_beams_come_best_first() -> None:
+def test_expand_returns_the_best_continuations_first() -> None:
     logits = random_logits(3)
     beams = [beam(-1.0), beam(-0.5), beam(-2.0)]
     candidates = expand(logits, *beams, count=10)
@@ -252,21 +252,21 @@ def test_the_best_continuations_of_all_beams_come_best_first() -> None:
     assert len({(beams.index(c.beam), c.token) for c in candidates}) == 10
 
 
-def test_beams_are_continued_from_their_own_rows_of_the_step() -> None:
+def test_expand_reads_the_rows_of_its_own_beams() -> None:
     logits = random_logits(6)
     beams = [beam(-1.0), beam(-0.5)]
     alone = expand(logits[[4, 1]], *beams, count=6)
     assert expand(logits, *beams, count=6, rows=[4, 1]) == alone
 
 
-def test_a_beam_with_a_much_better_score_has_all_the_continuations() -> None:
+def test_a_much_better_beam_gets_all_continuations() -> None:
     best = beam(0.0)
     candidates = expand(random_logits(2), beam(-50.0), best, count=4)
     assert Counter(c.beam is best for c in candidates) == {True: 4}
 
 
-def test_beams_are_penalised_in_log_probabilities() -> None:
-    # On logits, token 3 would keep its place: 2.0 / 1.5 is more than 1.0.
+def test_beam_penalties_apply_to_log_probabilities() -> None:
+    # With penalised logits, token 3 would stay first: 2.0 / 1.5 is more than 1.0.
     logits = one_row(_3=2.0, _4=1.0)
     raw = logits.log_softmax(-1)[0]
     best, second = expand(logits, beam(prompt=[3], repetition_penalty=5.0), count=2)
@@ -275,7 +275,7 @@ def test_beams_are_penalised_in_log_probabilities() -> None:
     assert second.score == pytest.approx(raw[3].item() * 5)
 
 
-def test_no_beam_ends_before_the_minimum() -> None:
+def test_min_tokens_forbids_end_tokens_in_beams() -> None:
     logits = one_row(_2=30.0, _5=29.0, _7=3.0)
     tokens = [
         {c.token for c in expand(logits, beam(output=n, min_tokens=3), count=2)} for n in range(5)
@@ -284,11 +284,11 @@ def test_no_beam_ends_before_the_minimum() -> None:
     assert all(ends == {*EOS} for ends in tokens[3:])
 
 
-def test_a_beams_log_probabilities_are_those_of_the_raw_logits() -> None:
+def test_beam_log_probabilities_are_those_of_the_raw_logits() -> None:
     logits = one_row(_3=2.0, _4=1.0)
     raw = logits.log_softmax(-1)[0]
-    asking = beam(-7.0, prompt=[3], repetition_penalty=5.0, top_logprobs=2)
-    for candidate in expand(logits, asking, count=3):
+    penalised = beam(-7.0, prompt=[3], repetition_penalty=5.0, top_logprobs=2)
+    for candidate in expand(logits, penalised, count=3):
         assert candidate.logprob is not None
         assert candidate.logprob.token_id == candidate.token
         assert candidate.logprob.logprob == pytest.approx(raw[candidate.token].item())

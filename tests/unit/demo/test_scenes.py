@@ -1,4 +1,4 @@
-"""The demo world: pictures, and what is said of them, agree."""
+"""Scenes and the texts about them agree."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def test_equal_seeds_give_equal_scenes() -> None:
     assert (one.caption, one.questions, one.chat) == (other.caption, other.questions, other.chat)
 
 
-def test_different_seeds_give_different_pictures(sampled: list[Scene]) -> None:
+def test_different_seeds_give_different_images(sampled: list[Scene]) -> None:
     assert len({scene.image.tobytes() for scene in sampled}) == len(SEEDS)
 
 
-def test_a_picture_is_small_and_rgb() -> None:
+def test_images_are_224_by_224_rgb() -> None:
     image = scenes.sample(0).image
 
     assert image.size == (224, 224)
     assert image.mode == "RGB"
 
 
-def test_one_to_three_things_lie_each_in_a_quarter_of_its_own(sampled: list[Scene]) -> None:
+def test_a_scene_has_one_to_three_shapes_in_different_quarters(sampled: list[Scene]) -> None:
     assert {len(scene.things) for scene in sampled} == {1, 2, 3}
     for scene in sampled:
         assert len({thing.position for thing in scene.things}) == len(scene.things)
@@ -48,7 +48,7 @@ def test_one_to_three_things_lie_each_in_a_quarter_of_its_own(sampled: list[Scen
             assert top < y - thing.radius < y + thing.radius < top + 112
 
 
-def test_the_picture_shows_every_thing_in_its_color_on_the_background(
+def test_the_image_shows_every_shape_in_its_color(
     sampled: list[Scene],
 ) -> None:
     for scene in sampled:
@@ -60,7 +60,7 @@ def test_the_picture_shows_every_thing_in_its_color_on_the_background(
         assert named(scene.background_rgb, scenes.BACKGROUNDS) == scene.background
 
 
-def test_large_things_are_larger_than_small_ones(sampled: list[Scene]) -> None:
+def test_large_shapes_are_larger_than_small_ones(sampled: list[Scene]) -> None:
     radii = {
         size: [t.radius for scene in sampled for t in scene.things if t.size == size]
         for size in scenes.SIZES
@@ -69,14 +69,14 @@ def test_large_things_are_larger_than_small_ones(sampled: list[Scene]) -> None:
     assert max(radii["small"]) < min(radii["large"])
 
 
-def test_the_caption_tells_every_thing_in_reading_order(sampled: list[Scene]) -> None:
+def test_the_caption_lists_every_shape_in_reading_order(sampled: list[Scene]) -> None:
     for scene in sampled:
         order = [scenes.POSITIONS.index(thing.position) for thing in scene.things]
-        told = [f"a {t.size} {t.color} {t.shape} at the {t.position}" for t in scene.things]
-        at = [scene.caption.index(text) for text in told]
+        listed = [f"a {t.size} {t.color} {t.shape} at the {t.position}" for t in scene.things]
+        at = [scene.caption.index(text) for text in listed]
         assert order == sorted(order)
         assert at == sorted(at)
-        assert scene.caption.count(" at the ") == len(told)
+        assert scene.caption.count(" at the ") == len(listed)
         assert scene.caption.endswith(f" on a {scene.background} background")
 
 
@@ -99,7 +99,7 @@ def test_yes_and_no_are_both_common(sampled: list[Scene]) -> None:
     assert answers.count("no") > len(answers) / 3
 
 
-def test_a_chat_finds_a_thing_and_asks_about_it(sampled: list[Scene]) -> None:
+def test_a_chat_asks_about_a_shape_and_refers_back_to_it(sampled: list[Scene]) -> None:
     for scene in sampled:
         (first, found), (second, answer), *others = scene.chat
         position = first.removeprefix("what is at the ").removesuffix("?")
@@ -128,7 +128,7 @@ KINDS = (
 
 
 def truth(scene: Scene, question: str) -> str:
-    """The answer by looking at the things; fails where the question has no single one."""
+    """Answers a question from the scene's shapes; fails if there is more than one answer."""
 
     def the(**wanted: str) -> Thing:
         (thing,) = (t for t in scene.things if all(getattr(t, k) == v for k, v in wanted.items()))
@@ -157,5 +157,5 @@ def truth(scene: Scene, question: str) -> str:
 
 
 def named(rgb: tuple[int, int, int], names: dict[str, tuple[int, int, int]]) -> str:
-    """The name of the nearest color."""
+    """Returns the name of the nearest color."""
     return min(names, key=lambda n: sum((a - b) ** 2 for a, b in zip(rgb, names[n], strict=True)))

@@ -1,4 +1,4 @@
-"""Tokens of an answer to events, several tokens at once as beam search hands them out."""
+"""Tokens of an answer become events, also when several arrive at once as in beam search."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add(
     return [*event.token_ids], event.text, event.finish_reason
 
 
-def test_an_event_says_which_answer_it_is_of_and_how_long_the_prompt_was() -> None:
+def test_events_have_the_index_and_the_length_of_the_prompt() -> None:
     assert answer().add(tokens("cat"), [], None) == TokenEvent(
         tuple(b"cat"), "cat", None, prompt_tokens=4, index=2
     )
@@ -43,28 +43,28 @@ def test_an_event_says_which_answer_it_is_of_and_how_long_the_prompt_was() -> No
 @pytest.mark.parametrize(
     ("new", "reason", "expected"),
     [
-        pytest.param(tokens("cat"), "length", (tokens("cat"), "cat", "length"), id="at the limit"),
+        pytest.param(tokens("cat"), "length", (tokens("cat"), "cat", "length"), id="at max_tokens"),
         pytest.param(
-            tokens("cat", EOS), "stop", (tokens("cat", EOS), "cat", "stop"), id="an end token"
+            tokens("cat", EOS), "stop", (tokens("cat", EOS), "cat", "stop"), id="end token"
         ),
-        pytest.param([EOS], "stop", ([EOS], "", "stop"), id="nothing but an end token"),
+        pytest.param([EOS], "stop", ([EOS], "", "stop"), id="only an end token"),
         pytest.param(
             tokens("c", EOS, *b"at"),
             "length",
             (tokens("c", EOS, *b"at"), "cat", "length"),
-            id="an end token that was ignored",
+            id="ignored end token",
         ),
         pytest.param(
             tokens("a日")[:3],
             "length",
             (tokens("a日")[:3], "a\ufffd", "length"),
-            id="half a character at the limit",
+            id="incomplete character at max_tokens",
         ),
         pytest.param(
             [*tokens("a日")[:3], EOS],
             "stop",
             ([*tokens("a日")[:3], EOS], "a\ufffd", "stop"),
-            id="half a character before an end token",
+            id="incomplete character before an end token",
         ),
     ],
 )
@@ -77,18 +77,18 @@ def test_the_last_tokens_end_the_answer(
 @pytest.mark.parametrize(
     ("new", "reason"),
     [
-        pytest.param(tokens("one\ntwo\n"), None, id="of a search that goes on"),
-        pytest.param(tokens("one\ntwo\n"), "length", id="at the limit"),
-        pytest.param(tokens("one\ntwo", EOS), "stop", id="before an end token"),
+        pytest.param(tokens("one\ntwo\n"), None, id="answer continues"),
+        pytest.param(tokens("one\ntwo\n"), "length", id="at max_tokens"),
+        pytest.param(tokens("one\ntwo", EOS), "stop", id="at an end token"),
     ],
 )
-def test_a_stop_string_within_several_tokens_makes_its_last_token_the_answers_last(
+def test_a_stop_string_drops_the_tokens_after_it(
     new: list[int], reason: FinishReason | None
 ) -> None:
     assert add(answer(stop=("wo", "\nt")), new, reason) == (tokens("one\nt"), "one", "stop")
 
 
-def test_a_stop_string_may_be_spread_over_calls() -> None:
+def test_a_stop_string_can_span_calls() -> None:
     a = answer(stop=("##.",))
     assert add(a, tokens("one#")) == (tokens("one#"), "one", None)
     assert add(a, tokens("#")) == (tokens("#"), "", None)
@@ -98,22 +98,22 @@ def test_a_stop_string_may_be_spread_over_calls() -> None:
 @pytest.mark.parametrize(
     ("new", "reason"),
     [
-        pytest.param(tokens("one##"), "length", id="at the limit"),
+        pytest.param(tokens("one##"), "length", id="at max_tokens"),
         pytest.param(tokens("one##", EOS), "stop", id="at an end token"),
     ],
 )
-def test_a_stop_string_that_was_only_begun_is_text(new: list[int], reason: FinishReason) -> None:
+def test_an_incomplete_stop_string_is_text(new: list[int], reason: FinishReason) -> None:
     a = answer(stop=("###",))
     assert add(a, new, reason) == (new, "one##", reason)
 
 
-def test_a_stop_string_that_the_end_token_would_spell_is_text() -> None:
+def test_the_text_of_an_end_token_is_no_stop_string() -> None:
     a = Answer(make_request(stop=("</s>",)), 0, lambda ids: "".join(["a", "</s>"][i] for i in ids))
     assert add(a, [0, 1], "stop") == ([0, 1], "a", "stop")
 
 
-def test_a_stop_string_next_to_half_a_character_in_the_very_last_token_is_a_stop() -> None:
-    # Byte-level vocabularies have such tokens: decoding waits for the rest of the character.
+def test_a_stop_string_before_an_incomplete_character_in_the_last_token_is_a_stop() -> None:
+    # Byte-level vocabularies have such tokens, and decoding waits for the rest of the character.
     pieces = [b"one", b"\n\xe2\x80"]
     a = Answer(
         make_request(stop=("\n",)),
@@ -127,24 +127,24 @@ def test_a_stop_string_next_to_half_a_character_in_the_very_last_token_is_a_stop
     ("min_tokens", "text"),
     [
         pytest.param(0, "a", id="no minimum"),
-        pytest.param(2, "a", id="the minimum is just reached"),
-        pytest.param(3, "a.b", id="the first comes too early"),
-        pytest.param(5, "a.b.c", id="the first two come too early"),
+        pytest.param(2, "a", id="first at the minimum"),
+        pytest.param(3, "a.b", id="first too early"),
+        pytest.param(5, "a.b.c", id="first two too early"),
     ],
 )
 @pytest.mark.parametrize("at_once", [True, False], ids=["all at once", "one by one"])
 def test_stop_strings_before_min_tokens_are_text(min_tokens: int, text: str, at_once: bool) -> None:
     a = answer(stop=(".",), min_tokens=min_tokens)
-    seen = ""
+    text_so_far = ""
     for new in [tokens("a.b.c.d.")] if at_once else [[token] for token in tokens("a.b.c.d.")]:
         _, piece, reason = add(a, new)
-        seen += piece
+        text_so_far += piece
         if reason:
             break
-    assert (seen, reason) == (text, "stop")
+    assert (text_so_far, reason) == (text, "stop")
 
 
-def test_a_character_is_handed_out_whole() -> None:
+def test_characters_are_not_split() -> None:
     a = answer()
     first, second, third = tokens("日")
     assert add(a, [*tokens("a"), first]) == ([*b"a", first], "a", None)
@@ -152,7 +152,7 @@ def test_a_character_is_handed_out_whole() -> None:
     assert add(a, [third, *b"b"]) == ([third, *b"b"], "日b", None)
 
 
-def test_log_probabilities_come_with_their_tokens_and_end_with_the_last() -> None:
+def test_dropped_tokens_have_no_log_probabilities() -> None:
     a = answer(stop=(".",))
     logprobs = [TokenLogprob(token, -float(i)) for i, token in enumerate(tokens("a.b"))]
     event = a.add(tokens("a.b"), logprobs, None)
@@ -167,7 +167,7 @@ def test_log_probabilities_come_with_their_tokens_and_end_with_the_last() -> Non
     st.integers(0, 6),
     st.booleans(),
 )
-def test_however_the_tokens_are_cut_into_calls_the_answer_is_the_same(
+def test_the_answer_does_not_depend_on_how_tokens_are_grouped(
     text: str, cuts: set[int], stop: tuple[str, ...], min_tokens: int, ends: bool
 ) -> None:
     line = tokens(text, EOS) if ends or not text else tokens(text)
@@ -176,13 +176,13 @@ def test_however_the_tokens_are_cut_into_calls_the_answer_is_the_same(
     def read(borders: list[int]) -> tuple[list[int], str, str | None]:
         a = answer(stop=stop, min_tokens=min_tokens)
         ids: list[int] = []
-        seen = ""
+        text_so_far = ""
         reason = None
         for start, end in zip([0, *borders], [*borders, len(line)], strict=True):
             new, piece, reason = add(a, line[start:end], last if end == len(line) else None)
-            ids, seen = ids + new, seen + piece
+            ids, text_so_far = ids + new, text_so_far + piece
             if reason:
                 break
-        return ids, seen, reason
+        return ids, text_so_far, reason
 
     assert read(sorted(cut for cut in cuts if cut < len(line))) == read([])

@@ -1,4 +1,4 @@
-"""Beam search alone: who lives on, who is an answer, and when it is over."""
+"""Beam search: which beams continue, which become answers, and when the search ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENDS = frozenset({EOS})
 
 
 class Search:
-    """A search whose candidates are written by hand: (index of a beam, token, score)."""
+    """A search over hand-written candidates: (index of the beam, token, score)."""
 
     def __init__(self, num_beams: int = 2, ends: frozenset[int] = ENDS, **params: Any) -> None:
         request = make_request("a", num_beams=num_beams, **{"max_tokens": 10, **params})
@@ -32,7 +32,7 @@ class Search:
         self.agreed: list[int] = []
 
     def step(self, *candidates: tuple[int, int, float]) -> list[list[int]]:
-        """The beams' tokens after one more step."""
+        """Advances the search by a step and returns the tokens of its beams."""
         ordered = sorted(candidates, key=lambda candidate: -candidate[2])
         self.beams = self.search.step([Candidate(self.beams[i], t, s) for i, t, s in ordered])
         self.agreed += self.search.newly_agreed(self.beams)[0]
@@ -45,7 +45,7 @@ class Search:
         return [hypothesis.score for hypothesis in self.search.hypotheses]
 
 
-def test_the_best_continuations_live_on_whichever_beams_they_are_of() -> None:
+def test_the_best_continuations_of_all_beams_continue() -> None:
     search = Search(2)
     assert search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0)) == [[5], [6]]
     assert search.step((1, 8, -2.1), (1, 9, -2.2), (0, 5, -2.3)) == [[6, 8], [6, 9]]
@@ -53,7 +53,7 @@ def test_the_best_continuations_live_on_whichever_beams_they_are_of() -> None:
     assert [beam.index for beam in search.beams] == [0, 1]
 
 
-def test_beams_of_one_parent_share_its_rows_and_have_their_own_for_the_new_token() -> None:
+def test_forked_beams_share_the_slots_of_their_parent() -> None:
     search = Search(3)
     search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0))
     search.step((0, 5, -1.1), (0, 6, -1.2), (1, 7, -2.1))
@@ -62,19 +62,19 @@ def test_beams_of_one_parent_share_its_rows_and_have_their_own_for_the_new_token
     assert len({first[1], second[1], third[1]}) == 3
 
 
-def test_an_end_among_the_best_is_an_answer_and_the_next_best_lives_on_in_its_place() -> None:
+def test_a_finished_beam_is_replaced_by_the_next_best() -> None:
     search = Search(2)
     assert search.step((0, EOS, -1.0), (0, 5, -2.0), (0, 6, -3.0), (0, 7, -4.0)) == [[5], [6]]
     assert search.answers() == [[EOS]]
 
 
-def test_an_end_that_is_ranked_below_the_number_of_beams_is_dropped() -> None:
+def test_an_end_token_ranked_below_num_beams_is_dropped() -> None:
     search = Search(2)
     assert search.step((0, 5, -1.0), (0, 6, -2.0), (0, EOS, -3.0), (0, 7, -4.0)) == [[5], [6]]
     assert search.answers() == []
 
 
-def test_an_answer_is_scored_by_its_log_probability_over_its_length() -> None:
+def test_scores_are_log_probabilities_divided_by_the_length_penalty() -> None:
     search = Search(2, length_penalty=2.0)
     search.step((0, EOS, -1.5), (0, 5, -2.0), (0, 6, -2.5))
     search.step((0, EOS, -4.0), (1, 5, -5.0), (1, 6, -6.0))
@@ -85,9 +85,9 @@ def test_an_answer_is_scored_by_its_log_probability_over_its_length() -> None:
 @pytest.mark.parametrize(
     ("length_penalty", "best"),
     [
-        pytest.param(0.0, [EOS], id="without one the likeliest wins"),
-        pytest.param(1.0, [5, EOS], id="with one the longer answer may win"),
-        pytest.param(-1.0, [EOS], id="with a negative one length costs"),
+        pytest.param(0.0, [EOS], id="zero"),
+        pytest.param(1.0, [5, EOS], id="positive, favours long answers"),
+        pytest.param(-1.0, [EOS], id="negative, favours short answers"),
     ],
 )
 def test_the_length_penalty_decides_between_short_and_long(
@@ -99,7 +99,7 @@ def test_the_length_penalty_decides_between_short_and_long(
     assert search.answers()[0] == best
 
 
-def test_of_more_answers_than_beams_the_best_are_kept() -> None:
+def test_only_the_num_beams_best_answers_are_kept() -> None:
     search = Search(2, length_penalty=2.0, early_stopping="never")
     search.step((0, EOS, -1.0), (0, 5, -1.1), (0, 6, -1.2))
     search.step((0, EOS, -1.2), (1, EOS, -1.3), (0, 5, -1.4), (0, 6, -1.5))
@@ -111,50 +111,50 @@ def test_of_more_answers_than_beams_the_best_are_kept() -> None:
 @pytest.mark.parametrize(
     ("early_stopping", "length_penalty", "over"),
     [
-        pytest.param(True, 1.0, True, id="early stopping ends it with as many answers as beams"),
-        pytest.param(False, 1.0, False, id="by default not while a beam is better by now"),
-        pytest.param("never", 0.0, False, id="never ends it while a beam is likelier"),
-        pytest.param("never", 1.0, False, id="never ends it while a beam could become better"),
-        pytest.param("never", -1.0, False, id="where length costs that is by its length now"),
+        pytest.param(True, 1.0, True, id="True ends it"),
+        pytest.param(False, 1.0, False, id="False continues while a beam scores better"),
+        pytest.param("never", 0.0, False, id="never continues while a beam is likelier"),
+        pytest.param("never", 1.0, False, id="never continues while a beam could score better"),
+        pytest.param("never", -1.0, False, id="never with a negative length penalty"),
     ],
 )
-def test_when_there_are_enough_answers_early_stopping_decides(
+def test_early_stopping_decides_once_there_are_num_beams_answers(
     early_stopping: bool, length_penalty: float, over: bool
 ) -> None:
     search = Search(2, early_stopping=early_stopping, length_penalty=length_penalty)
     search.step((0, EOS, -1.0), (0, 5, -1.1), (0, 6, -1.2))
-    # The answers' scores: -1.0, and -1.3 over the penalty.
+    # The answers score -1.0, and -1.3 divided by the length penalty.
     search.step((0, EOS, -1.3), (1, 5, -1.25), (1, 6, -1.4), (0, 7, -1.5))
     assert len(search.answers()) == 2
     assert (search.beams == []) is over
 
 
-def test_by_default_a_beam_is_judged_by_its_length_now_and_under_never_by_the_longest() -> None:
+def test_early_stopping_never_estimates_scores_at_max_tokens() -> None:
     def after_two_answers(early_stopping: Any) -> list[list[int]]:
         search = Search(2, early_stopping=early_stopping, max_tokens=100)
         search.step((0, EOS, -1.0), (0, 5, -1.1), (0, 6, -1.2))
-        # -2.5 over two tokens is worse than both answers; over a hundred it would be better.
+        # -2.5 divided by two tokens is worse than both answers, but divided by 100 it is better.
         return search.step((0, EOS, -1.9), (0, 5, -2.5), (1, 6, -2.6))
 
     assert after_two_answers(False) == []
     assert after_two_answers("never") == [[5, 5], [6, 6]]
 
 
-def test_with_fewer_answers_than_beams_the_search_goes_on() -> None:
+def test_the_search_continues_with_fewer_than_num_beams_answers() -> None:
     search = Search(3, early_stopping=True)
     search.step((0, EOS, -0.1), (0, 5, -5.0), (0, 6, -6.0), (0, 7, -7.0))
     assert search.step((0, EOS, -5.5), (0, 5, -9.0), (1, 6, -9.5), (2, 7, -9.9)) != []
     assert len(search.answers()) == 2
 
 
-def test_of_answers_that_end_in_the_same_step_none_comes_too_late_for_early_stopping() -> None:
+def test_early_stopping_counts_all_answers_of_its_last_step() -> None:
     search = Search(2, early_stopping=True)
     search.step((0, EOS, -1.0), (0, 5, -1.1), (0, 6, -1.2))
     assert search.step((0, EOS, -1.3), (1, EOS, -1.4), (0, 7, -2.0), (0, 8, -3.0)) == []
     assert search.answers() == [[5, EOS], [6, EOS]]
 
 
-def test_at_the_limit_the_best_beams_are_answers_whole_or_not() -> None:
+def test_at_max_tokens_the_best_beams_become_answers() -> None:
     search = Search(2, max_tokens=2)
     search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0))
     assert search.step((0, 8, -1.5), (0, EOS, -2.5), (1, 9, -2.6)) == []
@@ -162,7 +162,7 @@ def test_at_the_limit_the_best_beams_are_answers_whole_or_not() -> None:
     assert [h.reason for h in search.search.hypotheses] == ["length", "stop"]
 
 
-def test_where_end_tokens_are_ignored_they_are_tokens_like_others() -> None:
+def test_ignored_end_tokens_are_ordinary_tokens() -> None:
     search = Search(2, ends=frozenset(), max_tokens=2)
     assert search.step((0, EOS, -1.0), (0, 5, -2.0), (0, 6, -3.0)) == [[EOS], [5]]
     search.step((0, EOS, -1.5), (1, 5, -2.5), (1, 6, -3.5))
@@ -174,17 +174,17 @@ def test_where_end_tokens_are_ignored_they_are_tokens_like_others() -> None:
     ("ends", "expected"),
     [
         pytest.param([], 6, id="no end token"),
-        pytest.param([EOS], 6, id="one"),
-        pytest.param([EOS, OTHER_EOS], 9, id="two"),
+        pytest.param([EOS], 6, id="one end token"),
+        pytest.param([EOS, OTHER_EOS], 9, id="two end tokens"),
     ],
 )
-def test_so_many_candidates_are_asked_for_that_all_beams_can_live_on(
+def test_there_are_enough_candidates_for_all_beams_to_continue(
     ends: list[int], expected: int
 ) -> None:
     assert Search(3, ends=frozenset(ends)).search.candidates == expected
 
 
-def test_log_probabilities_go_with_their_tokens() -> None:
+def test_log_probabilities_stay_with_their_tokens() -> None:
     search = Search(2, top_logprobs=0)
 
     def candidate(beam: int, token: int, score: float) -> Candidate:
@@ -201,10 +201,10 @@ def test_log_probabilities_go_with_their_tokens() -> None:
         assert [logprob.token_id for logprob in logprobs] == line
 
 
-# -- what is agreed upon ---------------------------------------------------------------------------
+# -- agreed tokens ---------------------------------------------------------------------------------
 
 
-def test_what_all_beams_share_is_agreed() -> None:
+def test_tokens_that_all_beams_share_are_agreed() -> None:
     search = Search(2)
     search.step((0, 5, -1.0), (0, 6, -2.0), (0, 7, -3.0))
     assert search.agreed == []
@@ -214,12 +214,12 @@ def test_what_all_beams_share_is_agreed() -> None:
     assert search.agreed == [6, 8]
 
 
-def test_what_the_best_answer_so_far_does_not_share_is_not_agreed() -> None:
+def test_tokens_that_the_best_answer_lacks_are_not_agreed() -> None:
     search = Search(2, length_penalty=0.0)
     search.step((0, 5, -1.0), (0, EOS, -2.0), (0, 6, -3.0))
     assert search.step((0, 8, -1.1), (0, 9, -1.2), (1, 5, -9.0)) == [[5, 8], [5, 9]]
     assert search.agreed == []
-    search.step((0, EOS, -1.3), (0, 7, -1.4), (0, 6, -1.5))  # a better one, of the same beginning
+    search.step((0, EOS, -1.3), (0, 7, -1.4), (0, 6, -1.5))  # a better answer with that prefix
     assert search.agreed == [5, 8]
 
 
@@ -232,7 +232,7 @@ def test_at_the_end_the_rest_of_the_best_answer_is_agreed() -> None:
 
 
 class Language:
-    """Random probabilities of the next token after every beginning."""
+    """A random language model: a distribution of the next token for every prefix."""
 
     def __init__(self, seed: int, vocabulary: int = 4) -> None:
         self.seed = seed
@@ -244,7 +244,7 @@ class Language:
         return [log(weight / sum(weights)) for weight in weights]
 
     def run(self, search: Search) -> None:
-        """Until the search is over."""
+        """Runs the search to its end, checking the agreed tokens after every step."""
         while search.beams:
             candidates = [
                 (i, token, beam.score + logprob)
@@ -259,7 +259,7 @@ class Language:
             assert all(line[: len(search.agreed)] == search.agreed for line in lines)
 
     def all_answers(self, max_tokens: int, length_penalty: float) -> list[tuple[float, list[int]]]:
-        """Every answer that there is and its score, the best first."""
+        """Returns every possible answer and its score, best first."""
         answers = []
         for length in range(1, max_tokens + 1):
             for tokens in product(range(self.vocabulary), repeat=length):
@@ -276,7 +276,7 @@ stoppings = st.sampled_from([True, False, "never"])
 
 
 @given(st.integers(0, 10_000), st.integers(2, 5), st.integers(1, 8), penalties, stoppings)
-def test_what_is_agreed_is_never_withdrawn_and_adds_up_to_the_best_answer(
+def test_agreed_tokens_add_up_to_the_best_answer(
     seed: int, num_beams: int, max_tokens: int, length_penalty: float, early_stopping: Any
 ) -> None:
     search = Search(
@@ -294,14 +294,14 @@ def test_what_is_agreed_is_never_withdrawn_and_adds_up_to_the_best_answer(
 
 
 @given(st.integers(0, 10_000), st.integers(1, 3), penalties)
-def test_with_a_beam_for_every_answer_the_best_ones_are_found(
+def test_with_a_beam_for_every_answer_the_search_is_exhaustive(
     seed: int, max_tokens: int, length_penalty: float
 ) -> None:
     language = Language(seed)
-    wanted = language.all_answers(max_tokens, length_penalty)
+    expected = language.all_answers(max_tokens, length_penalty)
     search = Search(
         64, max_tokens=max_tokens, length_penalty=length_penalty, early_stopping="never"
     )
     language.run(search)
-    assert search.answers() == [tokens for _, tokens in wanted]
-    assert search.scores() == pytest.approx([score for score, _ in wanted])
+    assert search.answers() == [tokens for _, tokens in expected]
+    assert search.scores() == pytest.approx([score for score, _ in expected])

@@ -22,9 +22,11 @@ EOS, OTHER_EOS = 256, 257  # all other tokens are bytes
 Script = str | list[int]
 
 
-class NoRunner:
+class FakeRunner:
+    """Computes nothing and counts the tokens it was given."""
+
     def __init__(self) -> None:
-        self.computed = 0  # tokens
+        self.computed = 0
 
     def run(self, chunks: list[Chunk]) -> str:
         assert chunks
@@ -32,11 +34,11 @@ class NoRunner:
         return "logits"
 
 
-class Scripted:
-    """Chooses what was written down for each request.
+class ScriptedSampler:
+    """Chooses the tokens of a script.
 
-    Samples take the scripts in turn. For a beam search the scripts are all answers that there are,
-    the likeliest first: a beam's score is the one of the likeliest that goes on from it.
+    A request has one script per sample. For a beam search, the scripts are all possible answers,
+    best first, and a beam's score is that of the best answer that starts with it.
     """
 
     def __init__(self, scripts: dict[str, list[list[int]]]) -> None:
@@ -80,16 +82,16 @@ def decode(ids: list[int]) -> str:
 class Bench:
     def __init__(
         self,
-        rows: int = 200,
+        slots: int = 200,
         max_num_seqs: int = 4,
         max_waiting: int = 1000,
         step: int = 16,
         prefix_caching: bool = False,
     ) -> None:
         self.scripts: dict[str, list[list[int]]] = {}
-        self.runner = NoRunner()
+        self.runner = FakeRunner()
         scheduler = Scheduler(
-            KvSlots(rows),
+            KvSlots(slots),
             max_num_seqs=max_num_seqs,
             max_waiting=max_waiting,
             max_num_batched_tokens=step,
@@ -98,7 +100,7 @@ class Bench:
         self.engine = Engine(
             self.runner,
             scheduler,
-            Scripted(self.scripts),
+            ScriptedSampler(self.scripts),
             decode=decode,
             eos_token_ids=(EOS, OTHER_EOS),
         )
@@ -124,14 +126,14 @@ class Bench:
         self.engine.check_idle()
 
     def answer(self, name: str, index: int = 0) -> tuple[list[int], str, str | None]:
-        """Token ids, text and the reason why it ended, of one of a request's answers."""
+        """Returns token ids, text and finish reason of one of a request's answers."""
         events = [e for e in self.events[name] if e.index == index]
         assert all(e.finish_reason is None for e in events[:-1])
         ids = [token for e in events for token in e.token_ids]
         return ids, "".join(e.text for e in events), events[-1].finish_reason
 
     def texts(self, name: str) -> list[str]:
-        """Of all the answers of a request that has ended."""
+        """Returns the texts of all answers of a finished request."""
         assert [e.last for e in self.events[name]] == [False] * (len(self.events[name]) - 1) + [
             True
         ]
@@ -152,39 +154,39 @@ def tokens(text: str, *more: int) -> list[int]:
 
 
 @pytest.mark.parametrize("eos", [EOS, OTHER_EOS])
-def test_an_end_token_ends_the_answer_and_is_no_text(eos: int) -> None:
+def test_an_end_token_ends_the_answer_and_adds_no_text(eos: int) -> None:
     script = tokens("cat", eos, *b" tail")
     assert run(script) == (tokens("cat", eos), "cat", "stop")
 
 
-def test_an_end_token_may_come_first() -> None:
+def test_the_first_token_may_be_an_end_token() -> None:
     assert run([EOS, 65]) == ([EOS], "", "stop")
 
 
-def test_an_end_token_is_passed_over_where_it_is_ignored() -> None:
+def test_ignored_end_tokens_do_not_end_the_answer() -> None:
     script = tokens("ca", EOS, *b"t")
     assert run(script, ignore_eos=True) == (script, "cat", "length")
 
 
-def test_an_end_token_as_the_last_allowed_one_is_a_stop() -> None:
+def test_an_end_token_at_max_tokens_is_a_stop() -> None:
     assert run(tokens("cat", EOS)) == (tokens("cat", EOS), "cat", "stop")
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 5])
-def test_max_tokens_is_the_number_of_tokens(max_tokens: int) -> None:
+def test_max_tokens_limits_the_answer(max_tokens: int) -> None:
     text = "a cat sits"[:max_tokens]
     assert run("a cat sits", max_tokens=max_tokens) == (tokens(text), text, "length")
 
 
-def test_half_a_character_at_the_end_is_a_replacement() -> None:
+def test_an_incomplete_character_at_the_end_becomes_a_replacement() -> None:
     assert run("a日", max_tokens=3) == (tokens("a日")[:3], "a\ufffd", "length")
 
 
-def test_a_stop_string_ends_the_answer_and_is_no_text() -> None:
+def test_a_stop_string_ends_the_answer_and_is_cut_off() -> None:
     assert run("one\ntwo\n", stop=("wo", "\nt")) == (tokens("one\nt"), "one", "stop")
 
 
-def test_a_stop_string_that_ends_with_the_last_allowed_token_is_a_stop() -> None:
+def test_a_stop_string_at_max_tokens_is_a_stop() -> None:
     assert run("one.", stop=(".",)) == (tokens("one."), "one", "stop")
 
 
@@ -195,7 +197,7 @@ def test_a_stop_string_that_ends_with_the_last_allowed_token_is_a_stop() -> None
         pytest.param(tokens("one##", EOS), "stop", id="at an end token"),
     ],
 )
-def test_a_stop_string_that_was_only_begun_is_text(script: list[int], reason: str) -> None:
+def test_an_incomplete_stop_string_is_text(script: list[int], reason: str) -> None:
     assert run(script, stop=("###",)) == (script, "one##", reason)
 
 
@@ -203,7 +205,7 @@ def test_a_stop_string_before_min_tokens_is_text() -> None:
     assert run("a.bc.d", stop=(".",), min_tokens=3) == (tokens("a.bc."), "a.bc", "stop")
 
 
-def test_events_carry_one_token_each_and_the_length_of_the_prompt() -> None:
+def test_events_have_one_token_and_the_length_of_the_prompt() -> None:
     bench = Bench()
     bench.add("a", "cat", prompt=40)
     bench.finish()
@@ -220,13 +222,13 @@ def test_events_carry_one_token_each_and_the_length_of_the_prompt() -> None:
         pytest.param({}, id="one answer"),
         pytest.param({"n": 3}, id="samples"),
         pytest.param({"num_beams": 3}, id="beams"),
-        pytest.param({"num_beams": 3, "n": 3}, id="beams that are all asked for"),
+        pytest.param({"num_beams": 3, "n": 3}, id="as many answers as beams"),
     ],
 )
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_an_aborted_request_leaves_nothing(steps: int, params: dict[str, int]) -> None:
+def test_an_aborted_request_frees_everything(steps: int, params: dict[str, int]) -> None:
     bench = Bench()
-    # Two steps of prompt.
+    # The prompt takes two steps.
     bench.add("a", "a long answer", "a lone animal", "all alone", prompt=30, **params)
     for _ in range(steps):
         bench.step()
@@ -236,7 +238,7 @@ def test_an_aborted_request_leaves_nothing(steps: int, params: dict[str, int]) -
     assert not bench.engine.has_work
 
 
-def test_an_aborted_request_leaves_the_others_alone() -> None:
+def test_an_abort_does_not_affect_other_requests() -> None:
     bench = Bench(max_num_seqs=2)
     for name in "abcd":
         bench.add(name, f"answer {name}")
@@ -250,7 +252,7 @@ def test_an_aborted_request_leaves_the_others_alone() -> None:
         assert bench.answer(name)[1] == f"answer {name}"
 
 
-def test_aborting_what_has_ended_or_never_was_is_no_error() -> None:
+def test_aborting_an_unknown_request_does_nothing() -> None:
     bench = Bench()
     bench.add("a", "cat")
     bench.finish()
@@ -259,8 +261,8 @@ def test_aborting_what_has_ended_or_never_was_is_no_error() -> None:
     bench.engine.check_idle()
 
 
-def test_a_refused_request_leaves_nothing() -> None:
-    bench = Bench(rows=10, max_num_seqs=1, max_waiting=0)
+def test_a_rejected_request_leaves_no_state() -> None:
+    bench = Bench(slots=10, max_num_seqs=1, max_waiting=0)
     with pytest.raises(ContextLengthExceeded):
         bench.add("large", "cat", prompt=11)
     bench.add("a", "cat")
@@ -273,7 +275,7 @@ def test_a_refused_request_leaves_nothing() -> None:
     assert [*bench.events] == ["a"]
 
 
-def test_the_counts_tell_what_is_held() -> None:
+def test_stats_count_sequences_requests_and_slots() -> None:
     bench = Bench(max_num_seqs=4)
     for name in "abc":
         bench.add(name, "cat", "cow", n=2)
@@ -291,7 +293,7 @@ def test_the_counts_tell_what_is_held() -> None:
 # -- samples ---------------------------------------------------------------------------------------
 
 
-def test_the_samples_of_a_request_end_at_different_times() -> None:
+def test_samples_can_end_at_different_times() -> None:
     bench = Bench()
     bench.add("a", tokens("cat", EOS), "a cow.", "horses", n=3, stop=(".",), max_tokens=6)
     bench.finish()
@@ -299,7 +301,7 @@ def test_the_samples_of_a_request_end_at_different_times() -> None:
     assert [bench.answer("a", i)[2] for i in range(3)] == ["stop", "stop", "length"]
 
 
-def test_the_prompt_of_samples_is_computed_once() -> None:
+def test_samples_share_one_prefill() -> None:
     bench = Bench()
     bench.add("a", "cat", "cow", "dog", n=3, prompt=30)
     bench.finish()
@@ -309,18 +311,18 @@ def test_the_prompt_of_samples_is_computed_once() -> None:
 # -- beams -----------------------------------------------------------------------------------------
 
 
-def test_the_best_answer_of_a_beam_search_is_streamed_as_far_as_it_is_certain() -> None:
+def test_beam_search_streams_tokens_once_they_are_certain() -> None:
     bench = Bench()
     bench.add("a", "the cat sits", "the cow runs", num_beams=2, early_stopping=True)
     bench.finish()
     assert bench.texts("a") == ["the cat sits"]
     pieces = [e.text for e in bench.events["a"]]
-    # After three tokens of the first word its rivals have fallen away.
+    # Both beams start with "the c"; the rest is certain only at the end.
     assert len(pieces) > 2
     assert len(pieces[-1]) == len("at sits")
 
 
-def test_several_answers_of_a_beam_search_come_at_its_end_the_best_first() -> None:
+def test_several_answers_of_a_beam_search_come_at_its_end_best_first() -> None:
     bench = Bench()
     scripts = [tokens("cat", EOS), tokens("cow", EOS), tokens("dog", EOS)]
     bench.add("a", *scripts, num_beams=3, n=2, early_stopping=True)
@@ -329,7 +331,7 @@ def test_several_answers_of_a_beam_search_come_at_its_end_the_best_first() -> No
     assert len(bench.events["a"]) == 2
 
 
-def test_the_end_of_a_beam_search_gives_back_all_rows() -> None:
+def test_the_end_of_a_beam_search_frees_all_slots() -> None:
     bench = Bench()
     bench.add("a", "the cat", "the cow", num_beams=3)
     bench.step()
@@ -340,7 +342,7 @@ def test_the_end_of_a_beam_search_gives_back_all_rows() -> None:
     assert bench.engine.stats().kv_slots_used == 0
 
 
-def test_a_stop_string_that_all_beams_share_ends_the_search() -> None:
+def test_a_stop_string_in_all_beams_ends_the_search() -> None:
     bench = Bench()
     bench.add("a", "a. cat sat", "a. cow ate", "a. dog ran", num_beams=3, stop=(".",))
     bench.finish()
@@ -348,7 +350,7 @@ def test_a_stop_string_that_all_beams_share_ends_the_search() -> None:
     assert bench.engine.stats().steps < len("a. cat sat")
 
 
-def test_a_stop_string_is_cut_off_each_of_several_answers() -> None:
+def test_stop_strings_cut_each_answer_of_a_beam_search() -> None:
     bench = Bench()
     bench.add("a", "one.two", "one two", "o.n.e.s", num_beams=3, n=3, stop=(".",))
     bench.finish()
@@ -357,7 +359,7 @@ def test_a_stop_string_is_cut_off_each_of_several_answers() -> None:
     assert bench.answer("a", 2)[0] == tokens("o.")
 
 
-def test_beams_of_several_requests_do_not_mix_with_each_other_and_with_samples() -> None:
+def test_concurrent_beam_searches_and_samples_do_not_mix() -> None:
     bench = Bench(max_num_seqs=10)
     bench.add("a", "abcdef", "abcxyz", num_beams=2, n=2)
     bench.add("b", "123456", "123789", n=2)
@@ -374,12 +376,12 @@ def test_beams_of_several_requests_do_not_mix_with_each_other_and_with_samples()
 @pytest.mark.parametrize(
     ("scripts", "params"),
     [
-        pytest.param(["cat", "cow"], {"n": 2}, id="of samples"),
-        pytest.param(["cat", "cow"], {"num_beams": 2}, id="of the best answer"),
-        pytest.param(["cat", "cow"], {"num_beams": 2, "n": 2}, id="of all answers"),
+        pytest.param(["cat", "cow"], {"n": 2}, id="samples"),
+        pytest.param(["cat", "cow"], {"num_beams": 2}, id="best beam"),
+        pytest.param(["cat", "cow"], {"num_beams": 2, "n": 2}, id="all beams"),
     ],
 )
-def test_every_token_comes_with_its_log_probability_where_they_are_asked_for(
+def test_tokens_have_log_probabilities_if_requested(
     scripts: list[Script], params: dict[str, int]
 ) -> None:
     bench = Bench()
@@ -394,7 +396,7 @@ def test_every_token_comes_with_its_log_probability_where_they_are_asked_for(
     assert not any(event.logprobs for event in bench.events["not"])
 
 
-# -- KV that is kept -------------------------------------------------------------------------------
+# -- prefix caching --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -405,7 +407,7 @@ def test_every_token_comes_with_its_log_probability_where_they_are_asked_for(
         pytest.param({"num_beams": 2}, id="beams"),
     ],
 )
-def test_prompt_and_answer_are_kept_for_a_request_that_goes_on_from_them(
+def test_a_follow_up_request_reuses_the_cached_prompt_and_answer(
     params: dict[str, int],
 ) -> None:
     bench = Bench(prefix_caching=True, step=100)
@@ -415,13 +417,13 @@ def test_prompt_and_answer_are_kept_for_a_request_that_goes_on_from_them(
     before = bench.runner.computed
     bench.add("second", "ok", prompt=[7] * 30 + tokens("cat") + [8])
     bench.finish()
-    # "t", the prompt's last token and "o" had to be computed.
+    # Computed were "t", whose keys and values the first request never needed, 8 and "o".
     assert bench.runner.computed - before == 3
     assert bench.engine.stats().cached_tokens == 30 + len("ca")
     assert bench.texts("second") == ["ok"]
 
 
-def test_after_an_abort_the_prompt_is_known_still() -> None:
+def test_an_aborted_request_leaves_its_prompt_cached() -> None:
     bench = Bench(prefix_caching=True, step=100)
     bench.add("a", "a long answer", "another one", prompt=30, num_beams=2)
     bench.step()
@@ -436,11 +438,11 @@ def test_after_an_abort_the_prompt_is_known_still() -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix_caching", [True, False], ids=["with prefix_caching", "without prefix_caching"]
+    "prefix_caching", [True, False], ids=["prefix caching", "no prefix caching"]
 )
 def test_requests_join_and_leave_at_every_step(prefix_caching: bool) -> None:
     random = Random(0)
-    bench = Bench(rows=120, max_num_seqs=6, step=10, prefix_caching=prefix_caching)
+    bench = Bench(slots=120, max_num_seqs=6, step=10, prefix_caching=prefix_caching)
     texts: dict[str, list[str]] = {}
     aborted: set[str] = set()
 

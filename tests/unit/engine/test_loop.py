@@ -20,11 +20,11 @@ from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.requests import make_request
 
-DEADLINE = 20.0  # of a test that would otherwise hang
+DEADLINE = 20.0  # seconds until a test fails instead of hanging
 
 
-class StepByStep:
-    """A runner whose steps wait for `allow`; `fail` makes the next one raise."""
+class GatedRunner:
+    """Runs only as many steps as `allow` permits; `fail` makes the next one raise."""
 
     def __init__(self) -> None:
         self.permits = threading.Semaphore(0)
@@ -44,8 +44,8 @@ class StepByStep:
             raise RuntimeError("the device is gone")
 
 
-class Alphabet:
-    """Chooses a, b, c, ... for every first sample, b, c, d, ... for every second, and so on."""
+class AlphabetSampler:
+    """Chooses a, b, c, ... for the first sample, b, c, d, ... for the second, and so on."""
 
     def choose(self, logits: Any, rows: list[int], sequences: list[Sequence]) -> list[Choice]:
         assert logits is None
@@ -58,7 +58,7 @@ class Alphabet:
 
 
 class Bench:
-    """An engine loop over a runner that a test lets go step by step."""
+    """An engine loop whose steps a test controls, unless it is `free` running."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Bench:
         events_per_s: float = math.inf,
         observe: Callable[[Step], None] = lambda _: None,
     ) -> None:
-        self.runner = StepByStep()
+        self.runner = GatedRunner()
         if free:
             self.runner.allow(1_000_000)
         scheduler = Scheduler(
@@ -82,7 +82,7 @@ class Bench:
         self.engine = Engine(
             self.runner,
             scheduler,
-            Alphabet(),
+            AlphabetSampler(),
             decode=lambda ids: bytes(ids).decode(),
             eos_token_ids=eos,
         )
@@ -95,13 +95,13 @@ class Bench:
     async def begin(
         self, name: str, max_tokens: int = 5, n: int = 1
     ) -> asyncio.Task[list[TokenEvent]]:
-        """A reader whose request is in the inbox; the engine takes it before its next step."""
+        """Starts a reader and puts its request into the inbox, for the engine's next step."""
         task = asyncio.create_task(self.collect(name, max_tokens, n))
         await asyncio.sleep(0)
         return task
 
-    async def held(self, count: int) -> None:
-        """Until the engine holds `count` sequences and waiting requests."""
+    async def until_held(self, count: int) -> None:
+        """Waits until the engine has `count` sequences and waiting requests together."""
         await until(lambda: self.loop.stats().running + self.loop.stats().waiting == count)
 
 
@@ -125,7 +125,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def block_until(condition: Callable[[], object]) -> None:
-    """Keeps the event loop from running meanwhile."""
+    """Waits and blocks the event loop meanwhile."""
     end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end
@@ -157,7 +157,7 @@ async def test_an_answer_is_streamed_token_by_token(make: Callable[..., Bench]) 
             await anext(stream)
 
 
-async def test_many_answers_are_streamed_at_once(make: Callable[..., Bench]) -> None:
+async def test_many_answers_are_streamed_concurrently(make: Callable[..., Bench]) -> None:
     bench = make(max_num_seqs=8, free=True)
     lengths = [1 + n * 7 % 25 for n in range(60)]
     async with asyncio.timeout(DEADLINE):
@@ -169,27 +169,27 @@ async def test_many_answers_are_streamed_at_once(make: Callable[..., Bench]) -> 
     ]
     for events in answers:
         assert [e.finish_reason for e in events] == [None] * (len(events) - 1) + ["length"]
-    await bench.held(0)
+    await bench.until_held(0)
 
 
-async def test_tokens_that_a_busy_event_loop_let_pile_up_come_as_one_event(
+async def test_tokens_queued_by_a_busy_event_loop_are_merged(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
     task = await bench.begin("a", 5)
-    await bench.held(1)
+    await bench.until_held(1)
     bench.runner.allow(5)
     block_until(lambda: bench.loop.stats().steps == 5)
     bench.loop.close()
     assert await task == [expected("abcde", "length", last=True)]
 
 
-async def test_tokens_of_several_answers_that_pile_up_come_as_one_event_for_each(
+async def test_queued_tokens_are_merged_per_answer(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
     task = await bench.begin("a", 4, n=3)
-    await bench.held(1)
+    await bench.until_held(1)
     bench.runner.allow(4)
     block_until(lambda: bench.loop.stats().steps == 4)
     bench.loop.close()
@@ -200,10 +200,10 @@ async def test_tokens_of_several_answers_that_pile_up_come_as_one_event_for_each
     ]
 
 
-async def test_tokens_wait_for_each_other_where_streams_would_take_too_many_events(
+async def test_events_are_paced_to_events_per_s(
     make: Callable[..., Bench],
 ) -> None:
-    bench = make(events_per_s=0.001)  # the next one in a quarter of an hour
+    bench = make(events_per_s=0.001)  # the second event is due after a quarter of an hour
     async with aclosing(bench.loop.stream(request("a", 5))) as stream:
         bench.runner.allow(1)
         assert await anext(stream) == expected("a")
@@ -211,7 +211,7 @@ async def test_tokens_wait_for_each_other_where_streams_would_take_too_many_even
         assert await anext(stream) == expected("bcde", "length", last=True)
 
 
-async def test_a_stream_that_is_due_waits_for_nothing(make: Callable[..., Bench]) -> None:
+async def test_a_due_event_is_sent_at_once(make: Callable[..., Bench]) -> None:
     bench = make(events_per_s=1_000_000)
     async with aclosing(bench.loop.stream(request("a", 5))) as stream:
         for letter in "abcd":
@@ -219,7 +219,7 @@ async def test_a_stream_that_is_due_waits_for_nothing(make: Callable[..., Bench]
             assert await anext(stream) == expected(letter)
 
 
-async def test_whoever_wants_whole_answers_is_woken_once_and_counts_as_no_stream(
+async def test_whole_answers_are_sent_once_and_do_not_count_as_streams(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(events_per_s=0.001, free=True)
@@ -230,13 +230,13 @@ async def test_whoever_wants_whole_answers_is_woken_once_and_counts_as_no_stream
     ]
     bench = make()
     waiting = [asyncio.create_task(anext(bench.loop.stream(request(n), whole=True))) for n in "ab"]
-    await bench.held(2)
+    await bench.until_held(2)
     assert bench.loop._streams == 0
     bench.runner.allow(1_000)
     assert {(await task).text for task in waiting} == {"abcde"}
 
 
-async def test_a_failure_reaches_those_who_are_not_due(make: Callable[..., Bench]) -> None:
+async def test_a_failure_is_sent_before_an_event_is_due(make: Callable[..., Bench]) -> None:
     bench = make(events_per_s=0.001)
     whole = asyncio.create_task(anext(bench.loop.stream(request("a", 50), whole=True)))
     paced = await bench.begin("b", 50)
@@ -248,7 +248,7 @@ async def test_a_failure_reaches_those_who_are_not_due(make: Callable[..., Bench
     assert isinstance(outcomes[1], Unavailable)
 
 
-async def test_the_end_of_one_answer_is_not_the_end_of_the_request(
+async def test_a_request_ends_with_its_last_answer(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(eos=(ord("c"),))  # the first sample's third token, the second's second
@@ -266,10 +266,10 @@ async def test_the_end_of_one_answer_is_not_the_end_of_the_request(
         assert (event.index, event.finish_reason, event.last) == (0, "stop", True)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-    await bench.held(0)
+    await bench.until_held(0)
 
 
-async def test_a_reader_that_leaves_takes_its_request_out_before_the_next_step(
+async def test_closing_a_stream_aborts_its_request_before_the_next_step(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -277,40 +277,40 @@ async def test_a_reader_that_leaves_takes_its_request_out_before_the_next_step(
     bench.runner.allow(1)
     assert (await anext(stream)).text == "a"
     await stream.aclose()
-    bench.runner.allow(1)  # of the step that may be under way
-    await bench.held(0)
+    bench.runner.allow(1)  # for a step that may be under way
+    await bench.until_held(0)
     assert bench.loop.stats().kv_slots_used == 0
     assert bench.loop.stats().steps <= 2
 
 
-async def test_a_cancelled_reader_takes_its_request_out(make: Callable[..., Bench]) -> None:
+async def test_cancelling_a_reader_aborts_its_request(make: Callable[..., Bench]) -> None:
     bench = make()
     task = await bench.begin("a", 500)
-    await bench.held(1)
+    await bench.until_held(1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     bench.runner.allow(1)
-    await bench.held(0)
+    await bench.until_held(0)
     assert bench.loop.stats().steps <= 1
 
 
-async def test_a_waiting_request_can_be_left_too(make: Callable[..., Bench]) -> None:
+async def test_cancelling_a_reader_aborts_a_waiting_request(make: Callable[..., Bench]) -> None:
     bench = make(max_num_seqs=1)
     running = await bench.begin("a", 3)
     waiting = await bench.begin("b", 3)
     bench.runner.allow(1)
-    await bench.held(2)
+    await bench.until_held(2)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     bench.runner.allow(2)
     assert text(await running) == "abc"
-    await bench.held(0)
+    await bench.until_held(0)
     assert bench.loop.stats().steps == 3
 
 
-async def test_one_reader_leaving_does_not_disturb_the_others(make: Callable[..., Bench]) -> None:
+async def test_an_abort_does_not_affect_other_streams(make: Callable[..., Bench]) -> None:
     bench = make()
     leaving, staying = await bench.begin("a", 400), await bench.begin("b", 20)
     bench.runner.allow(5)
@@ -318,18 +318,18 @@ async def test_one_reader_leaving_does_not_disturb_the_others(make: Callable[...
     leaving.cancel()
     bench.runner.allow(1_000)
     assert text(await staying) == "abcdefghijklmnopqrst"
-    await bench.held(0)
+    await bench.until_held(0)
 
 
-async def test_the_engine_serves_again_after_being_idle(make: Callable[..., Bench]) -> None:
+async def test_the_engine_resumes_after_being_idle(make: Callable[..., Bench]) -> None:
     bench = make(free=True)
     for n in range(3):
         assert text(await bench.collect(f"r{n}")) == "abcde"
-        await bench.held(0)
+        await bench.until_held(0)
     assert bench.loop.stats().steps == 15
 
 
-async def test_a_full_queue_is_told_to_the_one_who_came_too_late(
+async def test_a_full_queue_rejects_the_next_request(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(max_num_seqs=1, max_waiting=1)
@@ -341,17 +341,17 @@ async def test_a_full_queue_is_told_to_the_one_who_came_too_late(
     assert [text(o) for o in outcomes[:2]] == ["abcde", "abcde"]
     assert isinstance(outcomes[2], Overloaded)
     assert bench.loop.failure is None
-    await bench.held(0)
+    await bench.until_held(0)
 
 
-async def test_what_can_never_fit_is_told_to_the_caller(make: Callable[..., Bench]) -> None:
+async def test_a_request_that_can_never_fit_is_rejected(make: Callable[..., Bench]) -> None:
     bench = make(free=True)
     with pytest.raises(ContextLengthExceeded):
         await bench.collect("a", 5_000)
     assert text(await bench.collect("b")) == "abcde"
 
 
-async def test_more_answers_than_ever_run_at_once_is_told_to_the_caller(
+async def test_a_request_for_too_many_answers_is_rejected(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(free=True, max_num_seqs=4)
@@ -361,7 +361,7 @@ async def test_more_answers_than_ever_run_at_once_is_told_to_the_caller(
     assert text(await bench.collect("b", n=4), index=3) == "defgh"
 
 
-async def test_a_failing_step_fails_everyone_and_all_who_come_later(
+async def test_a_failed_step_fails_all_requests_and_later_ones(
     make: Callable[..., Bench],
 ) -> None:
     bench = make(max_num_seqs=2)
@@ -378,12 +378,12 @@ async def test_a_failing_step_fails_everyone_and_all_who_come_later(
         await bench.collect("later")
 
 
-async def test_an_answer_that_was_whole_before_the_failure_is_delivered(
+async def test_an_answer_finished_before_a_failure_is_delivered(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
     cut, whole = await bench.begin("b", 9), await bench.begin("a", 1)
-    bench.runner.allow(2)  # the first may have begun before the second request came
+    bench.runner.allow(2)  # the first step may have started before the second request arrived
     block_until(lambda: bench.loop.stats().steps == 2)
     bench.runner.fail()
     block_until(lambda: bench.loop.failure)
@@ -394,7 +394,7 @@ async def test_an_answer_that_was_whole_before_the_failure_is_delivered(
     assert text(outcomes[0]) == "a"
 
 
-async def test_an_observer_that_fails_does_not_end_the_engine(
+async def test_a_failing_observer_does_not_stop_the_engine(
     make: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     def observe(_: Step) -> None:
@@ -408,7 +408,7 @@ async def test_an_observer_that_fails_does_not_end_the_engine(
     assert logged.count(ArithmeticError) == 1
 
 
-async def test_closing_is_told_to_those_who_read_and_to_those_who_come(
+async def test_closing_fails_current_and_later_streams(
     make: Callable[..., Bench],
 ) -> None:
     bench = make()
@@ -430,7 +430,7 @@ async def test_closing_ends_the_thread(make: Callable[..., Bench]) -> None:
 
 
 def closed(bench: Bench, closing: asyncio.Task[None]) -> bool:
-    """Step by step, as the current one may be over already."""
+    """Allows one more step, in case the loop is waiting in one; returns whether it has closed."""
     bench.runner.allow(1)
     return closing.done()
 

@@ -11,60 +11,60 @@ from hypothesis import strategies as st
 from blip2_serve.engine.prefix_tree import PrefixTree
 from blip2_serve.engine.slots import KvSlots
 
-Beginning = tuple[str, tuple[int, ...]]  # an image's digest and tokens up to the last one
+Prefix = tuple[str, tuple[int, ...]]  # an image's digest and the first tokens after it
 
 
-def beginnings(digest: str, tokens: list[int]) -> list[Beginning]:
+def prefixes(digest: str, tokens: list[int]) -> list[Prefix]:
     return [(digest, tuple(tokens[: i + 1])) for i in range(len(tokens))]
 
 
 class Bench:
-    """A tree and its KV; `memory` is what was computed into each slot."""
+    """A tree and its slots; `memory` has the prefix that was computed into each slot."""
 
     def __init__(self, slots: int = 100) -> None:
         self.kv = KvSlots(slots)
         self.tree = PrefixTree(self.kv)
-        self.memory: dict[int, Beginning] = {}
+        self.memory: dict[int, Prefix] = {}
 
     def compute(self, digest: str, tokens: list[int], known: array[int]) -> array[int]:
-        """Rows for all tokens, of which the first have known ones."""
+        """Returns slots for all tokens, starting with `known`; allocates and fills the others."""
         own = self.kv.allocate(len(tokens) - len(known))
         assert own is not None
         slots = known + own
-        self.memory |= zip(own, beginnings(digest, tokens)[len(known) :], strict=True)
+        self.memory |= zip(own, prefixes(digest, tokens)[len(known) :], strict=True)
         return slots
 
     def cache(self, tokens: list[int], digest: str = "x") -> array[int]:
-        """Computes and inserts tokens; nobody but the tree holds their slots then."""
+        """Computes and inserts tokens as a request does that has ended."""
         slots = self.compute(digest, tokens, array("q"))
         self.tree.insert(digest, tokens, slots)
         self.kv.release(slots)
         return slots
 
     def known(self, tokens: list[int], digest: str = "x") -> list[int]:
-        """The part of the tokens that is cached."""
+        """Returns the tokens that the tree has cached."""
         slots = self.tree.match(digest, tokens)
         self.kv.release(slots)
-        assert [self.memory[slot] for slot in slots] == beginnings(digest, tokens)[: len(slots)]
+        assert [self.memory[slot] for slot in slots] == prefixes(digest, tokens)[: len(slots)]
         return tokens[: len(slots)]
 
-    def cached(self) -> dict[Beginning, int]:
+    def cached(self) -> dict[Prefix, int]:
         return {self.memory[slot]: slot for slots in self.tree.holdings() for slot in slots}
 
 
 @dataclass
 class Model:
-    """What must be cached, as a plain table; requests come, run for a while, and end."""
+    """Models the tree as a plain dictionary while requests start and end."""
 
     bench: Bench = field(default_factory=lambda: Bench(30))
-    cached: dict[Beginning, int] = field(default_factory=dict)
+    cached: dict[Prefix, int] = field(default_factory=dict)
     running: list[array[int]] = field(default_factory=list)
 
     def begin(self, digest: str, tokens: list[int]) -> None:
         bench = self.bench
         slots = bench.tree.match(digest, tokens)
-        known = list(takewhile(self.cached.__contains__, beginnings(digest, tokens)))
-        assert [*slots] == [self.cached[beginning] for beginning in known]
+        known = list(takewhile(self.cached.__contains__, prefixes(digest, tokens)))
+        assert [*slots] == [self.cached[prefix] for prefix in known]
         assert [bench.memory[slot] for slot in slots] == known
 
         needed = len(tokens) - len(slots)
@@ -77,21 +77,21 @@ class Model:
     def _insert(self, digest: str, tokens: list[int], slots: array[int]) -> None:
         self.running.append(slots)
         self.bench.tree.insert(digest, tokens, slots)
-        for beginning, slot in zip(beginnings(digest, tokens), slots, strict=True):
-            self.cached.setdefault(beginning, slot)
+        for prefix, slot in zip(prefixes(digest, tokens), slots, strict=True):
+            self.cached.setdefault(prefix, slot)
 
     def end(self, choice: int) -> None:
         if self.running:
             self.bench.kv.release(self.running.pop(choice % len(self.running)))
 
     def begin_apart(self, digest: str, tokens: list[int]) -> None:
-        """As if it had been admitted before what is known was computed: no slot is shared."""
+        """Starts a request without shared slots, as if admitted before they were cached."""
         if self.room(len(tokens), array("q")):
             slots = self.bench.compute(digest, tokens, array("q"))
             self._insert(digest, tokens, slots)
 
     def room(self, count: int, matched: array[int] | None = None) -> bool:
-        """Either there is room afterwards, or nothing was evicted and it could not have been."""
+        """Makes room; asserts that it succeeds if it can, and evicts nothing otherwise."""
         bench = self.bench
         possible = bench.kv.total - len(self._stuck(matched or array("q"))) >= count
         assert bench.tree.make_room(count) == (bench.kv.free >= count) == possible
@@ -102,15 +102,15 @@ class Model:
         return possible
 
     def _stuck(self, matched: array[int]) -> set[int]:
-        """Rows that requests hold, and cached ones on the way to them in the tree."""
+        """Returns the slots that requests hold, and the cached slots of their prefixes."""
         held = {slot for slots in [*self.running, matched] for slot in slots}
         above = {
-            (digest, line[:end])
-            for (digest, line), slot in self.cached.items()
+            (digest, sequence[:end])
+            for (digest, sequence), slot in self.cached.items()
             if slot in held
-            for end in range(1, len(line))
+            for end in range(1, len(sequence))
         }
-        return held | {slot for beginning, slot in self.cached.items() if beginning in above}
+        return held | {slot for prefix, slot in self.cached.items() if prefix in above}
 
     def check(self) -> None:
         tree = self.bench.tree
@@ -129,7 +129,7 @@ actions = st.one_of(
 
 
 @given(st.lists(actions, max_size=40))
-def test_the_longest_known_beginning_is_found_whatever_was_kept_and_forgotten(
+def test_match_finds_the_longest_cached_prefix(
     plan: list[tuple[str, ...]],
 ) -> None:
     model = Model()
@@ -144,7 +144,7 @@ room = st.tuples(st.just("room"), st.integers(0, 20))
 
 
 @given(st.lists(st.one_of(use, cache, room), max_size=40))
-def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
+def test_the_least_recently_used_is_evicted_first_and_no_more_than_needed(
     plan: list[tuple[str, int]],
 ) -> None:
     bench = Bench(20)
@@ -156,30 +156,30 @@ def test_what_was_used_longest_ago_is_forgotten_first_and_no_more_than_needed(
             order.popitem(last=False)
 
     for name, value in plan:
-        line = [value] * (1 + value % 4)
+        sequence = [value] * (1 + value % 4)
         if name == "room":
             make_room(value)
         elif name == "use":
-            assert bench.known(line) == (line if value in order else [])
+            assert bench.known(sequence) == (sequence if value in order else [])
             if value in order:
                 order.move_to_end(value)
         else:
-            make_room(len(line))
-            bench.cache(line)
-            order[value] = len(line)
+            make_room(len(sequence))
+            bench.cache(sequence)
+            order[value] = len(sequence)
             order.move_to_end(value)
         bench.tree.check_integrity()
         assert {key[1][0] for key in bench.cached()} == order.keys()
 
 
-def test_tokens_of_another_image_are_not_known() -> None:
+def test_tokens_of_another_image_do_not_match() -> None:
     bench = Bench()
     bench.cache([1, 2, 3], "x")
     assert bench.known([1, 2, 3], "y") == []
     assert bench.known([1, 2, 3], "x") == [1, 2, 3]
 
 
-def test_a_beginning_may_be_known_in_part() -> None:
+def test_a_prefix_can_match_in_part() -> None:
     bench = Bench()
     bench.cache([1, 2, 3, 4])
     assert bench.known([1, 2, 9]) == [1, 2]
@@ -188,18 +188,18 @@ def test_a_beginning_may_be_known_in_part() -> None:
     assert bench.known([]) == []
 
 
-def test_lines_that_part_are_all_known_and_their_common_beginning_is_kept_once() -> None:
+def test_branches_share_the_slots_of_their_common_prefix() -> None:
     bench = Bench()
-    for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [1]):
-        bench.cache(line)
+    for sequence in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6], [1]):
+        bench.cache(sequence)
         bench.tree.check_integrity()
     assert bench.tree.slots == len([1, 2, 3, 4, 5, 6])
     assert bench.kv.used == bench.tree.slots
-    for line in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]):
-        assert bench.known([*line, 8]) == line
+    for sequence in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6]):
+        assert bench.known([*sequence, 8]) == sequence
 
 
-def test_rows_that_come_for_known_tokens_are_not_kept() -> None:
+def test_slots_of_cached_tokens_are_not_cached_twice() -> None:
     bench = Bench()
     first = bench.cache([1, 2, 3])
     bench.cache([1, 2, 3, 4])
@@ -208,45 +208,47 @@ def test_rows_that_come_for_known_tokens_are_not_kept() -> None:
     assert bench.tree.slots == 4
 
 
-def test_the_end_of_a_line_is_forgotten_before_its_beginning() -> None:
+def test_leaves_are_evicted_before_their_prefixes() -> None:
     bench = Bench(10)
     bench.cache([1, 2, 3])
     bench.cache([1, 2, 4])
     bench.cache([1, 2, 5])
-    assert bench.known([1, 2, 3]) == [1, 2, 3]  # the other two are older now
-    lines = ([1, 2, 3], [1, 2, 4], [1, 2, 5])
+    assert bench.known([1, 2, 3]) == [1, 2, 3]  # makes it the most recently used
+    sequences = ([1, 2, 3], [1, 2, 4], [1, 2, 5])
     left = []
     for count in (6, 7, 8, 10):
         bench.tree.make_room(count)
         bench.tree.check_integrity()
-        left.append({line[-1] for line in lines if ("x", (*line,)) in bench.cached()})
+        left.append(
+            {sequence[-1] for sequence in sequences if ("x", (*sequence,)) in bench.cached()}
+        )
     assert left == [{3, 5}, {3}, set(), set()]
     assert bench.tree.slots == 0
 
 
-def test_no_room_is_made_where_there_is_enough() -> None:
+def test_make_room_evicts_nothing_if_enough_slots_are_free() -> None:
     bench = Bench(10)
     bench.cache([1, 2, 3])
     bench.tree.make_room(7)
     assert bench.known([1, 2, 3]) == [1, 2, 3]
 
 
-def test_what_a_running_request_holds_is_not_forgotten_as_no_row_would_be_free_for_it() -> None:
+def test_held_slots_are_not_evicted() -> None:
     bench = Bench(20)
     bench.cache([1, 2, 3])
     bench.cache([1, 2, 3, 4, 5])
     bench.cache([6, 7, 8])
     held = bench.tree.match("x", [1, 2, 3, 4])
-    bench.known([6, 7, 8])  # the youngest now, and still the first to go
+    bench.known([6, 7, 8])  # the most recently used, but the only one that frees slots
     assert bench.tree.make_room(16)
     bench.tree.check_integrity()
-    assert bench.cached().keys() == {*beginnings("x", [1, 2, 3])}
+    assert bench.cached().keys() == {*prefixes("x", [1, 2, 3])}
     bench.kv.release(held)
     assert bench.tree.make_room(20)
     assert (bench.tree.slots, bench.kv.free) == (0, 20)
 
 
-def test_rows_of_a_running_request_are_not_given_to_others() -> None:
+def test_slots_of_a_running_request_are_not_given_to_others() -> None:
     bench = Bench(10)
     bench.cache([1, 2, 3])
     held = bench.tree.match("x", [1, 2, 3])
@@ -257,7 +259,7 @@ def test_rows_of_a_running_request_are_not_given_to_others() -> None:
     assert not {*others} & {*held}
 
 
-def test_nothing_is_evicted_where_it_would_not_be_enough() -> None:
+def test_nothing_is_evicted_if_it_would_not_be_enough() -> None:
     bench = Bench(10)
     bench.cache([1, 2, 3])
     bench.cache([6, 7])

@@ -37,9 +37,9 @@ def work(chunks: list[Chunk]) -> list[tuple[str, int, int]]:
 
 @dataclass
 class Simulation:
-    """Drives a scheduler as the engine does, and checks what it promises after every step.
+    """Drives a scheduler as the engine does, and checks its promises after every step.
 
-    In `memory`, each KV slot has the image and all tokens up to the one that was computed into it.
+    `memory` models the KV cache: each slot has its token, all tokens before it, and the image.
     """
 
     scheduler: Scheduler
@@ -105,12 +105,12 @@ class Simulation:
         assert (kv.used, cached.slots) == (0, 0)
 
     def check_answers(self) -> None:
-        """Whoever was not aborted has as many tokens, and as many answers, as it asked for."""
+        """Asserts that all requests but the aborted ones got the right numbers of answers."""
         for request in self.arrived:
             if request.id in self.answers:
                 longest = max(map(len, self.answers[request.id]))
-                wanted = min(request.params.max_tokens or 0, self.ends_after[request.id])
-                assert longest == wanted
+                expected = min(request.params.max_tokens or 0, self.ends_after[request.id])
+                assert longest == expected
                 assert len(self.answers[request.id]) == request.params.n
 
     def _check_admission(self, before: set[str]) -> None:
@@ -126,13 +126,13 @@ class Simulation:
 
     def _compute(self, chunks: list[Chunk]) -> None:
         for chunk in chunks:
-            line: tuple[object, ...] = (chunk.sequence.request.digest,)
+            prefix: tuple[object, ...] = (chunk.sequence.request.digest,)
             for position in range(chunk.end):
-                line = (hash(line), chunk.sequence.token_at(position))
+                prefix = (hash(prefix), chunk.sequence.token_at(position))
                 slot = chunk.sequence.slots[position]
                 if position >= chunk.start:
-                    self.memory[slot] = line
-                assert self.memory[slot] == line, "KV of other tokens"
+                    self.memory[slot] = prefix
+                assert self.memory[slot] == prefix, "KV of other tokens"
 
     def _choose(self, request: Request) -> None:
         if request.params.num_beams > 1:
@@ -142,7 +142,7 @@ class Simulation:
             request.sequences = [request.sequences[0].fork(i) for i in range(request.params.n)]
         for sequence in [*request.sequences]:
             token = self.random.randrange(3)
-            # The samples of a request end at different times.
+            # Staggered, so that the samples of a request end at different times.
             if self._ends(request, len(sequence.output) + 1 + sequence.index):
                 self._end(sequence, [*sequence.output, token])
             else:
@@ -156,7 +156,7 @@ class Simulation:
             request.sequences = [self.random.choice(beams)]
             self._end(request.sequences[0], [*request.sequences[0].output, 0])
             return
-        # Some beams go on twice, others end.
+        # Some beams fork, others end.
         parents = self.random.choices(beams, k=request.params.num_beams)
         request.sequences = [beam.fork(i) for i, beam in enumerate(parents)]
         for beam in request.sequences:
@@ -188,7 +188,7 @@ actions = st.one_of(
     st.integers(1, 12),
     st.booleans(),
 )
-def test_whatever_comes_and_goes_every_request_is_served_in_turn(
+def test_every_request_is_served_in_order_of_arrival(
     plan: list[tuple[Any, ...]],
     slots: int,
     max_num_seqs: int,
@@ -196,13 +196,13 @@ def test_whatever_comes_and_goes_every_request_is_served_in_turn(
     prefix_caching: bool,
 ) -> None:
     max_num_batched_tokens = max_num_seqs + prompt_tokens
-    made = scheduler(
+    subject = scheduler(
         slots,
         max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         prefix_caching=prefix_caching,
     )
-    simulation = Simulation(made, max_num_seqs, max_num_batched_tokens)
+    simulation = Simulation(subject, max_num_seqs, max_num_batched_tokens)
     for name, *arguments in plan:
         if name == "add":
             *arguments, params, digest = arguments
@@ -213,14 +213,14 @@ def test_whatever_comes_and_goes_every_request_is_served_in_turn(
     simulation.check_answers()
 
 
-def test_a_thousand_mixed_requests_go_through_a_kv_with_room_for_sixteen() -> None:
+def test_a_thousand_requests_share_slots_for_sixteen() -> None:
     random = Random(0)
     typical = make_request(prompt=16, max_tokens=8, num_beams=3).slots_needed
     simulation = Simulation(scheduler(16 * typical, 24, max_num_batched_tokens=40), 24, 40)
-    beginning = [random.randrange(3) for _ in range(10)]
+    prefix = [random.randrange(3) for _ in range(10)]
     params: list[dict[str, int]] = [{}, {}, {"n": 4}, {"num_beams": 5}, {"num_beams": 8, "n": 8}]
     for _ in range(1000):
-        prompt = beginning[: random.randint(0, 10)] + [0] * random.randint(1, 20)
+        prompt = prefix[: random.randint(0, 10)] + [0] * random.randint(1, 20)
         simulation.add(
             prompt,
             random.randint(1, 20),
@@ -234,7 +234,7 @@ def test_a_thousand_mixed_requests_go_through_a_kv_with_room_for_sixteen() -> No
     assert simulation.scheduler.cached_tokens > 1000
 
 
-def test_the_others_get_a_token_in_every_step_of_a_long_prompt() -> None:
+def test_a_long_prompt_does_not_stop_running_sequences() -> None:
     simulation = Simulation(scheduler(slots=200, max_num_batched_tokens=8), 4, 8)
     simulation.add([1, 1], 50)
     simulation.add([2, 2], 50)
@@ -265,10 +265,10 @@ def test_prompts_share_a_step_oldest_first() -> None:
     assert [c.completes for c in chunks] == [True, False]
 
 
-def test_a_request_waits_until_its_whole_reach_is_free() -> None:
+def test_a_request_waits_until_all_slots_it_needs_are_free() -> None:
     s = scheduler(slots=20)
-    first = make_request("a", 10, max_tokens=3)  # slots_needed 12
-    second = make_request("b", 8, max_tokens=2)  # slots_needed 9
+    first = make_request("a", 10, max_tokens=3)  # needs 12 slots
+    second = make_request("b", 8, max_tokens=2)  # needs 9 slots
     s.add(first)
     s.add(second)
     assert work(s.schedule().chunks) == [("a", 0, 8)]
@@ -282,10 +282,10 @@ def test_a_request_waits_until_its_whole_reach_is_free() -> None:
     [
         pytest.param({"n": 3}, id="three samples"),
         pytest.param({"num_beams": 3}, id="three beams"),
-        pytest.param({"num_beams": 3, "n": 2}, id="three beams of which two are asked for"),
+        pytest.param({"num_beams": 3, "n": 2}, id="three beams, two answers"),
     ],
 )
-def test_a_wide_request_reaches_its_prompt_once_and_every_line_of_its_answer(
+def test_a_request_needs_its_prompt_once_and_the_tokens_of_each_sequence(
     params: dict[str, int],
 ) -> None:
     simulation = Simulation(scheduler(slots=10 + 3 * 4), 4, 8)
@@ -305,7 +305,7 @@ def test_a_short_request_does_not_overtake_a_long_one() -> None:
     assert [w.id for w in s.waiting] == ["long", "short"]
 
 
-def test_no_more_run_than_allowed() -> None:
+def test_at_most_max_num_seqs_run() -> None:
     s = scheduler(max_num_seqs=2)
     for name in "abc":
         s.add(make_request(name, 1))
@@ -314,7 +314,7 @@ def test_no_more_run_than_allowed() -> None:
 
 
 @pytest.mark.parametrize("name", ["n", "num_beams"])
-def test_every_line_of_a_request_counts_as_running_its_prompt_not_yet_computed(name: str) -> None:
+def test_a_request_in_prefill_counts_all_its_future_sequences(name: str) -> None:
     s = scheduler(max_num_seqs=4)
     s.add(make_request("a", 20, **{name: 3}))
     s.add(make_request("b", 1))
@@ -329,10 +329,10 @@ def test_every_line_of_a_request_counts_as_running_its_prompt_not_yet_computed(n
     [
         pytest.param({"n": 5}, "n", id="samples"),
         pytest.param({"num_beams": 5}, "num_beams", id="beams"),
-        pytest.param({"num_beams": 5, "n": 5}, "num_beams", id="beams that are all asked for"),
+        pytest.param({"num_beams": 5, "n": 5}, "num_beams", id="as many answers as beams"),
     ],
 )
-def test_a_request_that_is_wider_than_all_that_may_run_is_refused_by_name(
+def test_a_request_with_more_than_max_num_seqs_sequences_is_rejected(
     params: dict[str, int], param: str
 ) -> None:
     s = scheduler(max_num_seqs=4)
@@ -343,14 +343,14 @@ def test_a_request_that_is_wider_than_all_that_may_run_is_refused_by_name(
     assert not s.has_work
 
 
-def test_the_last_token_needs_no_row() -> None:
+def test_the_last_token_needs_no_slot() -> None:
     simulation = Simulation(scheduler(slots=6), 4, 8)
     simulation.add(4, 3)
     simulation.finish()
     simulation.check_answers()
 
 
-def test_rows_of_a_finished_request_are_used_again_first() -> None:
+def test_slots_of_a_finished_request_are_reused_first() -> None:
     s = scheduler(slots=1000, prefix_caching=False)
     first = make_request("a", 10)
     s.add(first)
@@ -363,9 +363,9 @@ def test_rows_of_a_finished_request_are_used_again_first() -> None:
     assert set(second.slots) == slots
 
 
-def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
+def test_a_full_queue_rejects_requests_until_one_is_admitted() -> None:
     s = scheduler(max_num_seqs=1, max_waiting=2)
-    for name in "abc":  # the first will not wait: a place is free
+    for name in "abc":  # the first does not count as waiting: the next step admits it
         s.add(make_request(name))
     with pytest.raises(Overloaded):
         s.add(make_request("d"))
@@ -378,14 +378,14 @@ def test_a_full_queue_turns_requests_away_until_one_is_admitted() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "params"),
     [
-        pytest.param(64, 2, {}, id="a prompt of all slots and a second token"),
-        pytest.param(65, 1, {}, id="a prompt of more than all slots"),
-        pytest.param(1, 65, {}, id="more tokens than slots"),
-        pytest.param(30, 19, {"n": 2}, id="two samples that fit alone"),
-        pytest.param(30, 19, {"num_beams": 2}, id="two beams that fit alone"),
+        pytest.param(64, 2, {}, id="no slot left for a second token"),
+        pytest.param(65, 1, {}, id="prompt too long"),
+        pytest.param(1, 65, {}, id="answer too long"),
+        pytest.param(30, 19, {"n": 2}, id="two samples"),
+        pytest.param(30, 19, {"num_beams": 2}, id="two beams"),
     ],
 )
-def test_what_can_never_fit_is_refused(
+def test_a_request_that_can_never_fit_is_rejected(
     prompt: int, max_tokens: int, params: dict[str, int]
 ) -> None:
     s = scheduler(slots=64)
@@ -398,25 +398,27 @@ def test_what_can_never_fit_is_refused(
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "params"),
     [
-        pytest.param(60, 5, {}, id="one line"),
+        pytest.param(60, 5, {}, id="one answer"),
         pytest.param(30, 18, {"n": 2}, id="two samples"),
         pytest.param(30, 18, {"num_beams": 2}, id="two beams"),
     ],
 )
-def test_what_just_fits_is_served(prompt: int, max_tokens: int, params: dict[str, int]) -> None:
+def test_a_request_that_fits_exactly_is_served(
+    prompt: int, max_tokens: int, params: dict[str, int]
+) -> None:
     simulation = Simulation(scheduler(slots=64), 4, 8)
     assert simulation.add(prompt, max_tokens, **params).slots_needed == 64
     simulation.finish()
     simulation.check_answers()
 
 
-# -- what is known already -------------------------------------------------------------------------
+# -- prefix caching --------------------------------------------------------------------------------
 
 PROMPT = [5, 1, 5, 2, 5, 3, 5, 4, 5, 5]
 
 
 def served(*requests: dict[str, Any], prefix_caching: bool = True) -> Simulation:
-    """A simulation in which these requests have come and ended, one after the other."""
+    """Returns a simulation that has served these requests, one after the other."""
     simulation = Simulation(
         scheduler(200, max_num_batched_tokens=50, prefix_caching=prefix_caching), 4, 50
     )
@@ -428,7 +430,7 @@ def served(*requests: dict[str, Any], prefix_caching: bool = True) -> Simulation
 
 
 def computed(simulation: Simulation, prompt: list[int], **params: Any) -> int:
-    """How many tokens of a new request's prompt are computed."""
+    """Adds a request and returns how many tokens of its prompt are computed."""
     request = simulation.add(prompt, 2, **params)
     (chunk,) = simulation.step()
     assert chunk.sequence.request is request
@@ -439,15 +441,17 @@ def computed(simulation: Simulation, prompt: list[int], **params: Any) -> int:
 @pytest.mark.parametrize(
     "earlier",
     [
-        pytest.param({}, id="of one answer"),
-        pytest.param({"n": 3}, id="of three samples"),
-        pytest.param({"num_beams": 3}, id="of three beams"),
-        pytest.param({"max_tokens": 1}, id="of an answer of one token"),
-        pytest.param({"prompt": [*PROMPT, 6, 7]}, id="that goes on differently"),
+        pytest.param({}, id="after one answer"),
+        pytest.param({"n": 3}, id="after samples"),
+        pytest.param({"num_beams": 3}, id="after beams"),
+        pytest.param({"max_tokens": 1}, id="after one token"),
+        pytest.param({"prompt": [*PROMPT, 6, 7]}, id="after a longer prompt"),
     ],
 )
-@pytest.mark.parametrize("later", [{}, {"n": 3}, {"num_beams": 3}], ids=["one", "n", "beams"])
-def test_of_a_known_prompt_only_the_last_token_is_computed(
+@pytest.mark.parametrize(
+    "later", [{}, {"n": 3}, {"num_beams": 3}], ids=["one answer", "samples", "beams"]
+)
+def test_only_the_last_token_of_a_cached_prompt_is_computed(
     earlier: dict[str, Any], later: dict[str, Any]
 ) -> None:
     simulation = served(earlier)
@@ -457,7 +461,7 @@ def test_of_a_known_prompt_only_the_last_token_is_computed(
     simulation.check_answers()
 
 
-def test_the_prompt_of_a_request_that_still_runs_is_known() -> None:
+def test_the_prompt_of_a_running_request_is_cached() -> None:
     simulation = Simulation(scheduler(200, max_num_batched_tokens=50), 4, 50)
     simulation.add(PROMPT, 20)
     simulation.step()
@@ -469,48 +473,48 @@ def test_the_prompt_of_a_request_that_still_runs_is_known() -> None:
 @pytest.mark.parametrize(
     "params", [{}, {"n": 2}, {"num_beams": 2}], ids=["one answer", "samples", "beams"]
 )
-def test_an_answer_is_known_when_it_comes_back_in_the_next_prompt(params: dict[str, int]) -> None:
+def test_an_answer_is_cached_for_the_next_prompt(params: dict[str, int]) -> None:
     simulation = served(params)
-    answer = simulation.answers["0"][-1]  # of the beams, the one that is cached
-    # The answer's last token was never fed back.
+    answer = simulation.answers["0"][-1]  # with beams, the cached one
+    # Computed are 8, 9 and the answer's last token, which was never fed back.
     assert computed(simulation, [*PROMPT, *answer, 8, 9]) == 3
 
 
 @pytest.mark.parametrize(
     ("prefix_caching", "prompt", "digest", "expected"),
     [
-        pytest.param(True, PROMPT, "other", 10, id="another image"),
-        pytest.param(True, [*PROMPT[:4], 8, 8], "picture", 2, id="another end"),
-        pytest.param(True, [8, *PROMPT[1:]], "picture", 10, id="another beginning"),
-        pytest.param(True, PROMPT[:1], "picture", 1, id="a single token"),
-        pytest.param(False, PROMPT, "picture", 10, id="prefix_caching is off"),
+        pytest.param(True, PROMPT, "other", 10, id="different image"),
+        pytest.param(True, [*PROMPT[:4], 8, 8], "picture", 2, id="different end"),
+        pytest.param(True, [8, *PROMPT[1:]], "picture", 10, id="different first token"),
+        pytest.param(True, PROMPT[:1], "picture", 1, id="single token"),
+        pytest.param(False, PROMPT, "picture", 10, id="prefix caching off"),
     ],
 )
-def test_what_is_not_known_is_computed(
+def test_tokens_that_are_not_cached_are_computed(
     prefix_caching: bool, prompt: list[int], digest: str, expected: int
 ) -> None:
     simulation = served({}, prefix_caching=prefix_caching)
     assert computed(simulation, prompt, digest=digest) == expected
 
 
-def test_without_reuse_nothing_is_kept() -> None:
+def test_without_prefix_caching_nothing_is_cached() -> None:
     simulation = served({}, {"n": 3}, {"num_beams": 3}, prefix_caching=False)
     assert simulation.scheduler.cached.slots == 0
     assert simulation.scheduler.kv.used == 0
 
 
-def test_what_is_kept_makes_room_for_those_who_come() -> None:
+def test_cached_slots_are_evicted_for_new_requests() -> None:
     simulation = Simulation(scheduler(slots=20, max_num_batched_tokens=50), 4, 50)
     for first_token in range(5):
-        simulation.add([first_token] * 12, 5)  # slots_needed 16
+        simulation.add([first_token] * 12, 5)  # needs 16 slots
         while simulation.scheduler.has_work:
             simulation.step()
     assert simulation.scheduler.cached.slots > 0
-    assert computed(simulation, [4] * 12) == 1  # the youngest is known still
+    assert computed(simulation, [4] * 12) == 1  # the latest prompt is still cached
     simulation.finish()
 
 
-def test_what_is_kept_never_makes_a_request_wait() -> None:
+def test_cached_slots_never_delay_a_request() -> None:
     simulation = served(*({"prompt": [i] * 40, "max_tokens": 10} for i in range(8)))
     assert simulation.scheduler.kv.free < 50
     simulation.add([8] * 45, 6)
@@ -519,30 +523,30 @@ def test_what_is_kept_never_makes_a_request_wait() -> None:
     assert len(simulation.scheduler.running) == 2
 
 
-def test_a_request_that_waits_for_room_does_not_lose_the_beginning_that_is_known() -> None:
+def test_waiting_does_not_evict_the_requests_own_prefix() -> None:
     simulation = Simulation(scheduler(slots=40, max_num_batched_tokens=50), 4, 50)
     simulation.add([1] * 10, 1)
     simulation.step()
-    simulation.add([2] * 10, 16)  # slots_needed 25: 5 slots are free beside those that are cached
+    simulation.add([2] * 10, 16)  # needs 25 slots, which leaves 5 free and 10 cached
     simulation.step()
-    waiting = simulation.add([*[1] * 10, 3], 10)  # 10 slots are known, 10 more are needed
+    waiting = simulation.add([*[1] * 10, 3], 10)  # needs 10 slots beside the cached ones
     while waiting in simulation.scheduler.waiting:
         simulation.step()
     assert simulation.scheduler.cached_tokens == 10
     simulation.finish()
 
 
-def test_a_request_that_cannot_enter_yet_evicts_nothing() -> None:
+def test_a_request_that_cannot_be_admitted_evicts_nothing() -> None:
     simulation = Simulation(scheduler(slots=60, max_num_batched_tokens=50), 4, 50)
     simulation.add([1] * 20, 1)
-    simulation.step()  # its 20 slots are cached, and no request's
-    simulation.add([2] * 10, 21)  # slots_needed 30
+    simulation.step()  # leaves 20 slots cached that no request holds
+    simulation.add([2] * 10, 21)  # needs 30 slots
     simulation.step()
-    waiting = simulation.add([3] * 40, 5)  # slots_needed 44: 10 slots are free, and 20 could be
+    waiting = simulation.add([3] * 40, 5)  # needs 44 slots: 10 are free, 20 more are evictable
     for _ in range(5):
         simulation.step()
         assert waiting in simulation.scheduler.waiting
-        known = simulation.scheduler.cached.match("picture", [1] * 20)
-        simulation.scheduler.kv.release(known)
-        assert len(known) == 20
+        still_cached = simulation.scheduler.cached.match("picture", [1] * 20)
+        simulation.scheduler.kv.release(still_cached)
+        assert len(still_cached) == 20
     simulation.finish()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from blip2_serve.engine.slots import KvSlots
 
 
-def test_every_row_but_the_padding_row_can_be_taken_once() -> None:
+def test_every_slot_but_the_padding_slot_can_be_allocated_once() -> None:
     kv = KvSlots(5)
     slots = [*(kv.allocate(2) or []), *(kv.allocate(3) or [])]
     assert sorted(slots) == [1, 2, 3, 4, 5]
@@ -18,14 +18,14 @@ def test_every_row_but_the_padding_row_can_be_taken_once() -> None:
     assert (kv.used, kv.free) == (5, 0)
 
 
-def test_where_too_few_rows_are_free_none_is_taken() -> None:
+def test_allocating_too_many_slots_allocates_none() -> None:
     kv = KvSlots(5)
     assert kv.allocate(3) is not None
     assert kv.allocate(3) is None
     assert (kv.used, kv.free) == (3, 2)
 
 
-def test_rows_given_back_are_the_next_to_be_taken() -> None:
+def test_released_slots_are_reused_first() -> None:
     kv = KvSlots(100)
     slots = kv.allocate(7)
     assert slots is not None
@@ -33,20 +33,20 @@ def test_rows_given_back_are_the_next_to_be_taken() -> None:
     assert set(kv.allocate(7) or []) == set(slots)
 
 
-def test_a_shared_row_is_free_once_its_last_holder_gives_it_back() -> None:
+def test_a_shared_slot_is_free_once_its_last_holder_releases_it() -> None:
     kv = KvSlots(3)
     slots = kv.allocate(3)
     assert slots is not None
     kv.share(slots[:2])
     kv.share(slots[:1])
     free = []
-    for given_back in (slots, slots[:2], slots[:1]):
-        kv.release(given_back)
+    for released in (slots, slots[:2], slots[:1]):
+        kv.release(released)
         free.append(kv.free)
     assert free == [1, 2, 3]
 
 
-def test_a_kept_row_is_free_once_it_is_forgotten_and_no_request_holds_it() -> None:
+def test_a_cached_slot_is_free_once_it_is_uncached_and_released() -> None:
     kv = KvSlots(4)
     slots = kv.allocate(3)
     assert slots is not None
@@ -63,8 +63,8 @@ def test_a_kept_row_is_free_once_it_is_forgotten_and_no_request_holds_it() -> No
 
 
 @given(st.lists(st.integers(0, 6), max_size=40), st.randoms(use_true_random=False))
-def test_rows_are_conserved(counts: list[int], random: Random) -> None:
-    """Holders take slots of their own, share those of others, and leave in any order."""
+def test_slots_are_neither_lost_nor_duplicated(counts: list[int], random: Random) -> None:
+    """Holders allocate slots, share those of others, and release them in any order."""
     kv = KvSlots(12)
     held: list[array[int]] = []
     for count in counts:
@@ -83,15 +83,15 @@ def test_rows_are_conserved(counts: list[int], random: Random) -> None:
 @pytest.mark.parametrize(
     "held",
     [
-        pytest.param([], id="all holders have lost their slots"),
-        pytest.param([[2, 1]], id="one of two holders has lost its slot"),
-        pytest.param([[2], [1, 1]], id="a slot that was taken once has two holders"),
-        pytest.param([[2, 1], [2, 1]], id="a slot that was not shared has two holders"),
-        pytest.param([[2, 1, 3], [2]], id="a holder has a slot that is free too"),
-        pytest.param([[2, 1, 0], [2]], id="a holder has a slot that there is not"),
+        pytest.param([], id="all holders missing"),
+        pytest.param([[2, 1]], id="one of two holders missing"),
+        pytest.param([[2], [1, 1]], id="slot held twice by one holder"),
+        pytest.param([[2, 1], [2, 1]], id="unshared slot with two holders"),
+        pytest.param([[2, 1, 3], [2]], id="free slot with a holder"),
+        pytest.param([[2, 1, 0], [2]], id="padding slot with a holder"),
     ],
 )
-def test_wrong_books_are_noticed(held: list[list[int]]) -> None:
+def test_the_integrity_check_detects_wrong_holders(held: list[list[int]]) -> None:
     kv = KvSlots(4)
     slots = kv.allocate(2)
     assert slots is not None
@@ -105,12 +105,12 @@ def test_wrong_books_are_noticed(held: list[list[int]]) -> None:
 @pytest.mark.parametrize(
     "cached",
     [
-        pytest.param([], id="a cached slot is not in the tree"),
-        pytest.param([[1, 2]], id="a slot in the tree is not cached"),
-        pytest.param([[1], [1]], id="a slot is in the tree twice"),
+        pytest.param([], id="cached slot missing from the tree"),
+        pytest.param([[1, 2]], id="slot in the tree but not cached"),
+        pytest.param([[1], [1]], id="slot in the tree twice"),
     ],
 )
-def test_wrong_books_of_what_is_kept_are_noticed(cached: list[list[int]]) -> None:
+def test_the_integrity_check_detects_wrong_cached_slots(cached: list[list[int]]) -> None:
     kv = KvSlots(4)
     slots = kv.allocate(2)
     assert slots is not None

@@ -1,4 +1,4 @@
-"""Each half of a checkpoint is read alone, in any layout, cast to the dtype asked for."""
+"""Each half of a checkpoint loads on its own, from any layout and into any dtype."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parameters(*modules: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", ["single", "sharded", "bin"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_two_halves_hold_the_checkpoints_tensors_whatever_its_layout(
+def test_both_halves_together_have_all_tensors_in_every_layout(
     layout: str, tied: bool, tmp_path: Path
 ) -> None:
     folder = write_checkpoint(tmp_path, replace(RECIPE, layout=layout, tied=tied))
@@ -62,7 +62,7 @@ def test_the_two_halves_hold_the_checkpoints_tensors_whatever_its_layout(
     assert (decoder.lm_head.weight is decoder.embed_tokens.weight) == tied
 
 
-def test_loading_reads_only_the_files_of_its_own_half(tmp_path: Path) -> None:
+def test_each_half_reads_only_its_own_files(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, replace(RECIPE, layout="sharded"))
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     language = {f for name, f in index.items() if name.startswith("language_model")}
@@ -75,9 +75,7 @@ def test_loading_reads_only_the_files_of_its_own_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_q_former_stays_float32_under_float16_only_as_in_transformers(
-    dtype: torch.dtype, folder: Path
-) -> None:
+def test_parameters_have_the_dtypes_of_transformers(dtype: torch.dtype, folder: Path) -> None:
     reference = dict(
         Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).named_parameters()
     )
@@ -89,24 +87,22 @@ def test_the_q_former_stays_float32_under_float16_only_as_in_transformers(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prefixes_are_those_that_transformers_gives_its_language_model(
-    dtype: torch.dtype, folder: Path
-) -> None:
+def test_image_features_equal_those_of_transformers(dtype: torch.dtype, folder: Path) -> None:
     pixels = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
     reference = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     processor = ImageProcessor.load(folder)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.mean, processor.std))
     normalised = (pixels * processor.rescale - mean) / std
     with torch.inference_mode():
-        wanted = reference.get_image_features(normalised.to(dtype))
-    wanted = getattr(wanted, "pooler_output", wanted)
-    got = load_encoder(folder, dtype)(pixels)
-    assert got.shape == (3, RECIPE.queries, RECIPE.width)
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, wanted.view_as(got))
+        expected = reference.get_image_features(normalised.to(dtype))
+    expected = getattr(expected, "pooler_output", expected)
+    features = load_encoder(folder, dtype)(pixels)
+    assert features.shape == (3, RECIPE.queries, RECIPE.width)
+    assert features.dtype == dtype
+    torch.testing.assert_close(features, expected.view_as(features))
 
 
-def test_a_missing_tensor_is_a_startup_error_that_names_it(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_tensor_is_named_in_a_startup_error(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
@@ -148,10 +144,10 @@ def test_auto_dtype_is_float32_on_a_cpu_and_half_precision_on_a_gpu() -> None:
     assert resolve_dtype("bfloat16", CPU, config) == torch.bfloat16
 
 
-def test_the_longest_sequence_is_the_models_positions_or_what_is_asked_within_them() -> None:
+def test_max_model_len_must_lie_within_the_models_positions() -> None:
     config = Blip2Config(text_config={"model_type": "opt", "max_position_embeddings": 128})
     assert longest_sequence(config, None) == 128
     assert longest_sequence(config, 100) == 100
-    for asked in (129, 33):  # 32 queries, BOS and a token need 34
+    for max_model_len in (129, 33):  # 32 queries, BOS and a token need 34
         with pytest.raises(StartupError, match="34 to 128"):
-            longest_sequence(config, asked)
+            longest_sequence(config, max_model_len)

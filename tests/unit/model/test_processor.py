@@ -1,4 +1,4 @@
-"""Images become the pixels that transformers' processor gives, whatever file they come in."""
+"""Image files of every kind become the same pixels as with transformers' processor."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PHOTOGRAPHS = {
 
 @pytest.mark.parametrize("size", [224, 364])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
-def test_normalised_pixels_equal_the_transformers_processors(name: str, size: int) -> None:
+def test_normalised_pixels_equal_those_of_transformers(name: str, size: int) -> None:
     image = Image.fromarray(PHOTOGRAPHS[name])
     own = processor(size)
     pixels = own.pixels(file_of(image))
@@ -53,8 +53,8 @@ def test_normalised_pixels_equal_the_transformers_processors(name: str, size: in
     mean, std = (np.float32(v).reshape(3, 1, 1) for v in (own.mean, own.std))
     normalised = (pixels.astype(np.float32) * np.float32(own.rescale) - mean) / std
     reference = BlipImageProcessorPil(size={"height": size, "width": size})
-    wanted = reference(image, return_tensors="np")["pixel_values"][0]
-    assert np.abs(normalised - wanted).max() <= NORMALISED_TOLERANCE
+    expected = reference(image, return_tensors="np")["pixel_values"][0]
+    assert np.abs(normalised - expected).max() <= NORMALISED_TOLERANCE
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -78,10 +78,10 @@ def test_the_exif_orientation_is_applied(orientation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "mode", ["RGBA", "LA", "P with a transparent colour", "RGB with a transparent colour"]
+    "mode", ["RGBA", "LA", "P with a transparent color", "RGB with a transparent color"]
 )
-def test_what_is_transparent_becomes_white(mode: str) -> None:
-    # The left half is transparent, the right half a dark grey.
+def test_transparent_pixels_become_white(mode: str) -> None:
+    # The left half is transparent, the right half dark grey.
     grey = Image.new("L", (64, 64), 40)
     if mode in ("RGBA", "LA"):
         alpha = Image.new("L", (64, 64), 0)
@@ -109,7 +109,7 @@ def _index_of(image: Image.Image, grey: int) -> int:
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_16_bit_grey_is_scaled_to_8_bits_not_clipped(format: str) -> None:
+def test_16_bit_grey_is_scaled_to_8_bits(format: str) -> None:
     grey = (
         np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16).repeat(16, 0).repeat(16, 1)
     )
@@ -121,7 +121,7 @@ def test_16_bit_grey_is_scaled_to_8_bits_not_clipped(format: str) -> None:
 @pytest.mark.parametrize("size", [224, 364])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("scale", [4, 9])
-def test_draft_decoding_of_large_jpegs_stays_within_the_stated_tolerance(
+def test_draft_decoding_of_large_jpegs_stays_within_tolerance(
     name: str, size: int, scale: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = Image.fromarray(PHOTOGRAPHS[name])
@@ -146,10 +146,10 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "data",
     [
-        pytest.param(b"", id="nothing"),
+        pytest.param(b"", id="no bytes"),
         pytest.param(b"I am a PNG", id="text"),
         pytest.param(b"%PDF-1.7 ...", id="a PDF"),
-        pytest.param(file_of(Image.new("RGB", (99, 99)), "PPM"), id="a format not accepted"),
+        pytest.param(file_of(Image.new("RGB", (99, 99)), "PPM"), id="an unsupported format"),
         *(
             pytest.param(
                 file_of(Image.fromarray(PHOTOGRAPHS["cat"]), kind)[:3000], id=f"half a {kind}"
@@ -158,19 +158,19 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.M
         ),
     ],
 )
-def test_what_is_no_whole_image_is_an_invalid_image(data: bytes) -> None:
+def test_incomplete_and_unsupported_files_are_invalid(data: bytes) -> None:
     with pytest.raises(InvalidImage):
         processor().pixels(data)
 
 
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+def test_an_image_with_too_many_pixels_is_rejected_before_decoding() -> None:
     bomb = file_of(Image.new("1", (20_000, 20_000)))
     assert len(bomb) < 100_000
     with pytest.raises(InvalidImage, match="pixels"):
         processor().pixels(bomb)
 
 
-def test_the_older_config_file_is_read_too(tmp_path: Path) -> None:
+def test_the_older_config_file_is_supported(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"size": {"height": 364, "width": 364}, "image_mean": [0.5, 0.5, 0.5]})
     )
@@ -180,13 +180,13 @@ def test_the_older_config_file_is_read_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [{"do_center_crop": True}, {"do_resize": False}])
-def test_a_processor_with_other_steps_is_refused(config: dict[str, bool], tmp_path: Path) -> None:
+def test_a_processor_with_other_steps_is_rejected(config: dict[str, bool], tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(StartupError):
         ImageProcessor.load(tmp_path)
 
 
-def test_decoding_in_threads_at_once_leaves_warnings_as_they_were(
+def test_concurrent_decoding_does_not_change_warning_filters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data, own, before = file_of(Image.new("RGB", (8, 8))), processor(), [*warnings.filters]
@@ -194,7 +194,7 @@ def test_decoding_in_threads_at_once_leaves_warnings_as_they_were(
     opened = Image.open
 
     def one_after_the_other(*args: Any, **options: Any) -> Any:
-        """The first thread leaves while the second is inside."""
+        """Lets the first thread leave while the second is still inside."""
         if not first_is_in.is_set():
             first_is_in.set()
             assert second_is_in.wait(10)

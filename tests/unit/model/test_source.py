@@ -1,4 +1,4 @@
-"""What is downloaded of a hub id: only what a stage needs. The hub is a small server here."""
+"""Each stage downloads only the files it needs from the hub, here a small local server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHERS = {"README.md", "flax_model.msgpack"}
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """One repository, by the hub's own protocol; notes what is downloaded from it."""
+    """Serves one repository with the hub's protocol and records the files downloaded from it."""
 
     def __init__(self, files: set[str]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -89,13 +89,12 @@ def hub(request: Any) -> Iterator[Hub]:
 
 
 def run(code: str, hub: Hub, folder: Path) -> None:
-    """In a process of its own, which reads where the hub is when it starts."""
+    """Runs the code in its own process, because the hub client reads its URL at import."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "http"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder), "NO_PROXY": "*"}
     subprocess.run([sys.executable, "-c", code, MODEL], env=environment, check=True)
 
 
-# Ray would keep a replica's measurements; here nobody asks for them.
 PREPROCESSOR = """
 import sys
 from blip2_serve.config import AppConfig
@@ -110,7 +109,7 @@ def test_a_preprocessor_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     assert hub.downloaded == CONFIGURATION
 
 
-def test_a_checkpoint_is_downloaded_with_one_form_of_its_weights(hub: Hub, tmp_path: Path) -> None:
+def test_weights_are_downloaded_in_one_format(hub: Hub, tmp_path: Path) -> None:
     code = "import sys; from blip2_serve.model.source import find_folder; find_folder(sys.argv[1])"
     run(code, hub, tmp_path)
     assert hub.downloaded == {*hub.files} - OTHERS

@@ -11,8 +11,8 @@ from blip2_serve.compute.cuda.graphs import EncoderGraphs
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
+from support.capturing import run_again
 from support.checkpoints import Recipe, write_checkpoint
-from support.device import run_again
 
 
 @pytest.fixture
@@ -31,16 +31,18 @@ def captured(encoder: ImageEncoder, max_batch_size: int) -> EncoderGraphs:
     return EncoderGraphs(encoder, Device(torch.device("cpu")), max_batch_size, run_again)
 
 
-def test_captured_batches_and_larger_ones_give_what_the_model_gives(encoder: ImageEncoder) -> None:
+def test_batches_of_captured_and_other_sizes_match_the_model(
+    encoder: ImageEncoder,
+) -> None:
     graphs = captured(encoder, 3)
     for images in (1, 2, 3, 5):
         features = encoder(pixels(images))
         torch.testing.assert_close(graphs.run(pixels(images)), features, atol=0, rtol=0)
 
 
-def test_the_next_batch_does_not_overwrite_what_the_one_before_gave(encoder: ImageEncoder) -> None:
+def test_a_batch_does_not_overwrite_the_previous_features(encoder: ImageEncoder) -> None:
     graphs = captured(encoder, 2)
-    one = graphs.run(pixels(2))
-    before = one.clone()
+    first = graphs.run(pixels(2))
+    before = first.clone()
     graphs.run(pixels(2).flip(0))
-    torch.testing.assert_close(one, before, atol=0, rtol=0)
+    torch.testing.assert_close(first, before, atol=0, rtol=0)
