@@ -1,6 +1,6 @@
-"""A crowd of beam searches, samples and greedy answers in one engine, against transformers.
+"""Beam searches, samples and greedy answers, run concurrently in one engine, match transformers.
 
-There is no HTTP here: the language model sees a random image prefix and random prompts.
+The engine gets random image features and random prompts, without HTTP.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from blip2_serve.types import SamplingParams, TokenEvent
 from support.checkpoints import Recipe, write_checkpoint
 from support.device import DEVICE
 
-REQUESTS = 200  # for each checkpoint
-KV_ROWS = 1500
-FEW_ROWS = 400  # the widest request reaches 201; whatever is kept must make room
+REQUESTS = 200  # per checkpoint
+KV_SLOTS = 1500
+FEW_SLOTS = 400  # enough for any request, which needs at most 201, but only with evictions
 QUERIES = 8
 LONGEST = 16
 
@@ -45,7 +45,7 @@ RECIPES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """On so small a model, more of them wait for each other."""
+    """Uses one thread: with more, they spend their time waiting on so small a model."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -58,7 +58,7 @@ def decode(ids: list[int]) -> str:
 
 @dataclass
 class Model:
-    """This project's language model, transformers', and end tokens that come often."""
+    """This project's decoder and transformers', and end tokens that are frequent in answers."""
 
     decoder: OptDecoder
     reference: GenerationMixin
@@ -66,13 +66,13 @@ class Model:
     eos: list[int] = field(default_factory=list)
 
     def request(self, name: str, text: list[int], image: int, params: SamplingParams) -> Request:
-        prefix = torch.randn(QUERIES, 64, generator=torch.Generator().manual_seed(image)) * 0.5
+        features = torch.randn(QUERIES, 64, generator=torch.Generator().manual_seed(image)) * 0.5
         prompt = [*[self.image_token] * QUERIES, 2, *text]
-        return Request(name, prompt, prefix, f"image {image}", params)
+        return Request(name, prompt, features, f"image {image}", params)
 
     @torch.inference_mode()
     def generate(self, request: Request) -> list[list[int]]:
-        """transformers' n answers, each up to and with its end token."""
+        """Returns transformers' n answers, each up to and including its end token."""
         p = request.params
         options: dict[str, Any] = {"num_beams": p.num_beams, "num_return_sequences": p.n}
         if p.num_beams > 1:
@@ -81,7 +81,7 @@ class Model:
             options["min_new_tokens"] = p.min_tokens
         ids = torch.tensor([request.prompt])
         answers = self.reference.generate(
-            input_ids=ids,  # the repetition penalty looks at them
+            input_ids=ids,  # for the repetition penalty
             inputs_embeds=self._embeddings(request, []),
             attention_mask=torch.ones_like(ids),
             max_new_tokens=p.max_tokens,
@@ -96,7 +96,10 @@ class Model:
 
     @torch.inference_mode()
     def logprobs(self, request: Request, tokens: list[int]) -> Tensor:
-        """[tokens, vocabulary]: transformers' log-softmax before each of the answer's tokens."""
+        """Returns transformers' log-probabilities at each token of the answer.
+
+        The result is float32 [tokens, vocabulary].
+        """
         logits = self.reference(inputs_embeds=self._embeddings(request, tokens)).logits[0]
         first = len(request.prompt) - 1
         result: Tensor = logits[first : first + len(tokens)].float().log_softmax(-1)
@@ -110,20 +113,20 @@ class Model:
 
 
 def cut(tokens: list[int], ends: list[int] | tuple[int, ...]) -> list[int]:
-    """The tokens up to and with the first end token."""
+    """Returns the tokens up to and including the first end token."""
     at = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: at + 1]
 
 
 @dataclass
 class Run:
-    """What readers were handed while all requests went through one engine."""
+    """The events of all requests of one run, and the engine's stats at its end."""
 
     events: dict[str, list[TokenEvent]]
     stats: EngineStats
 
     def answers(self, request: Request) -> list[TokenEvent]:
-        """All events of each answer as one."""
+        """Returns each answer of a request, with its events merged into one."""
         merged: dict[int, TokenEvent] = {}
         for event in self.events[request.id]:
             merged[event.index] = merged[event.index] + event if event.index in merged else event
@@ -139,30 +142,30 @@ def run(
     requests: list[Request],
     prefix_caching: bool = True,
     seed: int = 0,
-    rows: int = KV_ROWS,
+    slots: int = KV_SLOTS,
 ) -> Run:
-    """Requests arrive at random times, in a random order."""
+    """Runs all requests in one engine; they arrive at random times, in random order."""
     rng = Random(seed)
     scheduler = Scheduler(
-        KvSlots(rows),
+        KvSlots(slots),
         max_num_seqs=24,
         max_waiting=1000,
         max_num_batched_tokens=64,
         prefix_caching=prefix_caching,
     )
     engine = Engine(
-        # On a GPU, some steps have more or longer sequences than were captured.
-        Runner(model.decoder, open_device(str(DEVICE)), rows, max_num_seqs=20, max_len=30),
+        # On a GPU, some steps exceed the captured number or length of sequences.
+        Runner(model.decoder, open_device(str(DEVICE)), slots, max_num_seqs=20, max_len=30),
         scheduler,
         Sampler(tuple(model.eos)),
         decode=decode,
         eos_token_ids=tuple(model.eos),
     )
     events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-    to_come = rng.sample(requests, len(requests))
-    while to_come or engine.has_work:
-        for request in [to_come.pop() for _ in range(min(rng.randint(0, 2), len(to_come)))]:
-            engine.add(again(request))
+    pending = rng.sample(requests, len(requests))
+    while pending or engine.has_work:
+        for request in [pending.pop() for _ in range(min(rng.randint(0, 2), len(pending)))]:
+            engine.add(fresh_copy(request))
         if engine.has_work:
             for name, event in engine.step().events:
                 events[name].append(event)
@@ -171,8 +174,8 @@ def run(
     return Run(events, engine.stats())
 
 
-def again(request: Request) -> Request:
-    """The same request, not yet run."""
+def fresh_copy(request: Request) -> Request:
+    """Returns a copy of the request that has not run yet."""
     return Request(request.id, request.prompt, request.image, request.digest, request.params)
 
 
@@ -203,8 +206,8 @@ def random_params(rng: Random, stops: list[int]) -> SamplingParams:
 
 
 @dataclass
-class Crowd:
-    """All requests, and what came of them in flight together."""
+class Workload:
+    """All requests, and the run that had them in flight together."""
 
     model: Model
     requests: list[Request]
@@ -221,12 +224,12 @@ class Crowd:
 
 
 def make_requests(model: Model, stops: list[int]) -> list[Request]:
-    """Prompts begin alike, and a few images come again and again."""
+    """Returns requests whose prompts share prefixes, about a few images."""
     rng = Random(3)
-    beginning = [rng.randrange(3, 300) for _ in range(12)]
+    shared = [rng.randrange(3, 300) for _ in range(12)]
 
     def text() -> list[int]:
-        return beginning[: rng.randint(0, 12)] + [rng.randrange(3, 300) for _ in range(4)]
+        return shared[: rng.randint(0, 12)] + [rng.randrange(3, 300) for _ in range(4)]
 
     return [
         model.request(str(i), text(), rng.randrange(4), random_params(rng, stops))
@@ -234,23 +237,23 @@ def make_requests(model: Model, stops: list[int]) -> list[Request]:
     ]
 
 
-def tokens_that_come_often(model: Model, count: int) -> list[int]:
-    """The tokens that most answers contain, though seldom first; no end tokens."""
+def frequent_tokens(model: Model, count: int) -> list[int]:
+    """Returns tokens that many answers contain, but few start with; excludes end tokens."""
     params = SamplingParams(max_tokens=LONGEST, num_beams=3, n=3)
     rng = Random(4)
     probes = [
         model.request(str(i), [rng.randrange(3, 300) for _ in range(6)], i % 4, params)
         for i in range(16)
     ]
-    made = run(model, probes)
-    answers = [answer for probe in probes for answer in made.tokens(probe)]
+    result = run(model, probes)
+    answers = [answer for probe in probes for answer in result.tokens(probe)]
     inside = Counter(t for answer in answers for t in {*answer[1:]} - {*model.eos})
     first = Counter(answer[0] for answer in answers)
     return [token for token, _ in (inside - first - first).most_common(count)]
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Crowd:
+def workload(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Workload:
     recipe, ends = request.param
     folder = write_checkpoint(tmp_path_factory.mktemp(recipe.name), recipe)
     checkpoint = open_checkpoint(str(folder))
@@ -260,33 +263,35 @@ def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         whole.language_model,
         checkpoint.config.image_token_index,
     )
-    model.eos = tokens_that_come_often(model, ends)
-    requests = make_requests(model, tokens_that_come_often(model, 4))
-    return Crowd(model, requests, run(model, requests))
+    model.eos = frequent_tokens(model, ends)
+    requests = make_requests(model, frequent_tokens(model, 4))
+    return Workload(model, requests, run(model, requests))
 
 
-def test_answers_are_those_of_transformers_in_their_order(crowd: Crowd) -> None:
-    asked = crowd.deterministic()
-    seen = {r.id: crowd.run.tokens(r) for r in asked}
-    assert seen == {r.id: [cut_at_stop(r, a) for a in crowd.model.generate(r)] for r in asked}
+def test_answers_equal_those_of_transformers_in_order(workload: Workload) -> None:
+    selected = workload.deterministic()
+    actual = {r.id: workload.run.tokens(r) for r in selected}
+    assert actual == {
+        r.id: [cut_at_stop(r, a) for a in workload.model.generate(r)] for r in selected
+    }
 
 
 def cut_at_stop(request: Request, answer: list[int]) -> list[int]:
-    """Stop strings are single tokens here; they do not count before min_tokens."""
+    """Cuts an answer after its first stop string, here a single token, from min_tokens on."""
     stops = [int(stop[1:-1]) for stop in request.params.stop]
     early = max(0, request.params.min_tokens - 1)
     return answer[:early] + cut(answer[early:], stops)
 
 
-def test_answers_end_in_every_way(crowd: Crowd) -> None:
-    """Or the comparison would mean little."""
-    answers = [(r, answer) for r in crowd.beams() for answer in crowd.run.answers(r)]
-    ends = Counter(how_it_ended(crowd.model, r, answer) for r, answer in answers)
+def test_answers_end_in_every_way(workload: Workload) -> None:
+    """Guards against a trivial comparison."""
+    answers = [(r, answer) for r in workload.beams() for answer in workload.run.answers(r)]
+    ends = Counter(how_it_ended(workload.model, r, answer) for r, answer in answers)
     assert ends["end token, early"] > len(answers) / 4
     assert ends["limit"] > len(answers) / 8
     assert ends["stop string"] > len(answers) / 50
     by_token = Counter(a.token_ids[-1] for _, a in answers if a.finish_reason == "stop")
-    assert all(by_token[end] > len(answers) / 50 for end in crowd.model.eos)
+    assert all(by_token[end] > len(answers) / 50 for end in workload.model.eos)
 
 
 def how_it_ended(model: Model, request: Request, answer: TokenEvent) -> str:
@@ -299,89 +304,90 @@ def how_it_ended(model: Model, request: Request, answer: TokenEvent) -> str:
     return "end token, early" if early else "end token"
 
 
-def test_the_text_is_that_of_the_tokens(crowd: Crowd) -> None:
-    for request in crowd.requests:
-        for answer in crowd.run.answers(request):
+def test_texts_match_the_tokens(workload: Workload) -> None:
+    for request in workload.requests:
+        for answer in workload.run.answers(request):
             ended = answer.finish_reason == "stop"
             assert answer.text == decode([*answer.token_ids[: -1 if ended else None]])
 
 
-def test_a_single_answer_of_beams_is_streamed_before_its_end(crowd: Crowd) -> None:
-    """What was handed out is never withdrawn: all events together are transformers' answer."""
-    events = [crowd.run.events[r.id] for r in crowd.beams() if r.params.n == 1]
+def test_the_best_beam_is_streamed_before_the_end(workload: Workload) -> None:
+    """As another test compares all tokens, those streamed early are never withdrawn."""
+    events = [workload.run.events[r.id] for r in workload.beams() if r.params.n == 1]
     assert sum(len(of_one) > 2 for of_one in events) > len(events) / 12
     assert all(event.token_ids for of_one in events for event in of_one)
 
 
-def test_the_last_event_of_a_request_says_so(crowd: Crowd) -> None:
-    for events in crowd.run.events.values():
+def test_only_the_last_event_of_a_request_is_marked_last(workload: Workload) -> None:
+    for events in workload.run.events.values():
         assert [event.last for event in events] == [False] * (len(events) - 1) + [True]
 
 
 @pytest.mark.parametrize(
-    ("prefix_caching", "rows"),
+    ("prefix_caching", "slots"),
     [
-        pytest.param(False, KV_ROWS, id="nothing is kept"),
-        pytest.param(True, FEW_ROWS, id="what is kept must make room"),
+        pytest.param(False, KV_SLOTS, id="no prefix caching"),
+        pytest.param(True, FEW_SLOTS, id="prefix caching with evictions"),
     ],
 )
-def test_the_company_and_what_is_reused_change_no_answer(
-    crowd: Crowd, prefix_caching: bool, rows: int
+def test_answers_do_not_depend_on_the_batch_or_the_cache(
+    workload: Workload, prefix_caching: bool, slots: int
 ) -> None:
-    """Other arrivals, other prefix_caching: the same tokens, those that were drawn included."""
-    other = run(crowd.model, crowd.requests, prefix_caching, seed=1, rows=rows)
-    assert {r.id: other.tokens(r) for r in crowd.requests} == {
-        r.id: crowd.run.tokens(r) for r in crowd.requests
+    """Other arrival times and other cache hits give the same tokens, also when sampling."""
+    other = run(workload.model, workload.requests, prefix_caching, seed=1, slots=slots)
+    assert {r.id: other.tokens(r) for r in workload.requests} == {
+        r.id: workload.run.tokens(r) for r in workload.requests
     }
-    prompts = sum(len(r.prompt) for r in crowd.requests)
-    assert crowd.run.stats.cached_tokens > prompts / 4
+    prompts = sum(len(r.prompt) for r in workload.requests)
+    assert workload.run.stats.cached_tokens > prompts / 4
     assert (other.stats.cached_tokens > 0) is prefix_caching
 
 
-def test_a_request_alone_gets_the_answers_that_it_gets_in_a_crowd(crowd: Crowd) -> None:
-    for request in [*crowd.sampled()[:15], *crowd.beams()[:15]]:
-        assert run(crowd.model, [request]).tokens(request) == crowd.run.tokens(request)
+def test_a_request_gets_the_same_answers_alone(workload: Workload) -> None:
+    for request in [*workload.sampled()[:15], *workload.beams()[:15]]:
+        assert run(workload.model, [request]).tokens(request) == workload.run.tokens(request)
 
 
-def test_samples_of_one_request_differ_and_another_seed_draws_others(crowd: Crowd) -> None:
+def test_samples_differ_between_indices_and_seeds(workload: Workload) -> None:
     params = SamplingParams(max_tokens=12, temperature=1.5, n=6, seed=5, ignore_eos=True)
     requests = [
-        crowd.model.request(f"{seed}", [5, 6, 7], 0, replace(params, seed=seed)) for seed in (5, 6)
+        workload.model.request(f"{seed}", [5, 6, 7], 0, replace(params, seed=seed))
+        for seed in (5, 6)
     ]
-    together = run(crowd.model, requests)
+    together = run(workload.model, requests)
     samples = [tuple(tokens) for r in requests for tokens in together.tokens(r)]
     assert len({*samples}) == len(samples) == 12
     # The first n samples do not depend on n.
-    fewer = crowd.model.request("5", [5, 6, 7], 0, replace(params, n=2))
-    assert run(crowd.model, [fewer]).tokens(fewer) == together.tokens(requests[0])[:2]
+    fewer = workload.model.request("5", [5, 6, 7], 0, replace(params, n=2))
+    assert run(workload.model, [fewer]).tokens(fewer) == together.tokens(requests[0])[:2]
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "beams"])
-def test_log_probabilities_are_those_of_transformers_raw_logits(crowd: Crowd, kind: str) -> None:
+def test_log_probabilities_equal_those_of_transformers(workload: Workload, kind: str) -> None:
     of_kind = {
-        "greedy": [r for r in crowd.deterministic() if r.params.num_beams == 1],
-        "sampled": crowd.sampled(),
-        "beams": crowd.beams(),
+        "greedy": [r for r in workload.deterministic() if r.params.num_beams == 1],
+        "sampled": workload.sampled(),
+        "beams": workload.beams(),
     }[kind]
-    asked = [r for r in of_kind if r.params.top_logprobs is not None]
-    assert len(asked) > 10
-    for request in asked:
-        for answer in crowd.run.answers(request):
+    selected = [r for r in of_kind if r.params.top_logprobs is not None]
+    assert len(selected) > 10
+    for request in selected:
+        for answer in workload.run.answers(request):
             tokens = [*answer.token_ids]
             assert [logprob.token_id for logprob in answer.logprobs] == tokens
-            wanted = crowd.model.logprobs(request, tokens)
-            of_tokens = wanted[range(len(tokens)), tokens].tolist()
+            reference = workload.model.logprobs(request, tokens)
+            of_tokens = reference[range(len(tokens)), tokens].tolist()
             assert [o.logprob for o in answer.logprobs] == pytest.approx(of_tokens, abs=1e-4)
-            best = wanted.topk(request.params.top_logprobs or 0)
+            best = reference.topk(request.params.top_logprobs or 0)
             tops = [[top.logprob for top in logprob.top] for logprob in answer.logprobs]
-            for seen, expected in zip(tops, best.values.tolist(), strict=True):
-                assert seen == pytest.approx(expected, abs=1e-4)
-            for row, logprob in zip(wanted, answer.logprobs, strict=True):
+            for actual, expected in zip(tops, best.values.tolist(), strict=True):
+                assert actual == pytest.approx(expected, abs=1e-4)
+            for row, logprob in zip(reference, answer.logprobs, strict=True):
                 for top in logprob.top:
                     assert top.logprob == pytest.approx(row[top.token_id].item(), abs=1e-4)
 
 
-def test_without_being_asked_no_log_probabilities_come(crowd: Crowd) -> None:
-    for request in crowd.requests:
+def test_log_probabilities_only_come_on_request(workload: Workload) -> None:
+    for request in workload.requests:
         if request.params.top_logprobs is None:
-            assert not any(event.logprobs for event in crowd.run.events[request.id])
+            assert not any(event.logprobs for event in workload.run.events[request.id])

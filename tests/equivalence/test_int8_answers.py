@@ -1,4 +1,4 @@
-"""The shipped checkpoint still sees with int8 weights: held-out scenes, without HTTP and Ray."""
+"""The shipped checkpoint is accurate with int8 weights, on held-out scenes without HTTP and Ray."""
 
 from __future__ import annotations
 
@@ -23,11 +23,8 @@ RIGHT = 0.95
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_least_95_percent_of_captions_and_answers_are_right(
-    dtype: str,
-) -> None:
+def test_at_least_95_percent_of_captions_and_answers_are_right(dtype: str) -> None:
     drawn = [scenes.sample(seed) for seed in HELD_OUT]
-    # What the generator's replica does when it starts.
     config = AppConfig.model_validate(
         {
             "dtype": dtype,
@@ -42,33 +39,33 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(
     )
     engine, tokenizer, *_ = generator._load(config, open_device("cpu"))
     assert not isinstance(engine._runner._decoder.lm_head, nn.Linear)
-    asking = ChatConfig().asked
-    wanted: dict[str, str] = {}
-    for scene, prefix in zip(drawn, _prefixes(drawn, getattr(torch, dtype)), strict=True):
-        asked = [("", scene.caption)]
-        asked += [(asking.format(question=q), answer) for q, answer in scene.questions]
-        for prompt, answer in asked:
+    template = ChatConfig().asked
+    expected: dict[str, str] = {}
+    for scene, features in zip(drawn, _features(drawn, getattr(torch, dtype)), strict=True):
+        prompts = [("", scene.caption)]
+        prompts += [(template.format(question=q), answer) for q, answer in scene.questions]
+        for prompt, answer in prompts:
             name = f"{scene.seed} {prompt}"
-            wanted[name] = answer
+            expected[name] = answer
             ids = tokenizer.prompt_ids(prompt)
             params = SamplingParams(max_tokens=64)
-            engine.add(Request(name, ids, prefix, str(scene.seed), params))
-    said = dict.fromkeys(wanted, "")
+            engine.add(Request(name, ids, features, str(scene.seed), params))
+    texts = dict.fromkeys(expected, "")
     while engine.has_work:
         for name, event in engine.step().events:
-            said[name] += event.text
-    captions = [said[n] == wanted[n] for n in wanted if n.endswith(" ")]
-    answers = [said[n].strip() == wanted[n] for n in wanted if not n.endswith(" ")]
+            texts[name] += event.text
+    captions = [texts[n] == expected[n] for n in expected if n.endswith(" ")]
+    answers = [texts[n].strip() == expected[n] for n in expected if not n.endswith(" ")]
     assert len(captions) == len(drawn)
     assert sum(captions) >= RIGHT * len(captions), f"{sum(captions)} of {len(captions)}"
     assert sum(answers) >= RIGHT * len(answers), f"{sum(answers)} of {len(answers)}"
 
 
-def _prefixes(drawn: list[scenes.Scene], dtype: torch.dtype) -> torch.Tensor:
-    """[scenes, queries, hidden]"""
+def _features(drawn: list[scenes.Scene], dtype: torch.dtype) -> torch.Tensor:
+    """Returns the scenes' image features [scenes, queries, hidden]."""
     checkpoint = open_checkpoint("demo")
     processor = ImageProcessor.load(checkpoint.folder)
     encoder = ImageEncoder.load(checkpoint, processor, torch.device("cpu"), dtype)
     pixels = np.stack([processor.pixels(encode(scene.image)) for scene in drawn])
-    prefixes: torch.Tensor = encoder(torch.from_numpy(pixels))
-    return prefixes
+    features: torch.Tensor = encoder(torch.from_numpy(pixels))
+    return features

@@ -1,4 +1,4 @@
-"""The distribution that the sampler draws from is the one that transformers draws from."""
+"""The sampler's distribution is the same as transformers'."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ OUTPUT = [8, 3, 3]
 
 CASES = [
     pytest.param({}, id="plain"),
-    pytest.param({"temperature": 0.3}, id="a low temperature"),
-    pytest.param({"temperature": 2.0}, id="a high temperature"),
-    pytest.param({"top_k": 1}, id="the likeliest only"),
-    pytest.param({"top_k": 7}, id="the seven likeliest"),
-    pytest.param({"top_k": VOCABULARY}, id="as many as there are"),
-    pytest.param({"top_k": 1000}, id="more than there are"),
-    pytest.param({"top_p": 0.01}, id="hardly any probability"),
-    pytest.param({"top_p": 0.5}, id="half of the probability"),
-    pytest.param({"top_p": 0.999}, id="nearly all of the probability"),
+    pytest.param({"temperature": 0.3}, id="low temperature"),
+    pytest.param({"temperature": 2.0}, id="high temperature"),
+    pytest.param({"top_k": 1}, id="top_k 1"),
+    pytest.param({"top_k": 7}, id="top_k 7"),
+    pytest.param({"top_k": VOCABULARY}, id="top_k of the vocabulary"),
+    pytest.param({"top_k": 1000}, id="top_k beyond the vocabulary"),
+    pytest.param({"top_p": 0.01}, id="tiny top_p"),
+    pytest.param({"top_p": 0.5}, id="top_p one half"),
+    pytest.param({"top_p": 0.999}, id="top_p near one"),
     pytest.param({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, id="all three"),
-    pytest.param({"repetition_penalty": 1.5}, id="repetition is penalised"),
-    pytest.param({"repetition_penalty": 0.7}, id="repetition is encouraged"),
-    pytest.param({"min_tokens": 4}, id="below the minimum"),
-    pytest.param({"min_tokens": 3}, id="at the minimum"),
+    pytest.param({"repetition_penalty": 1.5}, id="repetition penalised"),
+    pytest.param({"repetition_penalty": 0.7}, id="repetition encouraged"),
+    pytest.param({"min_tokens": 4}, id="below min_tokens"),
+    pytest.param({"min_tokens": 3}, id="at min_tokens"),
     pytest.param(
         {
             "temperature": 0.8,
@@ -74,7 +74,7 @@ def warpers(params: SamplingParams) -> LogitsProcessorList:
 
 
 def transformed(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[vocabulary] logits -> transformers' processed logits, before it samples."""
+    """Returns transformers' processed logits, before sampling; both are [vocabulary]."""
     return processors(params)(torch.tensor([PROMPT + OUTPUT]), logits[None].clone())[0]
 
 
@@ -84,7 +84,7 @@ def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(logits: Tensor, params: SamplingParams, count: int) -> list[int]:
-    """The token for each of the patched numbers; its index is the seed."""
+    """Chooses `count` tokens with the seeds 0, 1, ...; tests patch the random number of each."""
     sequences = [
         Sequence(make_request("a", PROMPT, **{**vars(params), "seed": seed}), output=[*OUTPUT])
         for seed in range(count)
@@ -96,7 +96,7 @@ def draw(logits: Tensor, params: SamplingParams, count: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("case", CASES)
-def test_every_token_is_drawn_from_its_own_share_of_the_numbers(
+def test_every_token_has_the_same_interval_of_random_numbers(
     case: dict[str, Any], seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
@@ -104,22 +104,22 @@ def test_every_token_is_drawn_from_its_own_share_of_the_numbers(
     expected = probabilities(logits, params)
     ends = expected.cumsum(-1)
     starts = ends - expected
-    kept = (expected > 1e-8).nonzero().flatten().tolist()
+    possible = (expected > 1e-8).nonzero().flatten().tolist()
 
-    # Both ends of every kept token's share and its middle: so the shares are equal, and none is
-    # left for any other token.
-    numbers, wanted = [], []
-    for token in kept:
+    # Try both ends and the middle of every token's interval: if all are right, the intervals are
+    # transformers' and cover everything.
+    numbers, tokens = [], []
+    for token in possible:
         start, end = starts[token].item(), ends[token].item()
         margin = (end - start) / 100
         numbers += [start + margin, (start + end) / 2, end - margin]
-        wanted += [token] * 3
+        tokens += [token] * 3
     monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda seed, *_: numbers[seed])
-    assert draw(logits, params, len(numbers)) == wanted
+    assert draw(logits, params, len(numbers)) == tokens
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_over_a_grid_of_numbers_tokens_come_as_often_as_in_transformers(
+def test_token_frequencies_over_a_grid_match_transformers(
     case: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 500
@@ -128,15 +128,15 @@ def test_over_a_grid_of_numbers_tokens_come_as_often_as_in_transformers(
     expected = probabilities(logits, params)
     monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda n, *_: (n + 0.5) / count)
     tokens = torch.tensor(draw(logits, params, count))
-    seen = torch.bincount(tokens, minlength=VOCABULARY) / count
-    torch.testing.assert_close(seen.double(), expected, atol=1.01 / count, rtol=0)
-    assert not seen[expected == 0].any()
+    frequencies = torch.bincount(tokens, minlength=VOCABULARY) / count
+    torch.testing.assert_close(frequencies.double(), expected, atol=1.01 / count, rtol=0)
+    assert not frequencies[expected == 0].any()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_takes_the_token_that_transformers_takes(case: dict[str, Any]) -> None:
-    kept = {key: case[key] for key in case if key in ("repetition_penalty", "min_tokens")}
-    params = SamplingParams(**kept)
+def test_greedy_chooses_the_same_token_as_transformers(case: dict[str, Any]) -> None:
+    greedy = {key: case[key] for key in case if key in ("repetition_penalty", "min_tokens")}
+    params = SamplingParams(**greedy)
     for seed in range(20):
         logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
         logits[EOS[seed % 2]] += 3 * (seed % 3)

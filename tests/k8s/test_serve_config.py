@@ -1,4 +1,4 @@
-"""serveConfigV2: what Ray and the application read in it, and that its replicas find room."""
+"""serveConfigV2 is valid for Ray and the application, and its replicas fit the pods."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STAGES = ("ingress", "preprocessor", "encoder", "generator")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_takes_the_config_and_knows_every_key_of_it(overlay: str) -> None:
+def test_ray_knows_every_key(overlay: str) -> None:
     config = serve_config(overlay)
     assert unknown_keys(config, ServeDeploySchema.model_validate(config)) == []
 
 
 def unknown_keys(given: Any, parsed: Any) -> list[str]:
-    """Keys that Ray's models have no field for; most of them pass over such."""
+    """Returns keys that Ray's models have no field for; most of the models ignore them."""
     if isinstance(parsed, list):
         return [key for pair in zip(given, parsed, strict=True) for key in unknown_keys(*pair)]
     if not isinstance(parsed, BaseModel):
@@ -42,12 +42,12 @@ def unknown_keys(given: Any, parsed: Any) -> list[str]:
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(("http_option",), id="at the top"),
-        pytest.param(("http_options", "request_timeout"), id="within options"),
-        pytest.param(("applications", 0, "import_pat"), id="of the application"),
+        pytest.param(("http_option",), id="top level"),
+        pytest.param(("http_options", "request_timeout"), id="HTTP options"),
+        pytest.param(("applications", 0, "import_pat"), id="application"),
     ],
 )
-def test_an_unknown_key_would_be_found(path: tuple[Any, ...]) -> None:
+def test_unknown_keys_are_detected(path: tuple[Any, ...]) -> None:
     config = serve_config("prod")
     inner: Any = config
     for part in path[:-1]:
@@ -57,7 +57,7 @@ def test_an_unknown_key_would_be_found(path: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_import_path_is_the_builder_and_it_takes_the_arguments(overlay: str) -> None:
+def test_the_builder_accepts_the_arguments(overlay: str) -> None:
     (application,) = serve_config(overlay)["applications"]
     module, _, name = application["import_path"].partition(":")
     assert getattr(importlib.import_module(module), name) is app.build
@@ -65,16 +65,14 @@ def test_the_import_path_is_the_builder_and_it_takes_the_arguments(overlay: str)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_deployments_that_are_named_exist(
-    overlay: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configured_deployments_exist(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (application,) = serve_config(overlay)["applications"]
     built = deployments(AppConfig.model_validate(application["args"]), monkeypatch)
     assert {deployment["name"] for deployment in application["deployments"]} <= set(built)
 
 
 def deployments(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(app, "visible_gpus", lambda: 0)  # as on the head, where it is built
+    monkeypatch.setattr(app, "visible_gpus", lambda: 0)  # as on the head, which builds it
     placed: dict[str, Any] = {}
     original = app._place
 
@@ -89,7 +87,7 @@ def deployments(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str,
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_stage_says_how_many_replicas_it_has_and_what_they_get(overlay: str) -> None:
+def test_every_stage_has_replicas_and_resources(overlay: str) -> None:
     (application,) = serve_config(overlay)["applications"]
     for stage in STAGES:
         given = application["args"][stage]
@@ -97,7 +95,7 @@ def test_every_stage_says_how_many_replicas_it_has_and_what_they_get(overlay: st
         assert given.keys() >= {"num_cpus", "resources"}
         if "autoscaling" in given:
             AutoscalingConfig.model_validate(given["autoscaling"])
-            # What decides between these bounds is the application's own.
+            # Everything else is decided by the application's own policy.
             assert given["autoscaling"].keys() == {
                 "min_replicas",
                 "max_replicas",
@@ -114,14 +112,14 @@ def stages(overlay: str) -> dict[str, StageConfig]:
     return {stage: getattr(config, stage) for stage in STAGES}
 
 
-def wants(stage: StageConfig) -> Resources:
+def resources_of(stage: StageConfig) -> Resources:
     gpus = stage.num_gpus if isinstance(stage, ComputeConfig) else 0
     assert gpus is not None
     return {"CPU": stage.num_cpus, "GPU": gpus, **stage.resources}
 
 
 def groups(overlay: str) -> dict[str, tuple[Resources, Object]]:
-    """What a pod of each group has, as Ray's autoscaler reads it; "" is the head."""
+    """Returns the resources of a pod per group, as Ray's autoscaler reads them; "" is the head."""
     cluster = ray_service(build(overlay))["spec"]["rayClusterConfig"]
     head = _get_ray_resources_from_group_spec(cluster["headGroupSpec"], True)
     return {"": (head, {"minReplicas": 1, "maxReplicas": 1})} | {
@@ -130,19 +128,19 @@ def groups(overlay: str) -> dict[str, tuple[Resources, Object]]:
     }
 
 
-def fits(wanted: Resources, free: Resources) -> bool:
-    return all(free.get(name, 0) >= amount - 1e-9 for name, amount in wanted.items())
+def fits(requests: Resources, free: Resources) -> bool:
+    return all(free.get(name, 0) >= amount - 1e-9 for name, amount in requests.items())
 
 
-def homeless(wanted: list[Resources], nodes: list[Resources]) -> list[Resources]:
-    """Those that find no node, the largest first and each on the first node that has room."""
+def unplaced(requests: list[Resources], nodes: list[Resources]) -> list[Resources]:
+    """Places the largest first, each on the first node with room; returns those without one."""
     left = []
-    for want in sorted(wanted, key=lambda want: (-want["GPU"], -want["CPU"])):
-        node = next((node for node in nodes if fits(want, node)), None)
+    for request in sorted(requests, key=lambda request: (-request["GPU"], -request["CPU"])):
+        node = next((node for node in nodes if fits(request, node)), None)
         if node is None:
-            left.append(want)
+            left.append(request)
             continue
-        for name, amount in want.items():
+        for name, amount in request.items():
             node[name] = node.get(name, 0) - amount
     return left
 
@@ -171,10 +169,10 @@ def homeless(wanted: list[Resources], nodes: list[Resources]) -> list[Resources]
         ),
     ],
 )
-def test_each_stage_fits_the_pods_of_one_group_only(overlay: str, pools: dict[str, str]) -> None:
+def test_each_stage_only_fits_the_pods_of_its_group(overlay: str, pools: dict[str, str]) -> None:
     available = groups(overlay)
     found = {
-        name: [group for group, (free, _) in available.items() if fits(wants(stage), free)]
+        name: [group for group, (free, _) in available.items() if fits(resources_of(stage), free)]
         for name, stage in stages(overlay).items()
     }
     assert found == {stage: [group] for stage, group in pools.items()}
@@ -182,30 +180,28 @@ def test_each_stage_fits_the_pods_of_one_group_only(overlay: str, pools: dict[st
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("bound", ["min", "max"])
-def test_the_replicas_at_either_bound_find_room_in_the_pods_at_that_bound(
-    overlay: str, bound: str
-) -> None:
-    wanted = []
+def test_the_fewest_and_the_most_replicas_fit_the_pods(overlay: str, bound: str) -> None:
+    requests = []
     for stage in stages(overlay).values():
         scaling = stage.autoscaling or {}
-        wanted += [wants(stage)] * scaling.get(f"{bound}_replicas", stage.num_replicas)
+        requests += [resources_of(stage)] * scaling.get(f"{bound}_replicas", stage.num_replicas)
     nodes = [
         dict(free)
         for free, group in groups(overlay).values()
         for _ in range(group[f"{bound}Replicas"])
     ]
-    assert homeless(wanted, nodes) == []
+    assert unplaced(requests, nodes) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_head_has_no_room_for_work(overlay: str) -> None:
+def test_the_head_runs_no_replicas(overlay: str) -> None:
     free, _ = groups(overlay)[""]
     assert free["CPU"] == 0
     assert not {name for name, amount in free.items() if amount} - {"memory"}
 
 
-def test_a_replica_too_many_would_be_found() -> None:
+def test_too_many_replicas_are_detected() -> None:
     free = {"CPU": 4.0, "GPU": 1.0, "pool": 1.0}
-    want = {"CPU": 2.0, "GPU": 0.5, "pool": 0.5}
-    assert homeless([want] * 2, [dict(free)]) == []
-    assert homeless([want] * 3, [dict(free)]) == [want]
+    request = {"CPU": 2.0, "GPU": 0.5, "pool": 0.5}
+    assert unplaced([request] * 2, [dict(free)]) == []
+    assert unplaced([request] * 3, [dict(free)]) == [request]

@@ -1,4 +1,4 @@
-"""k8s/weights.py: nothing is served that has not the checksum that was pinned."""
+"""k8s/weights.py only lets weights through that have the pinned checksums."""
 
 from __future__ import annotations
 
@@ -27,33 +27,33 @@ def weights() -> ModuleType:
 
 
 class Hub:
-    """Has FILES, or others in their place."""
+    """A fake hub with these files, which records the requests for them."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.files = files
-        self.asked: list[str] = []
+        self.requested: list[str] = []
 
     def __call__(self, model: str, name: str, revision: str, folder: Path) -> None:
-        self.asked.append(f"{model} {name} {revision}")
+        self.requested.append(f"{model} {name} {revision}")
         (folder / name).write_bytes(self.files[name])
 
 
-def test_files_appear_under_their_revision_when_all_are_right(
+def test_files_appear_under_their_revision_once_all_are_verified(
     weights: ModuleType, tmp_path: Path
 ) -> None:
     hub = Hub(FILES)
     weights.fetch("a/b", "r1", SUMS, tmp_path, hub)
     assert {path.name: path.read_bytes() for path in (tmp_path / "r1").iterdir()} == FILES
-    assert hub.asked == ["a/b config.json r1", "a/b model.safetensors r1"]
+    assert hub.requested == ["a/b config.json r1", "a/b model.safetensors r1"]
     assert [path.name for path in tmp_path.iterdir()] == ["r1"]
 
 
-def test_what_is_there_is_not_fetched_again(weights: ModuleType, tmp_path: Path) -> None:
+def test_an_existing_revision_is_not_fetched_again(weights: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "r1").mkdir()
     weights.fetch("a/b", "r1", SUMS, tmp_path, Hub({}))
 
 
-def test_a_wrong_file_is_refused_and_the_revision_does_not_appear(
+def test_a_wrong_checksum_is_rejected_and_the_revision_does_not_appear(
     weights: ModuleType, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit, match=r"model\.safetensors of a/b has the checksum"):
@@ -64,7 +64,7 @@ def test_a_wrong_file_is_refused_and_the_revision_does_not_appear(
     assert (tmp_path / "r1").is_dir()
 
 
-def test_checksums_are_read_as_sha256sum_writes_them(weights: ModuleType) -> None:
+def test_checksums_are_read_in_sha256sums_format(weights: ModuleType) -> None:
     text = "\n".join(f"  {value}  {name}" for name, value in SUMS.items())
     assert weights.read_sums(text) == SUMS
 
@@ -72,21 +72,19 @@ def test_checksums_are_read_as_sha256sum_writes_them(weights: ModuleType) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("fill-in", id="not filled in"),
-        pytest.param("", id="none at all"),
-        pytest.param(f"{'a' * 63}  config.json", id="one digit short"),
-        pytest.param(f"{'a' * 64}  ../config.json", id="outside the folder"),
-        pytest.param(f"{'a' * 64}  /etc/passwd", id="an absolute path"),
+        pytest.param("fill-in", id="placeholder"),
+        pytest.param("", id="empty"),
+        pytest.param(f"{'a' * 63}  config.json", id="checksum too short"),
+        pytest.param(f"{'a' * 64}  ../config.json", id="path outside the folder"),
+        pytest.param(f"{'a' * 64}  /etc/passwd", id="absolute path"),
     ],
 )
-def test_anything_else_is_refused_before_something_is_fetched(
-    text: str, weights: ModuleType
-) -> None:
+def test_malformed_checksums_are_rejected(text: str, weights: ModuleType) -> None:
     with pytest.raises(SystemExit):
         weights.read_sums(text)
 
 
-def test_waiting_ends_when_the_revision_is_there(weights: ModuleType, tmp_path: Path) -> None:
+def test_waiting_ends_when_the_revision_exists(weights: ModuleType, tmp_path: Path) -> None:
     waiting = threading.Thread(target=weights.wait, args=(tmp_path / "r1", 0.01), daemon=True)
     waiting.start()
     waiting.join(0.1)

@@ -1,4 +1,4 @@
-"""Alerts and recording rules by Prometheus' own tool: they are well formed, and each can fire."""
+"""promtool accepts the alerts and recording rules, and each alert fires when it should."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rules(tmp_path: Path) -> Path:
     return write_rules(tmp_path / "rules.yaml")
 
 
-def test_rules_are_well_formed(rules: Path) -> None:
+def test_rules_are_valid(rules: Path) -> None:
     done = subprocess.run(["promtool", "check", "rules", rules], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -34,9 +34,9 @@ def test_every_alert_is_tested_and_says_what_to_do() -> None:
     alerts = {
         rule["alert"]: rule for group in rule_groups() for rule in group["rules"] if "alert" in rule
     }
-    fired = re.findall(r'alertname="(\w+)", alertstate="firing"', ALERTS_TEST.read_text())
+    tested = re.findall(r'alertname="(\w+)", alertstate="firing"', ALERTS_TEST.read_text())
 
-    assert {*fired} == alerts.keys()
+    assert {*tested} == alerts.keys()
     for alert in alerts.values():
         assert alert["annotations"].keys() == {"summary", "runbook"}
         assert alert["labels"]["severity"] in ("critical", "warning")

@@ -1,4 +1,4 @@
-"""One Ray with Serve for all tests of this folder; applications come and go on it."""
+"""A Ray cluster with Serve that all tests of this folder deploy their applications on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.server import App, free_port, start_app
 
 @pytest.fixture(scope="session")
 def base_url() -> Iterator[str]:
-    """Where Serve listens."""
+    """Starts Serve and returns its URL."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
@@ -40,7 +40,7 @@ def demo(base_url: str) -> App:
 
 @pytest.fixture(scope="session")
 def random_model(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[App, Oracle]:
-    """A random checkpoint, which says something else of each picture; two replicas a stage."""
+    """A random checkpoint, which answers differently for each image; two replicas per stage."""
     folder = write_checkpoint(tmp_path_factory.mktemp("random"), Recipe("random", seed=1))
     two = {stage: {"num_replicas": 2} for stage in ("preprocessor", "encoder", "generator")}
     app = start_app(base_url, "random", {"model": str(folder), "dtype": "float32", **two})

@@ -1,4 +1,4 @@
-"""Bad input is the client's error, named; the server serves on."""
+"""Bad input gets a 4xx error that names the field, and does not stop the server."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ CASES: dict[str, tuple[str, Any, str | None]] = {
         chat(image_message(PNG[: len(PNG) // 2])),
         "messages",
     ),
-    "text posing as PNG": ("/v1/caption", {"image": data_url(b"I am a PNG")}, "image"),
-    "wrong base64": ("/v1/generate", {"image": "data:image/png;base64,@@@"}, "image"),
-    "a URL of another scheme": ("/v1/generate", {"image": "file:///etc/passwd"}, "image"),
-    "an https URL while they are off": ("/v1/generate", {"image": "https://a.b/c.png"}, "image"),
+    "text sent as a PNG": ("/v1/caption", {"image": data_url(b"I am a PNG")}, "image"),
+    "invalid base64": ("/v1/generate", {"image": "data:image/png;base64,@@@"}, "image"),
+    "file URL": ("/v1/generate", {"image": "file:///etc/passwd"}, "image"),
+    "https URL while fetching is off": ("/v1/generate", {"image": "https://a.b/c.png"}, "image"),
     "unknown parameter": ("/v1/generate", generate(foo=1), "foo"),
     "min_tokens above max_tokens": (
         "/v1/generate",
@@ -59,17 +59,25 @@ CASES: dict[str, tuple[str, Any, str | None]] = {
         ),
         "messages",
     ),
-    "no image": ("/v1/chat/completions", chat({"role": "user", "content": "hi"}), "messages"),
-    "no image at all": ("/v1/generate", {"prompt": "hi"}, "image"),
+    "chat without an image": (
+        "/v1/chat/completions",
+        chat({"role": "user", "content": "hi"}),
+        "messages",
+    ),
+    "no image": ("/v1/generate", {"prompt": "hi"}, "image"),
     "no message": ("/v1/chat/completions", {"messages": []}, "messages"),
-    "prompt and max_tokens over the positions": (
+    "prompt and max_tokens beyond the model's positions": (
         "/v1/generate",
         generate(prompt="red " * 100, max_tokens=500),
         "max_tokens",
     ),
-    "a prompt over the positions": ("/v1/generate", generate(prompt="red " * 600), "prompt"),
+    "prompt beyond the model's positions": (
+        "/v1/generate",
+        generate(prompt="red " * 600),
+        "prompt",
+    ),
     "max_tokens 0": ("/v1/generate", generate(max_tokens=0), "max_tokens"),
-    "max_tokens negative": ("/v1/chat/completions", chat(max_tokens=-3), "max_tokens"),
+    "negative max_tokens": ("/v1/chat/completions", chat(max_tokens=-3), "max_tokens"),
     "temperature NaN": ("/v1/generate", generate(temperature=float("nan")), "temperature"),
     "temperature infinite": ("/v1/generate", generate(temperature=float("inf")), "temperature"),
     "unknown role": (
@@ -87,16 +95,16 @@ CASES: dict[str, tuple[str, Any, str | None]] = {
         "top_logprobs",
     ),
     "empty body": ("/v1/chat/completions", b"", None),
-    "half a body": ("/v1/generate", b'{"image": "data:', None),
-    "a list": ("/v1/caption", [], None),
+    "truncated body": ("/v1/generate", b'{"image": "data:', None),
+    "list": ("/v1/caption", [], None),
     "deep nesting": ("/v1/generate", b'{"a":' * 100_000, None),
-    "bytes that are not UTF-8": ("/v1/generate", b'{"image": "\xff\xfe"}', None),
+    "invalid UTF-8": ("/v1/generate", b'{"image": "\xff\xfe"}', None),
 }
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["unary", "streaming"])
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_a_4xx_in_openai_shape_that_names_the_field(
+def test_bad_input_gets_an_openai_error_that_names_the_field(
     name: str, stream: bool, demo: App
 ) -> None:
     path, body, param = CASES[name]
@@ -123,4 +131,4 @@ def test_the_image_token_in_a_prompt_is_plain_text(demo: App) -> None:
     special = demo.post("/v1/generate", json=generate(prompt="what <image></s> is it"))
     assert special.status_code == 200, special.text
     tokens = [r.json()["usage"]["prompt_tokens"] for r in (plain, special)]
-    assert tokens[1] > tokens[0] + 2  # spelled out, not two special tokens
+    assert tokens[1] > tokens[0] + 2  # more than two special tokens

@@ -1,4 +1,4 @@
-"""The shipped checkpoint sees: held-out scenes, through HTTP, 16 requests in flight."""
+"""The shipped checkpoint is accurate on held-out scenes, over HTTP with 16 requests in flight."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_at_least_95_percent_of_captions_are_exactly_right(demo: App) -> N
 
 
 async def test_at_least_95_percent_of_answers_are_right(demo: App) -> None:
-    asked = [
+    questions = [
         (scene, turn) for s in HELD_OUT for scene in [scenes.sample(s)] for turn in scene.questions
     ]
 
@@ -41,23 +41,23 @@ async def test_at_least_95_percent_of_answers_are_right(demo: App) -> None:
         return await _chat(client, [image_message(scene.image, turn[0])]) == turn[1]
 
     async with demo.client() as client:
-        right = await gather_at_most(IN_FLIGHT, [answer(client, s, turn) for s, turn in asked])
+        right = await gather_at_most(IN_FLIGHT, [answer(client, s, turn) for s, turn in questions])
     assert sum(right) >= RIGHT * len(right), f"{sum(right)} of {len(right)}"
 
 
-async def test_at_least_95_percent_of_later_chat_turns_are_right(demo: App) -> None:
+async def test_at_least_95_percent_of_follow_up_answers_are_right(demo: App) -> None:
     drawn = [scenes.sample(seed) for seed in HELD_OUT]
 
     async def converse(client: httpx.AsyncClient, scene: scenes.Scene) -> list[bool]:
         (first, _), *later = scene.chat
         messages = [image_message(scene.image, first)]
-        said = await _chat(client, messages)
+        answer = await _chat(client, messages)
         right = []
-        for question, wanted in later:
-            messages.append({"role": "assistant", "content": said})
+        for question, expected in later:
+            messages.append({"role": "assistant", "content": answer})
             messages.append({"role": "user", "content": question})
-            said = await _chat(client, messages)
-            right.append(said == wanted)
+            answer = await _chat(client, messages)
+            right.append(answer == expected)
         return right
 
     async with demo.client() as client:

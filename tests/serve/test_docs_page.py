@@ -1,4 +1,4 @@
-"""The documentation at /docs and /redoc needs nothing from the internet."""
+"""The pages at /docs and /redoc work without internet access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.server import App
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
-def test_a_browser_without_internet_shows_the_routes(path: str, demo: App, tmp_path: Path) -> None:
+def test_the_page_shows_the_routes_without_internet(path: str, demo: App, tmp_path: Path) -> None:
     page = httpx.get(demo.url + path, timeout=30).text
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
 

@@ -1,4 +1,4 @@
-"""OpenAI's own Python client works against this server, unchanged."""
+"""OpenAI's Python client works with this server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def client(demo: App) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_a_chat_of_three_turns_sends_the_clients_own_message_objects_back(
+def test_a_chat_can_send_the_clients_message_objects_back(
     client: openai.OpenAI,
 ) -> None:
     scene = scenes.sample(2_001)
@@ -51,7 +51,7 @@ def test_a_stream_with_usage_adds_up_to_the_whole_answer(client: openai.OpenAI) 
     assert len(chunks) > 3
 
 
-async def test_the_asynchronous_client_streams(demo: App) -> None:
+async def test_the_async_client_can_stream(demo: App) -> None:
     async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="unused") as client:
         stream = await client.chat.completions.create(
             model="demo",
@@ -67,7 +67,7 @@ def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
     assert client.models.retrieve("demo").object == "model"
 
 
-def test_sampling_with_a_seed_repeats_itself_and_differs_between_seeds(
+def test_sampling_is_reproducible_with_a_seed(
     client: openai.OpenAI,
 ) -> None:
     messages: Any = [image_message(scenes.sample(2_004).image)]
@@ -82,10 +82,10 @@ def test_sampling_with_a_seed_repeats_itself_and_differs_between_seeds(
     assert len({sample(seed) for seed in range(5)}) > 1
 
 
-def test_several_samples_and_their_log_probabilities_whole_and_streamed(
+def test_samples_and_log_probabilities_are_the_same_whole_and_streamed(
     client: openai.OpenAI,
 ) -> None:
-    asked: dict[str, Any] = {
+    request: dict[str, Any] = {
         "model": "demo",
         "messages": [image_message(scenes.sample(2_006).image)],
         "n": 3,
@@ -95,10 +95,10 @@ def test_several_samples_and_their_log_probabilities_whole_and_streamed(
         "logprobs": True,
         "top_logprobs": 2,
     }
-    whole = client.chat.completions.create(**asked)
+    whole = client.chat.completions.create(**request)
     assert [choice.index for choice in whole.choices] == [0, 1, 2]
     streamed = {choice.index: ("", b"") for choice in whole.choices}
-    for chunk in client.chat.completions.create(**asked, stream=True):
+    for chunk in client.chat.completions.create(**request, stream=True):
         (choice,) = chunk.choices
         text, spelled = streamed[choice.index]
         text += choice.delta.content or ""
@@ -115,7 +115,7 @@ def test_several_samples_and_their_log_probabilities_whole_and_streamed(
         assert text in spelled.decode(errors="replace")
 
 
-def test_beams_go_by_extra_fields_and_the_best_is_what_one_answer_would_be(
+def test_beam_search_works_through_extra_body(
     client: openai.OpenAI,
 ) -> None:
     messages: Any = [image_message(scenes.sample(2_007).image)]
@@ -146,7 +146,7 @@ def test_beams_go_by_extra_fields_and_the_best_is_what_one_answer_would_be(
         ),
     ],
 )
-def test_bad_requests_raise_the_clients_error_classes(
+def test_bad_requests_raise_the_clients_errors(
     client: openai.OpenAI, change: dict[str, Any], error: type[openai.APIStatusError]
 ) -> None:
     request: dict[str, Any] = {

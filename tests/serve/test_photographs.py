@@ -1,4 +1,4 @@
-"""Real photographs in every accepted format and mode, as files users have."""
+"""Photographs in every supported file format and mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def photo() -> Image.Image:
 
 
 def _rotated(photo: Image.Image) -> bytes:
-    """Stored lying on its side, with the EXIF note that says so (as phones do)."""
+    """Returns a PNG that is stored sideways with its EXIF orientation, as phones do."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(photo.rotate(90, expand=True), "PNG", exif=exif)
@@ -48,7 +48,7 @@ def _reopened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
-# name -> (the file sent, the upright RGB picture that it shows)
+# name -> (makes the file, returns the upright RGB image that it shows)
 FILES: dict[
     str, tuple[Callable[[Image.Image], bytes], Callable[[Image.Image, bytes], Image.Image]]
 ] = {
@@ -79,12 +79,12 @@ FILES: dict[
         lambda p, _: p.convert("1").convert("RGB"),
     ),
     "PNG with alpha": (lambda p: _transparent(p.copy()), lambda p, _: _over_white(p)),
-    "PNG on its side with an EXIF note": (_rotated, lambda p, _: p),
+    "PNG with an EXIF orientation": (_rotated, lambda p, _: p),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_photograph_gets_the_tokens_that_transformers_gives_for_its_upright_rgb(
+def test_tokens_equal_those_of_transformers_for_the_upright_rgb_image(
     name: str, random_model: tuple[App, Oracle], photo: Image.Image
 ) -> None:
     app, oracle = random_model
@@ -94,11 +94,11 @@ def test_a_photograph_gets_the_tokens_that_transformers_gives_for_its_upright_rg
     response = app.post("/v1/generate", json=body)
     assert response.status_code == 200, response.text
     ids = response.json()["choices"][0]["token_ids"]
-    wanted = oracle.tokens(shown(photo, data), "", max_new_tokens=12)
-    assert oracle.without_eos(ids) == wanted
+    expected = oracle.tokens(shown(photo, data), "", max_new_tokens=12)
+    assert oracle.without_eos(ids) == expected
 
 
-def test_uploads_of_several_photographs_get_one_result_each(
+def test_each_of_several_uploads_gets_one_result(
     random_model: tuple[App, Oracle], photo: Image.Image
 ) -> None:
     app, oracle = random_model

@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a real run: every metric is there, every panel and rule has data."""
+"""Prometheus scrapes a running application: all metrics exist, all panels and rules have data."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def app(base_url: str) -> App:
-    """With replicas that scale, so that there is something to say about it."""
+    """An application with a stage that scales, so that autoscaling metrics exist."""
     stage = {"autoscaling": {"min_replicas": 1, "max_replicas": 2}}
     config: dict[str, Any] = {
         "dtype": "float32",
@@ -44,29 +44,29 @@ def app(base_url: str) -> App:
     return start_app(base_url, "watched", config)
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return scenes.sample(seed).image
 
 
 async def traffic(app: App) -> None:
-    """Something for every metric to measure."""
+    """Sends requests that together change every metric."""
     async with app.client() as client:
         same = [client.post(CHAT, json=chat(1, "what is there?")) for _ in range(4)]
         streams = [client.post(CHAT, json=chat(seed, stream=True)) for seed in range(2, 6)]
         await asyncio.gather(*same, *streams)
-        await client.post(CHAT, json=chat(1, "what is there?"))  # a prefix and keys known by now
-        await client.post(CHAT, json=chat(1, max_tokens=2000))  # more than the KV holds
+        await client.post(CHAT, json=chat(1, "what is there?"))  # hits both caches
+        await client.post(CHAT, json=chat(1, max_tokens=2000))  # exceeds the KV cache
         await client.post("/v1/caption", json={"image": data_url(b"no image")})
         for seed in range(10, 13):
-            await leave(client, seed)
+            await disconnect(client, seed)
 
 
 def chat(seed: int, question: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"messages": [image_message(picture(seed), question)], **more}
+    return {"messages": [image_message(image(seed), question)], **more}
 
 
-async def leave(client: httpx.AsyncClient, seed: int) -> None:
-    """Begins to read a long answer, and goes."""
+async def disconnect(client: httpx.AsyncClient, seed: int) -> None:
+    """Starts to read a long answer and disconnects."""
     body = chat(seed, stream=True, max_tokens=300, ignore_eos=True)
     async with client.stream("POST", CHAT, json=body) as response:
         async for _ in response.aiter_bytes():
@@ -75,7 +75,7 @@ async def leave(client: httpx.AsyncClient, seed: int) -> None:
 
 @contextlib.contextmanager
 def gpu_page() -> Iterator[str]:
-    """host:port of a server that has the recorded metrics of a GPU."""
+    """Serves recorded metrics of a GPU; yields host:port."""
 
     class Page(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -98,17 +98,17 @@ def gpu_page() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def watching(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def scraping(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
     needs("prometheus")
     targets = {"blip2-serve": f"{app.url.removeprefix('http://')}/metrics"}
     folder = tmp_path_factory.mktemp("prometheus")
-    with gpu_page() as gpu, prometheus(folder, {**targets, "gpu": f"{gpu}/metrics"}) as watching:
+    with gpu_page() as gpu, prometheus(folder, {**targets, "gpu": f"{gpu}/metrics"}) as scraping:
         asyncio.run(traffic(app))
-        watching.wait_for('ray_blip2_requests_total{outcome="cancelled"}')
-        # Twice, since a rate needs a second value.
+        scraping.wait_for('ray_blip2_requests_total{outcome="cancelled"}')
+        # Once more, because a rate needs two values.
         asyncio.run(traffic(app))
-        watching.wait_for('ray_blip2_requests_total{outcome="cancelled"} > 3')
-        yield watching
+        scraping.wait_for('ray_blip2_requests_total{outcome="cancelled"} > 3')
+        yield scraping
 
 
 def exported(metric: metrics.Metric) -> list[str]:
@@ -120,38 +120,38 @@ def exported(metric: metrics.Metric) -> list[str]:
 @pytest.mark.parametrize(
     "name", [name for metric in metrics.catalogue() for name in exported(metric)]
 )
-def test_every_metric_is_there_after_traffic(watching: Prometheus, name: str) -> None:
-    watching.wait_for(name)
+def test_every_metric_exists(scraping: Prometheus, name: str) -> None:
+    scraping.wait_for(name)
 
 
-def test_labels_are_those_of_the_catalogue(watching: Prometheus) -> None:
+def test_labels_match_the_catalogue(scraping: Prometheus) -> None:
     added = {"__name__", "job", "instance", "le", "deployment", "replica", "application"}
     added |= {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "otel_scope_name"}
     for metric in metrics.catalogue():
         for name in exported(metric):
-            for sample in watching.query(f'{name}{{job="blip2-serve"}}'):
+            for sample in scraping.query(f'{name}{{job="blip2-serve"}}'):
                 assert {*sample["metric"]} - added == {*metric.labels} - {"deployment"}, name
 
 
-def test_histograms_have_their_exact_sums_beside_them(watching: Prometheus) -> None:
-    watching.wait_for("sum(ray_blip2_image_bytes_exact_total) > 0")
-    watching.wait_for("sum(ray_blip2_image_bytes_count) > 0")
+def test_histograms_have_exact_totals(scraping: Prometheus) -> None:
+    scraping.wait_for("sum(ray_blip2_image_bytes_exact_total) > 0")
+    scraping.wait_for("sum(ray_blip2_image_bytes_count) > 0")
 
 
 @pytest.mark.parametrize("panel", dashboard_expressions())
-def test_every_panel_has_data(watching: Prometheus, panel: str) -> None:
-    watching.wait_for(dashboard_expressions()[panel].replace("$__rate_interval", "1m"))
+def test_every_panel_has_data(scraping: Prometheus, panel: str) -> None:
+    scraping.wait_for(dashboard_expressions()[panel].replace("$__rate_interval", "1m"))
 
 
 @pytest.mark.parametrize(
     "expression",
     [rule["expr"] for group in rule_groups() for rule in group["rules"] if "record" in rule],
 )
-def test_every_recording_rule_has_data(watching: Prometheus, expression: str) -> None:
-    watching.wait_for(expression)
+def test_every_recording_rule_has_data(scraping: Prometheus, expression: str) -> None:
+    scraping.wait_for(expression)
 
 
-def test_the_page_has_every_node_and_nothing_of_ray_itself(app: App) -> None:
+def test_the_metrics_page_covers_every_node_without_rays_own_metrics(app: App) -> None:
     nodes = {f"{n['NodeManagerAddress']}:{n['MetricsExportPort']}" for n in ray.nodes()}
     page = httpx.get(f"{app.url}/metrics", timeout=30).text
     answered = re.findall(r'^ray_blip2_node_up{node="(.+)"} 1\.0$', page, re.MULTILINE)
@@ -160,7 +160,7 @@ def test_the_page_has_every_node_and_nothing_of_ray_itself(app: App) -> None:
     assert [name for name in names if not name.startswith(("ray_blip2_", "ray_serve_"))] == []
 
 
-def test_an_answer_and_a_log_line_have_the_requests_id(app: App) -> None:
+def test_responses_have_the_id_of_the_request(app: App) -> None:
     response = app.post(CHAT, json=chat(1), headers={"x-request-id": "asked-by-a-test"})
 
     assert response.headers["x-request-id"] == "asked-by-a-test"

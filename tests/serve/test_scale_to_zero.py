@@ -1,4 +1,4 @@
-"""A stage that may have no replica: an idle one goes, and the next request waits for a new one."""
+"""Stages that scale to zero: idle replicas stop, and the next request waits for a new one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def replicas(stage: str) -> int:
 
 @pytest.fixture(scope="module")
 def idle(base_url: str) -> Iterator[App]:
-    """Encoder and generator are at zero, on purpose."""
+    """An application whose encoder and generator have scaled to zero."""
     soon = {"downscale_to_zero_delay_s": 1, "look_back_period_s": 2, "metrics_interval_s": 1}
     stage = {"autoscaling": {"min_replicas": 0, "max_replicas": 1, **soon}}
     app = start_app(base_url, IDLE, {"dtype": "float32", "encoder": stage, "generator": stage})
@@ -39,8 +39,8 @@ def idle(base_url: str) -> Iterator[App]:
 
 
 @pytest.fixture
-def one_stage_never_comes(idle: App) -> Iterator[str]:
-    """The name of an application beside `idle`; no node has what its preprocessor asks for."""
+def unschedulable(idle: App) -> Iterator[str]:
+    """Deploys another application, whose preprocessor fits no node; yields its name."""
     assert idle.name != NEVER
     light: dict[str, Any] = {
         stage: {"num_cpus": 0} for stage in ("ingress", "preprocessor", "encoder", "generator")
@@ -58,8 +58,8 @@ def one_stage_never_comes(idle: App) -> Iterator[str]:
     serve.delete(NEVER)
 
 
-def test_the_alert_is_about_a_stage_that_never_came_and_not_about_one_at_zero(
-    idle: App, one_stage_never_comes: str, tmp_path: Path
+def test_alerts_fire_for_a_stage_that_never_started_but_not_for_one_at_zero(
+    idle: App, unschedulable: str, tmp_path: Path
 ) -> None:
     needs("prometheus")
     alerts = {
@@ -68,29 +68,27 @@ def test_the_alert_is_about_a_stage_that_never_came_and_not_about_one_at_zero(
         for rule in group["rules"]
         if "alert" in rule
     }
-    with prometheus(tmp_path, {"blip2": f"{idle.url.removeprefix('http://')}/metrics"}) as watching:
-        # Everything that the alert goes by is known of both.
-        watching.wait_for(
+    with prometheus(tmp_path, {"blip2": f"{idle.url.removeprefix('http://')}/metrics"}) as scraping:
+        # Wait until every metric that the alerts use exists for both applications.
+        scraping.wait_for(
             f'count(ray_serve_autoscaling_target_replicas{{application="{IDLE}"}}) == 4'
         )
         for stage in ("Encoder", "Generator"):
             labels = f'application="{IDLE}", deployment="{stage}"'
-            watching.wait_for(f"ray_serve_autoscaling_target_replicas{{{labels}}} == 0")
-        healthy = (
-            f'ray_serve_deployment_replica_healthy{{application="{one_stage_never_comes}"}} == 1'
-        )
-        watching.wait_for(f"count({healthy}) == 3", within_s=120)
-        lost = stages(watching.query(alerts["Blip2NoReadyReplica"]))
-        not_started = stages(watching.query(alerts["Blip2StageDoesNotStart"]))
+            scraping.wait_for(f"ray_serve_autoscaling_target_replicas{{{labels}}} == 0")
+        healthy = f'ray_serve_deployment_replica_healthy{{application="{unschedulable}"}} == 1'
+        scraping.wait_for(f"count({healthy}) == 3", within_s=120)
+        lost = stages(scraping.query(alerts["Blip2NoReadyReplica"]))
+        not_started = stages(scraping.query(alerts["Blip2StageDoesNotStart"]))
     assert lost == set()
-    assert not_started == {(one_stage_never_comes, "Preprocessor")}
+    assert not_started == {(unschedulable, "Preprocessor")}
 
 
 def stages(samples: list[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(s["metric"]["application"], s["metric"]["deployment"]) for s in samples}
 
 
-def test_the_first_request_after_a_rest_waits_and_succeeds(idle: App) -> None:
+def test_the_first_request_after_scaling_to_zero_waits_and_succeeds(idle: App) -> None:
     assert replicas("Preprocessor") == 1
     assert replicas("Generator") == replicas("Encoder") == 0
 

@@ -1,4 +1,4 @@
-"""The application by Ray Serve's own command; `serve deploy` is in tests/up/test_dev_cpu.py."""
+"""`serve run` starts the application. For `serve deploy`, see tests/up/test_dev_cpu.py."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ NAME = "by-run"
 
 
 @pytest.fixture
-def gone_afterwards() -> Iterator[None]:
+def delete_afterwards() -> Iterator[None]:
     yield
     ray.serve.delete(NAME)
 
 
-@pytest.mark.usefixtures("gone_afterwards")
-def test_serve_run_takes_the_builder_and_its_arguments(base_url: str) -> None:
+@pytest.mark.usefixtures("delete_afterwards")
+def test_serve_run_starts_the_application_with_arguments(base_url: str) -> None:
     arguments = ["model=demo", "dtype=bfloat16", "max_model_len=128"]
     address = ray.get_runtime_context().gcs_address
     place = [f"--address={address}", f"--name={NAME}", f"--route-prefix=/{NAME}"]

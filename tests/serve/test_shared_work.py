@@ -1,4 +1,4 @@
-"""What is computed once, and what stops when nobody waits for it."""
+"""Requests share work, and work stops when its client disconnects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.server import App, data_url, image_message
 LONG = {"max_tokens": 400, "ignore_eos": True}
 
 
-async def test_one_image_from_32_clients_at_once_is_encoded_once(demo: App) -> None:
+async def test_one_image_from_32_concurrent_clients_is_encoded_once(demo: App) -> None:
     before = (await demo.stats("Encoder"))["images"]
     body = {"image": data_url(scenes.sample(3_001).image)}
     async with demo.client() as client:
@@ -20,7 +20,7 @@ async def test_one_image_from_32_clients_at_once_is_encoded_once(demo: App) -> N
     assert (await demo.stats("Encoder"))["images"] == before + 1
 
 
-async def test_images_that_wait_together_are_encoded_in_batches(demo: App) -> None:
+async def test_concurrent_images_are_encoded_in_batches(demo: App) -> None:
     before = await demo.stats("Encoder")
     bodies = [{"image": data_url(scenes.sample(3_100 + i).image)} for i in range(48)]
     async with demo.client() as client:
@@ -31,7 +31,7 @@ async def test_images_that_wait_together_are_encoded_in_batches(demo: App) -> No
     assert after["batches"] - before["batches"] < len(bodies)
 
 
-async def test_stages_tell_how_long_they_worked(demo: App) -> None:
+async def test_stages_count_images_and_seconds(demo: App) -> None:
     stages = ("Preprocessor", "Encoder")
     before = [await demo.stats(stage) for stage in stages]
     async with demo.client() as client:
@@ -42,19 +42,19 @@ async def test_stages_tell_how_long_they_worked(demo: App) -> None:
         assert 0 < new["seconds"] - old["seconds"] < 60
 
 
-async def test_a_client_that_leaves_does_not_take_the_encode_from_another(demo: App) -> None:
+async def test_a_disconnect_does_not_cancel_an_encode_that_another_client_shares(demo: App) -> None:
     async with demo.client() as client:
         for seed in range(3_200, 3_210):
             body = {"image": data_url(scenes.sample(seed).image)}
             leaving = asyncio.create_task(client.post("/v1/caption", json=body))
             staying = asyncio.create_task(client.post("/v1/caption", json=body))
-            await asyncio.sleep(0.01)  # both are somewhere on their way
+            await asyncio.sleep(0.01)  # cancels in a different phase each time
             leaving.cancel()
             answer = await staying
             assert answer.status_code == 200, answer.text
 
 
-async def test_a_client_that_goes_away_while_streaming_leaves_nothing_in_the_engine(
+async def test_a_disconnect_while_streaming_frees_the_engine(
     demo: App,
 ) -> None:
     steps = (await demo.stats("Generator"))["steps"]
@@ -72,7 +72,7 @@ async def test_a_client_that_goes_away_while_streaming_leaves_nothing_in_the_eng
     assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
-async def test_a_client_that_goes_away_from_a_beam_search_leaves_nothing_in_the_engine(
+async def test_a_disconnect_during_a_beam_search_frees_the_engine(
     demo: App,
 ) -> None:
     steps = (await demo.stats("Generator"))["steps"]
@@ -88,7 +88,7 @@ async def test_a_client_that_goes_away_from_a_beam_search_leaves_nothing_in_the_
     assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
-async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_new(
+async def test_a_chat_that_continues_another_only_computes_its_new_tokens(
     demo: App,
 ) -> None:
     messages = [image_message(scenes.sample(3_303).image, "what is in this picture?")]
@@ -103,12 +103,12 @@ async def test_the_second_of_two_chats_that_begin_alike_computes_only_what_is_ne
         second = await client.post("/v1/chat/completions", json={"messages": messages})
     assert second.status_code == 200, second.text
     reused = (await demo.until_idle())["cached_tokens"] - before
-    # All of the first prompt at least: image and question.
+    # At least the whole first prompt: image and question.
     assert reused >= first.json()["usage"]["prompt_tokens"]
     assert reused < second.json()["usage"]["prompt_tokens"]
 
 
-async def test_a_client_that_goes_away_while_waiting_leaves_nothing_in_the_engine(
+async def test_a_disconnect_without_streaming_frees_the_engine(
     demo: App,
 ) -> None:
     steps = (await demo.stats("Generator"))["steps"]

@@ -1,4 +1,4 @@
-"""A server whose KV is far too small for all that is asked at once answers everything, in turn."""
+"""A server with a small KV cache answers many concurrent requests, one after the other."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from blip2_serve.demo import scenes
 from support.server import App, data_url, start_app
 
 REQUESTS = 300
-PROMPT_TOKENS, ANSWER_TOKENS = 20, 30  # of a typical request
-KV_ROWS = 16 * (PROMPT_TOKENS + ANSWER_TOKENS)
+PROMPT_TOKENS, ANSWER_TOKENS = 20, 30  # per typical request
+KV_SLOTS = 16 * (PROMPT_TOKENS + ANSWER_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def small(base_url: str) -> Iterator[App]:
-    app = start_app(base_url, "small", {"generator": {"kv_slots": KV_ROWS}})
+    app = start_app(base_url, "small", {"generator": {"kv_slots": KV_SLOTS}})
     yield app
     serve.delete(app.name)
 
@@ -41,7 +41,7 @@ def mixed_requests() -> list[dict[str, Any]]:
     ]
 
 
-async def test_300_mixed_requests_at_once_go_through_a_kv_with_room_for_sixteen(small: App) -> None:
+async def test_300_concurrent_requests_share_slots_for_sixteen(small: App) -> None:
     bodies = mixed_requests()
     async with small.client() as client:
         answers = await asyncio.gather(*(client.post("/v1/generate", json=b) for b in bodies))
@@ -50,14 +50,14 @@ async def test_300_mixed_requests_at_once_go_through_a_kv_with_room_for_sixteen(
     tokens = [answer.json()["usage"]["completion_tokens"] for answer in answers]
     assert tokens == [body["max_tokens"] * body.get("n", 1) for body in bodies]
     after = await small.until_idle()
-    assert after["kv_slots_total"] == KV_ROWS
+    assert after["kv_slots_total"] == KV_SLOTS
     assert after["kv_slots_used"] == after["kv_slots_cached"]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_what_can_never_fit_is_refused_by_name_and_size(stream: bool, small: App) -> None:
+def test_a_request_that_can_never_fit_is_rejected(stream: bool, small: App) -> None:
     body = {"image": data_url(scenes.sample(7_000).image), "stream": stream}
-    too_large = {"max_tokens": 1 + KV_ROWS // 4, "num_beams": 4}
+    too_large = {"max_tokens": 1 + KV_SLOTS // 4, "num_beams": 4}
 
     answer = small.post("/v1/generate", json={**body, **too_large})
 
@@ -65,5 +65,5 @@ def test_what_can_never_fit_is_refused_by_name_and_size(stream: bool, small: App
     error = answer.json()["error"]
     assert error["param"] == "max_tokens"
     assert "max_tokens" in error["message"]
-    assert f"room for {KV_ROWS}" in error["message"]
+    assert f"this server has {KV_SLOTS}" in error["message"]
     assert small.post("/v1/generate", json={**body, "max_tokens": 1}).status_code == 200

@@ -1,4 +1,4 @@
-"""A replica that cannot start says why, and the operator reads it in the last line."""
+"""The reason why a replica cannot start becomes the application's error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from support.server import start_app
 
 pytestmark = pytest.mark.long  # Serve tries a replica several times
 
-NAME = "without-memory"
+NAME = "too-few-slots"
 
 
-def test_too_little_room_for_the_kv_is_the_applications_error(base_url: str) -> None:
+def test_too_few_kv_slots_are_reported_as_the_startup_error(base_url: str) -> None:
     with pytest.raises(RuntimeError):
         start_app(base_url, NAME, {"dtype": "float32", "generator": {"kv_slots": 9}})
     reason = startup_error(NAME)
     serve.delete(NAME)
 
     assert reason is not None
-    assert reason.startswith("generator.kv_slots is 9, but the shortest request needs 10 rows")
+    assert reason.startswith("generator.kv_slots is 9, but the shortest request needs 10 slots")

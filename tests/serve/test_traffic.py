@@ -1,4 +1,4 @@
-"""The locust scripts as an operator runs them, against the real application."""
+"""The locust scripts run against the real application."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from support.load import closed
 from support.server import App
 
 
-def test_every_kind_of_traffic_is_answered_rightly_by_the_real_application(
-    demo: App, tmp_path: Path
-) -> None:
+def test_every_kind_of_traffic_is_answered_correctly(demo: App, tmp_path: Path) -> None:
     run = load.run(tmp_path, demo.url, closed(len(KINDS), 10, *KINDS))
 
     assert run.failures == set()

@@ -1,4 +1,4 @@
-"""Through the whole HTTP path, greedy answers have the token ids that transformers gives."""
+"""Greedy answers over HTTP have the same token ids as transformers'."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUESTS = 64
 ARRIVAL_SPREAD_S = 1.0
 
 RECIPES = [
-    pytest.param(None, id="tied embeddings, one file, two replicas a stage"),
+    pytest.param(None, id="tied embeddings, one file, two replicas per stage"),
     pytest.param(
         (
             Recipe(
@@ -43,10 +43,10 @@ RECIPES = [
                 layout="sharded",
                 text={"do_layer_norm_before": False},
             ),
-            # Prompts are longer than a step takes: they are computed in chunks.
+            # Prompts exceed a step, so they are computed in chunks.
             {"max_num_seqs": 24, "max_num_batched_tokens": 40},
         ),
-        id="untied embeddings, norm after, shards, prompts in chunks",
+        id="untied embeddings, post-norm, shards, chunked prefill",
     ),
     pytest.param(
         (
@@ -65,7 +65,7 @@ RECIPES = [
             ),
             {"max_num_seqs": 8, "kv_slots": 900},
         ),
-        id="two frequent eos ids, .bin shards, few KV rows",
+        id="two frequent eos ids, .bin shards, few KV slots",
     ),
 ]
 
@@ -110,7 +110,7 @@ def cases(seed: int) -> list[Case]:
     return [case() for _ in range(REQUESTS)]
 
 
-def expected(oracle: Oracle, images: list[Image.Image], case: Case) -> list[int]:
+def reference_tokens(oracle: Oracle, images: list[Image.Image], case: Case) -> list[int]:
     extra = {"min_new_tokens": case.min_tokens} if case.min_tokens else {}
     return oracle.tokens(
         images[case.image],
@@ -145,9 +145,9 @@ def served(
 
 
 def frequent_tokens(oracle: Oracle) -> list[int]:
-    """The two tokens that most answers contain: as eos ids they end answers early."""
+    """Returns the two most frequent tokens of answers; as eos ids they end answers early."""
     images = pictures()
-    answers = [expected(oracle, images, replace(c, max_tokens=30)) for c in cases(0)[:16]]
+    answers = [reference_tokens(oracle, images, replace(c, max_tokens=30)) for c in cases(0)[:16]]
     counts = Counter(token for answer in answers for token in set(answer[2:]))
     return [token for token, _ in counts.most_common(2)]
 
@@ -167,7 +167,7 @@ async def ask(client: httpx.AsyncClient, urls: list[str], case: Case, after_s: f
     return response.json()["choices"][0]
 
 
-async def test_64_requests_in_flight_alone_and_by_transformers_give_the_same_token_ids(
+async def test_tokens_equal_those_of_transformers_under_load_and_alone(
     served: tuple[App, Oracle],
 ) -> None:
     app, oracle = served
@@ -178,22 +178,22 @@ async def test_64_requests_in_flight_alone_and_by_transformers_give_the_same_tok
 
     async with app.client() as client:
         arrivals = [rng.uniform(0, ARRIVAL_SPREAD_S) for _ in todo]
-        crowd = await asyncio.gather(
+        concurrent = await asyncio.gather(
             *(ask(client, urls, c, after) for c, after in zip(todo, arrivals, strict=True))
         )
         alone = [await ask(client, urls, case, 0) for case in todo]
 
-    wanted = [expected(oracle, images, case) for case in todo]
-    assert [oracle.without_eos(choice["token_ids"]) for choice in crowd] == wanted
-    assert [oracle.without_eos(choice["token_ids"]) for choice in alone] == wanted
-    # The comparison means something: answers differ, and some end early and some late.
-    assert len({tuple(answer) for answer in wanted}) > REQUESTS / 2
+    expected = [reference_tokens(oracle, images, case) for case in todo]
+    assert [oracle.without_eos(choice["token_ids"]) for choice in concurrent] == expected
+    assert [oracle.without_eos(choice["token_ids"]) for choice in alone] == expected
+    # Guard against a trivial comparison: answers differ, and some end early, others late.
+    assert len({tuple(answer) for answer in expected}) > REQUESTS / 2
     if app.name == "eos":
-        reasons = Counter(choice["finish_reason"] for choice in crowd)
+        reasons = Counter(choice["finish_reason"] for choice in concurrent)
         assert min(reasons["stop"], reasons["length"]) > REQUESTS / 10
 
 
-async def test_the_same_prompt_about_different_images_gets_each_image_its_own_answer(
+async def test_the_same_prompt_gets_each_images_own_answer(
     served: tuple[App, Oracle],
 ) -> None:
     app, oracle = served
@@ -202,6 +202,6 @@ async def test_the_same_prompt_about_different_images_gets_each_image_its_own_an
     todo = [Case(i, "Question: what is it? Answer:", 20, 20, 1.0) for i in range(len(images))]
     async with app.client() as client:
         answers = await asyncio.gather(*(ask(client, urls, case, 0) for case in todo))
-    wanted = [expected(oracle, images, case) for case in todo]
-    assert [oracle.without_eos(answer["token_ids"]) for answer in answers] == wanted
-    assert len({tuple(answer) for answer in wanted}) > len(images) / 2
+    expected = [reference_tokens(oracle, images, case) for case in todo]
+    assert [oracle.without_eos(answer["token_ids"]) for answer in answers] == expected
+    assert len({tuple(answer) for answer in expected}) > len(images) / 2

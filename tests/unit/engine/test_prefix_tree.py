@@ -219,9 +219,8 @@ def test_leaves_are_evicted_before_their_prefixes() -> None:
     for count in (6, 7, 8, 10):
         bench.tree.make_room(count)
         bench.tree.check_integrity()
-        left.append(
-            {sequence[-1] for sequence in sequences if ("x", (*sequence,)) in bench.cached()}
-        )
+        cached = bench.cached()
+        left.append({ids[-1] for ids in sequences if ("x", (*ids,)) in cached})
     assert left == [{3, 5}, {3}, set(), set()]
     assert bench.tree.slots == 0
 
