@@ -1,11 +1,11 @@
-# make serve       the server with the shipped checkpoint, on http://127.0.0.1:8000
-# make test        the test suite
-# make test-quick  its unit tests
-# make test-long   tests that take long by their nature, and more examples of those that draw them
-# make load        a load test of URL with loadtest/scenarios/$(SCENARIO).yaml, its report in results/$(SCENARIO)
-# make install     .venv with every extra
-# make check       ruff and mypy
-# make image-test  builds k8s/Dockerfile without a container engine, and tries the image (needs root)
+# make serve       run the server with the shipped checkpoint on http://127.0.0.1:8000
+# make test        run the test suite
+# make test-quick  run the unit tests
+# make test-long   run slow tests, and property tests with more examples
+# make load        load-test URL with loadtest/scenarios/$(SCENARIO).yaml; report in results/$(SCENARIO)
+# make install     create .venv with every extra
+# make check       run ruff and mypy
+# make image-test  build k8s/Dockerfile without a container engine and test the image (needs root)
 
 PYTHON ?= python3
 VENV := .venv
@@ -57,9 +57,9 @@ image-test:
 clean:
 	rm -rf $(VENV)
 
-# One stamp for each set of packages; all of them anew when a pin changes.
+# One stamp per set of packages; a changed pin reinstalls them all.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@echo "installing into $(VENV) (some minutes the first time)"
+	@echo "installing into $(VENV) (takes minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) -e .
 	@touch $@

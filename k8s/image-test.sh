@@ -1,21 +1,20 @@
 #!/usr/bin/env bash
-# make image-test: builds k8s/Dockerfile for CPUs without a container engine, and tries the image.
+# Builds k8s/Dockerfile for CPUs without a container engine and tests the image (`make image-test`).
 #
-# Base image: a Debian 12 made by debootstrap. Builder: buildah, which needs no namespaces in chroot
-# isolation. The image then runs as its own user, on a root that is mounted read-only, with no network
-# but loopback (image-check.sh). No container engine takes part: seccomp, dropped capabilities and
-# limits of a cluster are not tried.
+# debootstrap makes the base image, a Debian 12, and buildah builds on it with chroot isolation, which
+# needs no namespaces. The image then runs as its own user on a read-only root file system with no
+# network but loopback (image-check.sh). Without a container engine, this does not test seccomp,
+# dropped capabilities or a cluster's limits.
 #
-# Needs root, 25 GB in IMAGE_TEST_DIR for a while and some minutes, buildah and debootstrap (apt-get install
-# buildah debootstrap) and kubectl. A pip.conf of this machine is used while building, with the local
-# folders that it names.
+# Needs root, several minutes, up to 25 GB in IMAGE_TEST_DIR, kubectl, and the Debian packages buildah
+# and debootstrap. The build uses this machine's pip configuration and the local folders it names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MIRROR=${MIRROR:-http://deb.debian.org/debian}
 PIP_ARGS=${PIP_ARGS:-}
 
-# -- inside namespaces of its own (see the end): mounts, then the image's user ----------------------
+# -- inside new namespaces (see the last line): mounts, then the image's user -----------------------
 if [[ ${1:-} == inside ]]; then
     root=$2 given=$3
     mount --make-rprivate /
@@ -34,19 +33,19 @@ if [[ ${1:-} == inside ]]; then
     mount --bind "$given" "$root/mnt"
     mount -o remount,ro,bind "$root/mnt"
     ip link set lo up
-    # shellcheck disable=SC2046 # one line is one variable, and none of them has spaces
+    # shellcheck disable=SC2046 # one variable per line, without spaces
     exec env -i $(cat "$given/image.env") chroot --userspec=10001:10001 --groups= "$root" \
         /bin/bash /mnt/image-check.sh
 fi
 
 for command in buildah debootstrap kubectl; do
     if ! command -v "$command" >/dev/null; then
-        echo "image-test needs $command (buildah and debootstrap: apt-get install)" >&2
+        echo "image-test needs $command; for buildah and debootstrap: apt-get install" >&2
         exit 2
     fi
 done
 if [[ $(id -u) != 0 ]]; then
-    echo "image-test needs root: debootstrap and chroot do" >&2
+    echo "image-test needs root, for debootstrap and chroot" >&2
     exit 2
 fi
 
@@ -56,7 +55,7 @@ images() {
     buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@"
 }
 
-echo "== base image: Debian 12 by debootstrap"
+echo "== base image: Debian 12 from debootstrap"
 if [[ ! -e $work/base/etc/debian_version ]]; then
     debootstrap --variant=minbase bookworm "$work/base.part" "$MIRROR" >"$work/debootstrap.log"
     rm -rf "$work"/base.part/var/cache/apt/archives/*.deb "$work"/base.part/var/lib/apt/lists/*
@@ -70,13 +69,13 @@ if ! images inspect --type image localhost/debian:12 >/dev/null 2>&1; then
 fi
 
 echo "== build"
-# Copies instead of layers: what is left of an earlier build only takes space.
+# Without layers, the remains of an earlier build are of no use.
 images rm --all >/dev/null
 images rmi --prune --force >/dev/null
 build=(--isolation chroot --layers=false -f k8s/Dockerfile --build-arg "BASE=localhost/debian:12"
     --build-arg COMPILER= --build-arg "PIP_ARGS=$PIP_ARGS")
-# What pip is told on this machine: its options in one file, the local folders at the same paths, and
-# its certificates, which the image's own would otherwise stand in for.
+# Pass this machine's pip options on in one file, with local folders mounted at the same paths, and
+# its certificates instead of the image's.
 pip_option() { python3 -m pip config list | sed -nE "s/^(global|:env:)\.$1='(.*)'$/\2/p" | tail -1; }
 echo '[global]' >"$work/pip.conf"
 for option in index-url extra-index-url find-links constraint default-timeout; do
@@ -94,7 +93,7 @@ fi
 build+=(--secret "id=pip.conf,src=$work/pip.conf")
 if ! images build "${build[@]}" -t localhost/blip2-serve . >"$work/build.log" 2>&1; then
     tail -n 30 "$work/build.log" >&2
-    echo "the build failed; all of it is in $work/build.log" >&2
+    echo "the build failed; the whole log is in $work/build.log" >&2
     exit 1
 fi
 grep -E '^(\[[0-9]/[0-9]\] )?STEP' "$work/build.log"

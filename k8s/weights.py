@@ -1,12 +1,12 @@
-"""A checkpoint's files from the hub, each with the checksum that was pinned.
+"""Downloads a checkpoint's files from the hub and verifies their pinned checksums.
 
-    python k8s/weights.py pin MODEL      prints the lines for settings.yaml
-    python weights.py fetch              in a pod: into FOLDER/REVISION, unless it is there
-    python weights.py wait               in a pod: until somebody else has fetched it
+    python k8s/weights.py pin MODEL      print the lines for settings.yaml
+    python weights.py fetch              in a pod: download to /weights/REVISION unless it exists
+    python weights.py wait               in a pod: wait until another pod has downloaded it
 
-In a pod the environment says what to fetch: MODEL, REVISION and SHA256, lines as sha256sum writes
-them. A folder REVISION exists only with all its files, each of them checked. This script knows
-nothing of Ray or of the model; the image has it as /opt/blip2/weights.py.
+In a pod, environment variables say what to download: MODEL, REVISION and SHA256, which has lines in
+the format of sha256sum. The folder REVISION only ever exists with all files, each verified. The
+image has this script as /opt/blip2/weights.py; it depends neither on Ray nor on the package.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ FOLDER = Path("/weights")
 WEIGHTS = (".safetensors", ".bin")
 WAIT_S = 5.0
 
-# (model, file, revision, folder to put it into)
+# (model, file, revision, folder to write the file to)
 Download = Callable[[str, str, str, Path], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetches and checks a checkpoint's files.")
+    parser = argparse.ArgumentParser(description="Download and verify a checkpoint's files.")
     commands = parser.add_subparsers(dest="command", required=True)
     pin_command = commands.add_parser("pin", help="print the lines for settings.yaml")
-    pin_command.add_argument("model", help="such as Salesforce/blip2-opt-2.7b-coco")
+    pin_command.add_argument("model", help="hub id, such as Salesforce/blip2-opt-2.7b-coco")
     pin_command.add_argument("--revision", default="main", help="branch, tag or commit")
-    fetch_command = commands.add_parser("fetch", help="fetch what the environment names")
+    fetch_command = commands.add_parser(
+        "fetch", help="download the files given by MODEL, REVISION and SHA256"
+    )
     fetch_command.add_argument(
         "--without-weights", action="store_true", help="only the small files, for preprocessors"
     )
-    commands.add_parser("wait", help="wait until what the environment names is there")
+    commands.add_parser("wait", help="wait until REVISION has been downloaded")
     arguments = parser.parse_args()
     if arguments.command == "pin":
         pin(arguments.model, arguments.revision)
@@ -55,44 +57,47 @@ def main() -> None:
 
 
 def read_sums(text: str) -> dict[str, str]:
-    """Lines as sha256sum writes them -> the checksum of each file.
+    """Parses lines in the format of sha256sum and returns the checksum of each file.
 
-    Exits if there are none, or a line is not one.
+    Exits with a message if there are none or a line is malformed.
     """
     sums = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         match = re.fullmatch(r"([0-9a-f]{64})  (\S+)", line)
         if match is None or ".." in Path(match[2]).parts or Path(match[2]).is_absolute():
             sys.exit(
-                f"{line!r} is not a line of checksums: put what `python k8s/weights.py pin MODEL` "
-                "prints into weights of settings.yaml"
+                f"SHA256 has a malformed line, {line!r}: copy the output of "
+                "`python k8s/weights.py pin MODEL` into settings.yaml"
             )
         sums[match[2]] = match[1]
     if not sums:
-        sys.exit("SHA256 is empty: nothing is fetched that is not pinned")
+        sys.exit("SHA256 is empty: it must have the pinned checksum of every file")
     return sums
 
 
 def fetch(
     model: str, revision: str, sums: Mapping[str, str], folder: Path, download: Download
 ) -> None:
-    """The files into folder/revision, which appears when they all are there and right."""
+    """Downloads files to folder/revision, which is created only once all are verified.
+
+    Exits with a message if a file has another checksum.
+    """
     done = folder / revision
     if done.is_dir():
-        print(f"{done} is there")
+        print(f"{done} exists already")
         return
-    under_way = folder / f".{revision}"
-    under_way.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{revision}"
+    partial.mkdir(parents=True, exist_ok=True)
     for name, expected in sums.items():
-        print(f"fetching {name}", flush=True)
-        download(model, name, revision, under_way)
-        found = sha256_of(under_way / name)
-        if found != expected:
-            (under_way / name).unlink()
-            sys.exit(f"{name} of {model} has the checksum {found}, not {expected}: it is not used")
-    shutil.rmtree(under_way / ".cache", ignore_errors=True)  # the hub client's notes
-    under_way.rename(done)
-    print(f"{done} is complete, {len(sums)} files checked")
+        print(f"downloading {name}", flush=True)
+        download(model, name, revision, partial)
+        actual = sha256_of(partial / name)
+        if actual != expected:
+            (partial / name).unlink()
+            sys.exit(f"{name} of {model} has the checksum {actual}, not the pinned {expected}")
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's metadata
+    partial.rename(done)
+    print(f"{done} is complete, {len(sums)} files verified")
 
 
 def from_hub(model: str, name: str, revision: str, folder: Path) -> None:
@@ -107,13 +112,13 @@ def sha256_of(file: Path) -> str:
 
 
 def wait(folder: Path, poll_s: float = WAIT_S) -> None:
-    print(f"waiting for {folder}; the job blip2-weights-{folder.name} makes it", flush=True)
+    print(f"waiting for {folder}, which the job blip2-weights-{folder.name} creates", flush=True)
     while not folder.is_dir():
         time.sleep(poll_s)
 
 
 def pin(model: str, revision: str) -> None:
-    """Prints the weights' part of settings.yaml. Downloads the small files only."""
+    """Prints the section `weights` for settings.yaml; downloads only the small files for it."""
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(model, revision=revision, files_metadata=True)
