@@ -18,7 +18,8 @@ from blip2_serve.compute.cuda.graphs import DecodeGraphs, batch_sizes
 from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE, Capturing, run_again
+from support.capturing import Capturing, run_again
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 50

@@ -15,7 +15,8 @@ from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.decoder import OptDecoder
-from support.device import DEVICE, Capturing
+from support.capturing import Capturing
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 60

@@ -11,8 +11,8 @@ from blip2_serve.compute.cuda.graphs import EncoderGraphs
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
+from support.capturing import run_again
 from support.checkpoints import Recipe, write_checkpoint
-from support.device import run_again
 
 
 @pytest.fixture
