@@ -3,7 +3,7 @@
 Every answer is a function of its own logits, parameters and position: greedy takes the largest
 logit, sampling draws one number from a generator keyed by (seed, sample, position). So the answer
 does not depend on what else is in the batch, nor on which replica computes it. Order and meaning of
-the steps are transformers': repetition penalty, minimum length, temperature, top-k, top-p.
+the steps are transformers': repetition penalty, minimum length, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -123,6 +123,9 @@ def _draw(row: Tensor, sequence: Sequence) -> int:
         dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
         dropped[0] = False
         scores[order[dropped]] = -torch.inf
+    if params.min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores[probabilities < params.min_p * probabilities.max()] = -torch.inf
     cumulative = scores.softmax(-1).cumsum(-1)
     number = uniform(params.seed, len(sequence.output), sequence.index)
     token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
