@@ -65,5 +65,5 @@ def test_what_can_never_fit_is_refused_by_name_and_size(stream: bool, small: App
     error = answer.json()["error"]
     assert error["param"] == "max_tokens"
     assert "max_tokens" in error["message"]
-    assert f"room for {KV_ROWS}" in error["message"]
+    assert f"this server has {KV_ROWS}" in error["message"]
     assert small.post("/v1/generate", json={**body, "max_tokens": 1}).status_code == 200
