@@ -1,4 +1,4 @@
-"""How many users there are at each time, for locust."""
+"""Tells locust how many users to run at each moment."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import logging
 
 from locust import LoadTestShape
 
-from load.recording import Recording
-from load.scenario import Scenario
+from loadtest.load.recording import Recording
+from loadtest.load.scenario import Scenario
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 1_000.0  # users a second: whoever is to be there comes now
+SPAWN_RATE = 1_000.0  # users per second: all at once
 LOOK_BACK_S = 20.0
 
 
 class ScenarioShape(LoadTestShape):
-    """Follows the scenario's load; a ramp ends where the server does."""
+    """Follows the scenario's load, and ends a run whose server has reached its breaking point."""
 
-    # Not to be found in a locustfile: locustfile.py makes the one that there is.
-    abstract = True
+    abstract = True  # locust must not pick it up: locustfile.py makes the only instance
 
     def __init__(self, scenario: Scenario, recording: Recording) -> None:
         super().__init__()
@@ -32,10 +31,9 @@ class ScenarioShape(LoadTestShape):
         done = second >= self._scenario.seconds and self.get_current_user_count() == 0
         if done or second >= self._scenario.run_s:
             return None
-        recent = self._recording.recent(LOOK_BACK_S)
-        if load and load.breaks and (why := load.breaks.why(recent)):
+        if load and load.breaks and (why := load.breaks.why(self._recording.recent(LOOK_BACK_S))):
             level = load.at(min(1.0, second / self._scenario.seconds))
-            what = "users" if self._scenario.arrivals == "closed" else "requests a second"
-            logger.warning("the breaking point: %.1f %s, %s", level, what, why)
+            unit = "users" if self._scenario.arrivals == "closed" else "requests per second"
+            logger.warning("breaking point at %.1f %s: %s", level, unit, why)
             return None
-        return self._scenario.users_at(second), AT_ONCE
+        return self._scenario.users_at(second), SPAWN_RATE

@@ -1,4 +1,4 @@
-"""locust's users: one class for each kind of traffic, and one that starts an open loop."""
+"""locust's users: a class for each kind of traffic, and one that runs an open loop."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import requests
 from locust import User, task
 from requests.adapters import HTTPAdapter
 
-from load import arrivals, scenario, traffic
-from load.arrivals import OpenLoop
-from load.recording import Recording
-from load.samples import Sample
-from load.scenario import Scenario
-from load.traffic import KINDS, Caller
+from loadtest.load import arrivals, scenario, traffic
+from loadtest.load.arrivals import OpenLoop
+from loadtest.load.recording import Recording
+from loadtest.load.samples import Sample
+from loadtest.load.scenario import Scenario
+from loadtest.load.traffic import KINDS, Caller
 
-SHIPPED_MODEL = "demo"  # as /v1/models calls the checkpoint that knows the scenes
+SHIPPED_MODEL = "demo"  # the name under which /v1/models lists the shipped checkpoint
 
 _seeds = itertools.count()
 
 
 class Visitor(User):
-    """A user of the scenario's server; locustfile.py sets what they all share."""
+    """A user of the server under test. locustfile.py sets the class variables."""
 
     abstract = True
     scenario: ClassVar[Scenario]
@@ -35,10 +35,9 @@ class Visitor(User):
         super().__init__(*args, **kwargs)
         self.host = self.host.rstrip("/")
         self._session = traffic.open_session(self.host)
-        pool = HTTPAdapter(pool_maxsize=arrivals.MOST_UNDER_WAY)
-        self._session.mount("http://", pool)
-        self._session.mount("https://", pool)
-        # Workers are processes of their own: the time tells their users apart.
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=arrivals.MAX_IN_FLIGHT))
+        # The time sets apart the users of different worker processes.
         self._random = random.Random(f"{time.time()} {next(_seeds)}")
 
     def on_start(self) -> None:
@@ -48,7 +47,7 @@ class Visitor(User):
         return self._random.uniform(*self.scenario.think_s)
 
     def call(self, kind: str, due: float | None = None) -> None:
-        """Once; with `due`, as something that was to begin then, in seconds since 1970."""
+        """Runs one visit of this kind; `due` is its scheduled start in seconds since 1970."""
         caller = Caller(
             self._session,
             self.host,
@@ -62,13 +61,13 @@ class Visitor(User):
 
 
 def serves_shipped(session: requests.Session, host: str) -> bool:
-    """Whether the server has the checkpoint that knows the words for the scenes."""
+    """Whether the server has the checkpoint that knows the scenes' captions."""
     models = session.get(f"{host}/v1/models", timeout=traffic.TIMEOUT_S).json()
     return any(model["id"] == SHIPPED_MODEL for model in models["data"])
 
 
 class Regular(Visitor):
-    """Does the same kind of thing again and again."""
+    """Repeats one kind of traffic."""
 
     abstract = True
     kind: ClassVar[str]
@@ -78,51 +77,15 @@ class Regular(Visitor):
         self.call(self.kind)
 
 
-class Captioner(Regular):
-    kind = "caption"
+def _regular(kind: str) -> type[Regular]:
+    return type(kind.title().replace(" ", ""), (Regular,), {"kind": kind})
 
 
-class Uploader(Regular):
-    kind = "upload"
-
-
-class Questioner(Regular):
-    kind = "question"
-
-
-class Chatter(Regular):
-    kind = "chat"
-
-
-class StreamingChatter(Regular):
-    kind = "streaming chat"
-
-
-class LongReader(Regular):
-    kind = "long stream"
-
-
-class Photographer(Regular):
-    kind = "photograph"
-
-
-class Burst(Regular):
-    kind = "same image"
-
-
-class Stumbler(Regular):
-    kind = "bad input"
-
-
-class Leaver(Regular):
-    kind = "hang-up"
-
-
-CLOSED: list[type[Regular]] = Regular.__subclasses__()
+REGULARS: list[type[Regular]] = [_regular(kind) for kind in KINDS]
 
 
 class Generator(Visitor):
-    """Starts requests of an open loop; of several generators each has its part of the rate."""
+    """Runs an open loop; several generators share the rate."""
 
     def on_start(self) -> None:
         super().on_start()

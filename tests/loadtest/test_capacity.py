@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-import capacity
-from capacity import Capacity, Need, highest, per_million, plan, short_stage
-from load.server_series import Point
+from loadtest.load import capacity
+from loadtest.load.capacity import Capacity, Need, bottleneck, highest, per_million, plan
+from loadtest.load.server_series import Point
 
 FOUND = Capacity(
     rate=10.0,
     level=8.0,
     missed_at=8.8,
-    short="generator",
+    bottleneck="generator",
     replicas={"preprocessor": 1.0, "encoder": 1.0, "generator": 2.0},
     busy={"preprocessor": 0.2, "encoder": 0.4, "generator": 1.6},
 )
@@ -24,11 +24,11 @@ FOUND = Capacity(
 def test_bisection_ends_within_a_tenth_of_the_limit(limit: float) -> None:
     asked: list[float] = []
 
-    def keeps(rate: float) -> bool:
+    def meets(rate: float) -> bool:
         asked.append(rate)
         return rate <= limit
 
-    low, high = highest(keeps, 1, 64)
+    low, high = highest(meets, 1, 64)
 
     assert low <= limit < high <= low * capacity.PRECISION
     assert len(asked) <= 9
@@ -41,14 +41,14 @@ def test_bounds_that_do_not_enclose_the_limit_are_refused() -> None:
         highest(lambda _: True, 1, 64)
 
 
-def test_the_stage_with_the_longest_queue_in_the_second_half_is_short() -> None:
+def test_the_bottleneck_has_the_longest_queue_in_the_second_half() -> None:
     points = [
         Point(0.0, "queue seconds", "encoder", 9.0),  # a warm-up
         Point(10.0, "queue seconds", "encoder", 0.1),
         Point(10.0, "queue seconds", "generator", 2.0),
     ]
-    assert short_stage(points) == "generator"
-    assert short_stage([]) is None
+    assert bottleneck(points) == "generator"
+    assert bottleneck([]) is None
 
 
 def test_a_plan_by_hand() -> None:
@@ -79,5 +79,5 @@ def test_a_million_requests_by_hand() -> None:
 
 
 def test_a_server_that_tells_nothing_cannot_be_planned_with() -> None:
-    with pytest.raises(ValueError, match="has told nothing"):
+    with pytest.raises(ValueError, match="reported nothing"):
         plan(Capacity(10.0, 8.0, 8.8, None, {}, {}), 70, 0.7, {})

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, web
 
-from bench.client import Answer, Window, WrongAnswer, ask, events, measure
-from bench.servers import Endpoint
-from bench.workload import Request
+from loadtest.answers import WrongAnswer
+from loadtest.bench.client import Answer, Window, ask, events, measure
+from loadtest.bench.servers import Endpoint
+from loadtest.bench.workload import Request
 from support.fake_server import Handler, chunk, serving, streaming, usage, whole
 
 REQUEST = Request("what is it?", "data:image/jpeg;base64,AAAA", max_tokens=3)
@@ -119,7 +120,7 @@ async def test_several_answers_have_the_tokens_of_all() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "what"),
     [
-        (200, whole(2), "2 tokens, not 3"),
+        (200, whole(2), "2 tokens instead of 3"),
         (200, whole(3, text=""), "no text"),
         (200, {"choices": []}, "usage"),
         (503, {"error": {"message": "overloaded"}}, "status 503.*overloaded"),
@@ -142,7 +143,7 @@ async def test_the_first_wrong_answer_ends_the_measurement() -> None:
         return web.json_response(whole(3 if count < 6 else 4))
 
     async with serving(handler) as endpoint:
-        with pytest.raises(WrongAnswer, match="4 tokens, not 3"):
+        with pytest.raises(WrongAnswer, match="4 tokens instead of 3"):
             await measure(endpoint, repeat(REQUEST), users=2, seconds=60, stream=False)
 
 
@@ -169,7 +170,7 @@ async def test_a_stream_has_the_times_of_its_texts() -> None:
 @pytest.mark.parametrize(
     ("parts", "what"),
     [
-        ([chunk("a"), usage(2), b"data: [DONE]\n\n"], "2 tokens, not 3"),
+        ([chunk("a"), usage(2), b"data: [DONE]\n\n"], "2 tokens instead of 3"),
         ([chunk("a"), usage(3)], "without"),
         ([chunk(""), usage(3), b"data: [DONE]\n\n"], "no text"),
         ([chunk("a"), b"data: [DONE]\n\n"], "NoneType"),

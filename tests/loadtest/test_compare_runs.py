@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-import compare
-from compare import differences
-from load.samples import Sample
+from loadtest.load import compare_runs
+from loadtest.load.compare_runs import differences
+from loadtest.load.samples import Sample
 
 
 def run(seed: int, factor: float = 1.0, seconds: int = 300) -> list[Sample]:
@@ -49,7 +49,7 @@ def test_runs_that_differ_among_themselves_widen_the_interval() -> None:
 
 
 def test_the_table_marks_what_is_more_than_chance() -> None:
-    lines = compare.table(differences([run(1)], [run(3, 2.0)])).splitlines()
+    lines = compare_runs.table(differences([run(1)], [run(3, 2.0)])).splitlines()
 
     assert len(lines) == 3
     assert all("more than chance" in line for line in lines[1:])

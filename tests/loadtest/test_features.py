@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench.features import BEAMS, TOKENS, alike, median_ratio, medians, third_turns
-from bench.workload import Workload
+from loadtest.bench.features import BEAMS, TOKENS, alike, third_turns
+from loadtest.bench.workload import Workload
+from loadtest.stats import median_ratio, medians
 from support.fake_server import Handler, chunk, serving, streaming, usage, whole
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "loadtest" / "bench" / "gpu.py"
+ROOT = Path(__file__).parents[2]
 
-# Runs a script as `python` does, then tells which modules it has loaded.
+# Runs a module as `python -m` does, then prints which packages it has loaded.
 RUN = """
 import runpy, sys
-sys.argv = sys.argv[1:]
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module("loadtest.bench.gpu", run_name="__main__", alter_sys=True)
 except SystemExit as end:
     assert not end.code, end.code
 print("loaded", sorted({name.partition(".")[0] for name in sys.modules}))
@@ -29,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object
     output = tmp_path_factory.mktemp("gpu") / "report.json"
     options = ["--device", "cpu", "--images", "9", "--running", "4", "--output", output]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, SCRIPT, *options], capture_output=True, text=True
+        [sys.executable, "-c", RUN, *options], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(output.read_text())

@@ -10,12 +10,12 @@ from itertools import islice
 import pytest
 from aiohttp import web
 
-from bench.client import WrongAnswer
-from bench.memory import GROUPS, Visit, drive, growth, table, visits
-from bench.servers import ProcessMemory
-from bench.workload import Request
 from blip2_serve.config import AppConfig
 from blip2_serve.model.source import DEMO_FOLDER
+from loadtest.answers import WrongAnswer
+from loadtest.bench.memory import GROUPS, Visit, drive, growth, table, visits
+from loadtest.bench.servers import ProcessMemory
+from loadtest.bench.workload import Request
 from support.fake_server import serving, whole
 
 
@@ -39,7 +39,7 @@ def test_the_first_thousand_visits_fill_the_servers_caches() -> None:
     text = json.loads((DEMO_FOLDER / "config.json").read_text())["text_config"]
     first = [v for v in islice(visits(0), 1000) if v.leaves_after_s is None]
 
-    # Each answered token has had a KV row, which is kept while there is room.
+    # Each answered token has had a KV slot, which stays cached while there is room.
     answered = sum(visit.request.tokens for visit in first)
     assert answered > config.generator.max_num_seqs * text["max_position_embeddings"]
     assert len({v.request.picture for v in first}) > config.ingress.feature_cache_entries
@@ -89,7 +89,7 @@ async def test_a_wrong_answer_ends_it() -> None:
 
     visit = Visit(Request("what is it?", "data:,", 3), False, None)
     async with serving(handler) as endpoint:
-        with pytest.raises(WrongAnswer, match="2 tokens, not 3"):
+        with pytest.raises(WrongAnswer, match="2 tokens instead of 3"):
             await drive(endpoint, iter([visit] * 4), users=2)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from load import samples
-from load.samples import Sample
+from loadtest.load import samples
+from loadtest.load.samples import Sample
 
 
 def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -26,5 +26,5 @@ def test_another_file_is_refused_by_its_columns(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
 
-    with pytest.raises(ValueError, match="not a file of samples"):
+    with pytest.raises(ValueError, match="does not hold Samples"):
         samples.read(path)

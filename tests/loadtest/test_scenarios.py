@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from load import arrivals, scenario
-from load.samples import Sample
-from load.scenario import Breaking, Load, Scenario
+from loadtest.load import arrivals, scenario
+from loadtest.load.samples import Sample
+from loadtest.load.scenario import Breaking, Load, Scenario
 
 WEIGHTS = {"caption": 3.0, "question": 1.0}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from blip2_serve.observe import metrics
-from load import server_series
-from load.server_series import Point, ServerSeries
+from loadtest.load import server_series
+from loadtest.load.server_series import Point, ServerSeries
 
 
 def page(*, waited: float, requests: int, worked: float, taken: float, places: float) -> str:
@@ -39,7 +39,7 @@ def test_growth_from_page_to_page_is_added_up_over_replicas() -> None:
     found = {(p.time, p.name, p.stage): p.value for p in series.points}
     assert found[1000.0, "replicas", "generator"] == 2
     assert found[1000.0, "replicas", "encoder"] == 1
-    assert found[1000.0, "KV rows used", "generator"] == 200
+    assert found[1000.0, "KV slots used", "generator"] == 200
     assert (1000.0, "queue seconds", "generator") not in found  # nothing to compare with yet
     assert found[1020.0, "queue seconds", "generator"] == pytest.approx(1.5)
     assert found[1020.0, "occupancy", "generator"] == pytest.approx(0.5)

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import servers
+from loadtest.bench import servers
 
 # Starts a child, and both do not heed SIGTERM.
 STUBBORN = """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from load.report import SLO_FILE
-from load.samples import Sample
-from load.slo import Slos, goodput, judge
-from load.traffic import KINDS
+from loadtest.load.report import SLO_FILE
+from loadtest.load.samples import Sample
+from loadtest.load.slo import Slos, goodput, judge
+from loadtest.load.traffic import KINDS
 
 
 def run(latency: float, *, failures: int = 0, ttft: float = 0.1) -> list[Sample]:
@@ -36,13 +36,13 @@ SLOS = Slos.model_validate(
 
 
 def missed(samples: list[Sample]) -> list[str]:
-    return [verdict.name for verdict in judge(samples, SLOS) if not verdict.kept]
+    return [verdict.name for verdict in judge(samples, SLOS) if not verdict.met]
 
 
 def test_a_good_run_keeps_every_slo() -> None:
     verdicts = judge(run(0.5), SLOS)
 
-    assert all(verdict.kept for verdict in verdicts)
+    assert all(verdict.met for verdict in verdicts)
     assert [verdict.name for verdict in verdicts] == [
         "caption latency p50",
         "caption latency p95",
@@ -69,7 +69,7 @@ def test_goodput_counts_a_request_once_and_only_if_all_of_it_is_good() -> None:
 
 def test_a_run_without_requests_has_kept_nothing() -> None:
     (verdict,) = judge([], SLOS)
-    assert not verdict.kept
+    assert not verdict.met
 
 
 def test_a_kind_that_was_not_there_is_not_judged() -> None:

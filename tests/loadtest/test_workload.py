@@ -9,7 +9,7 @@ from itertools import islice
 
 from PIL import Image
 
-from bench.workload import LEAST_TOKENS, MOST_TOKENS, Request, Workload, lengths
+from loadtest.bench.workload import MAX_TOKENS, MIN_TOKENS, Request, Workload, lengths
 
 
 def test_no_picture_is_sent_twice_whatever_the_series_and_the_stock() -> None:
@@ -53,8 +53,8 @@ def test_pictures_are_as_large_as_photographs() -> None:
 def test_lengths_are_uniform_and_even_in_every_few() -> None:
     drawn = list(islice(lengths(random.Random(1)), 4900))
 
-    assert set(drawn) == set(range(LEAST_TOKENS, MOST_TOKENS + 1))
-    mean = (LEAST_TOKENS + MOST_TOKENS) / 2
+    assert set(drawn) == set(range(MIN_TOKENS, MAX_TOKENS + 1))
+    mean = (MIN_TOKENS + MAX_TOKENS) / 2
     assert all(abs(sum(drawn[i : i + 7]) / 7 - mean) <= 3 for i in range(0, 4900, 7))
 
 

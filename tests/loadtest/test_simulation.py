@@ -6,16 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from simulation.profile import EngineProfile, PoolProfile, Profile
-from simulation.run import STAGES, Simulation
-from simulation.traces import Trace, steady, step
-from simulation.tuning import Config, own_policy
+from loadtest.simulation.profile import Configs, EngineProfile, PoolProfile, Profile
+from loadtest.simulation.run import STAGES, Simulation, own_policy
+from loadtest.simulation.traces import Trace, steady, step
 
 CPU = Profile.load("cpu")
 SHORT = step("step", 0.5, 2, at=20, until=80, end=120, seed=1)
 
 
-def default_policy(**others: float) -> dict[str, Config]:
+def default_policy(**others: float) -> Configs:
     """Serve's, with targets of a sixth of what fills a replica."""
     targets = {"preprocessor": 0.35, "encoder": 1.35, "generator": 10.5}
     return {
@@ -40,7 +39,7 @@ def default_policy(**others: float) -> dict[str, Config]:
     ],
 )
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
-def test_all_that_arrive_end(profile: str, configs: dict[str, Config]) -> None:
+def test_all_that_arrive_end(profile: str, configs: Configs) -> None:
     loaded = Profile.load(profile)
     trace = replace(SHORT, load=lambda t: SHORT.load(t) / 4, duration_s=60)
     arrived = sum(1 for _ in trace.arrivals(loaded.generator.capacity))
@@ -65,7 +64,7 @@ def test_one_server_with_constant_service_times_has_the_queue_of_m_d_1() -> None
     """Pollaczek and Khinchine: requests in the system, rho + rho^2 / (2 (1 - rho))."""
     service_s, rho = 0.02, 0.8
     server = PoolProfile((0.0, service_s), threads=1, varies=False, start_s=1, cost=1)
-    profile = replace(CPU, preprocessor=server)
+    profile = replace(CPU, stages={**CPU.stages, "preprocessor": server})
     load = rho / service_s / profile.generator.capacity
     simulation = Simulation(profile, steady("m/d/1", load, 3000, seed=3), {}, stages=STAGES[:1])
     pool = simulation.pools["preprocessor"]
@@ -81,8 +80,8 @@ def test_one_server_with_constant_service_times_has_the_queue_of_m_d_1() -> None
 
 def test_a_lone_request_takes_its_prompt_and_its_steps() -> None:
     engine = EngineProfile((0.008, 0.01, 0.012), 0.02, 45, 32, 1000, 100, start_s=1, cost=1)
-    profile = replace(CPU, generator=engine)
-    trace = Trace("few", "other", 500, lambda _: 0.0005, seed=2)
+    profile = replace(CPU, stages={**CPU.stages, "generator": engine})
+    trace = Trace("few", 500, lambda _: 0.0005, seed=2)
     simulation = Simulation(profile, trace, {}, stages=["generator"])
     times: list[tuple[float, int]] = []
     simulation.pools["generator"]._pass_on = lambda request: times.append(

@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from bench.client import Answer, Window
-from bench.report import Figures, Measurement, Ratio, figures, medians, plot, ratios, table
+from loadtest.bench.client import Answer, Window
+from loadtest.bench.figures import (
+    Figures,
+    Measurement,
+    Ratio,
+    figures,
+    medians,
+    plot,
+    ratios,
+    table,
+)
 
 
 def measured(entry: str, number: int, speed: float, users: int = 8) -> Measurement:

@@ -1,4 +1,4 @@
-"""What one window and many rounds say: figures, medians, ratios, the table and the plot."""
+"""The figures of the comparison: of one window, over rounds, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.client import Window
-from bench.servers import MONOLITH
+from loadtest import plotting
+from loadtest.bench.client import Window
+from loadtest.bench.servers import MONOLITH
+from loadtest.plotting import plt
+from loadtest.results import markdown_table
+from loadtest.stats import median_ratio, percentiles
 
 STREAM = ":stream"
 
@@ -19,7 +23,7 @@ STREAM = ":stream"
 class Figures:
     """One server at one concurrency.
 
-    None: no answer ended in the window, none was streamed, or the memory is not ours to look at.
+    None: no answer ended in the window, none was streamed, or the server runs elsewhere.
     """
 
     requests_per_s: float
@@ -28,7 +32,7 @@ class Figures:
     latency_p99_s: float | None
     first_text_p50_s: float | None = None
     first_text_p99_s: float | None = None
-    # Between chunks with text; and of each answer (last - first) / (tokens - 1).
+    # Between chunks with text, and (last - first) / (tokens - 1) of each answer.
     gap_p50_ms: float | None = None
     gap_p99_ms: float | None = None
     token_p50_ms: float | None = None
@@ -38,18 +42,18 @@ class Figures:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`entry` is a server's name, with STREAM behind it where it was asked to stream."""
+    """The figures of one round; `entry` is a server's name, with STREAM if it streamed."""
 
     entry: str
     round: int
     concurrency: int
-    answers: int  # those that ended in the window, which latencies are taken from
+    answers: int  # that ended in the window
     figures: Figures
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """`of` is so many times as fast as `to`: requests per second, median over rounds."""
+    """`of` answers `ratio` times as many requests per second as `to`: the median over rounds."""
 
     of: str
     to: str
@@ -58,31 +62,26 @@ class Ratio:
 
 
 def figures(window: Window, memory_peak: int | None) -> Figures:
-    """What a window says. `memory_peak` is in bytes."""
+    """The figures of a window; `memory_peak` is in bytes."""
     requests, tokens = window.per_second()
     inside = window.ended_inside()
-    latencies = [a.ended - a.started for a in inside]
     streamed = [a for a in inside if a.texts]
-    first = [a.texts[0] - a.started for a in streamed]
-    gaps = [1e3 * gap for a in streamed for gap in np.diff(a.texts)]
-    spans = [1e3 * (a.texts[-1] - a.texts[0]) / (a.tokens - 1) for a in streamed]
-    return Figures(
-        requests_per_s=requests,
-        tokens_per_s=tokens,
-        latency_p50_s=_percentile(latencies, 50),
-        latency_p99_s=_percentile(latencies, 99),
-        first_text_p50_s=_percentile(first, 50),
-        first_text_p99_s=_percentile(first, 99),
-        gap_p50_ms=_percentile(gaps, 50),
-        gap_p99_ms=_percentile(gaps, 99),
-        token_p50_ms=_percentile(spans, 50),
-        token_p99_ms=_percentile(spans, 99),
-        memory_peak_gb=None if memory_peak is None else memory_peak / 1e9,
-    )
+    values = {
+        "latency_{}_s": [a.ended - a.started for a in inside],
+        "first_text_{}_s": [a.texts[0] - a.started for a in streamed],
+        "gap_{}_ms": [1e3 * gap for a in streamed for gap in np.diff(a.texts)],
+        "token_{}_ms": [1e3 * (a.texts[-1] - a.texts[0]) / (a.tokens - 1) for a in streamed],
+    }
+    found: dict[str, float | None] = {}
+    for name, some in values.items():
+        p50, p99 = percentiles(some, 50, 99) if some else (None, None)
+        found |= {name.format("p50"): p50, name.format("p99"): p99}
+    found["memory_peak_gb"] = None if memory_peak is None else memory_peak / 1e9
+    return Figures(requests, tokens, **found)
 
 
 def medians(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Figures]:
-    """By entry and concurrency, of each figure the median over rounds."""
+    """The median of each figure over rounds, by entry and concurrency."""
     rounds: dict[tuple[str, int], list[Figures]] = {}
     for m in measurements:
         rounds.setdefault((m.entry, m.concurrency), []).append(m.figures)
@@ -90,34 +89,35 @@ def medians(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Figure
 
 
 def ratios(measurements: Sequence[Measurement]) -> list[Ratio]:
-    """Everything against the monolith, and streaming against the same server without.
-
-    Ratios are taken within each round, where the machine was the same, and then their median.
-    """
+    """Every entry against the monolith, and streaming against the same server without it."""
     speeds = {(m.entry, m.concurrency, m.round): m.figures.requests_per_s for m in measurements}
-    found: dict[tuple[str, str, int], list[float]] = {}
+    found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for (entry, users, number), speed in speeds.items():
         for base in (MONOLITH, entry.removesuffix(STREAM)):
             if base != entry and (base, users, number) in speeds:
-                ratio = speed / speeds[base, users, number]
-                found.setdefault((entry, base, users), []).append(ratio)
-    return [
-        Ratio(entry, base, users, statistics.median(values))
-        for (entry, base, users), values in found.items()
-    ]
+                pair = speed, speeds[base, users, number]
+                found.setdefault((entry, base, users), []).append(pair)
+    return [Ratio(*key, median_ratio(pairs)) for key, pairs in found.items()]
 
 
 def table(medians: dict[tuple[str, int], Figures], ratios: Sequence[Ratio]) -> str:
-    """Markdown, a row for each server and concurrency."""
+    """Markdown with a row for each server and concurrency."""
     head = (
-        "| users | server | req/s | tokens/s | latency p50 / p99 s | first text p50 / p99 s "
-        "| between texts p50 / p99 ms | per token p50 / p99 ms | memory GB | times |"
+        "server",
+        "users",
+        "req/s",
+        "tokens/s",
+        "latency p50 / p99 s",
+        "first text p50 / p99 s",
+        "between texts p50 / p99 ms",
+        "per token p50 / p99 ms",
+        "memory GB",
+        "ratio",
     )
-    rows = [head, "|---:|---|" + "---:|" * 8]
-    for (entry, users), f in sorted(medians.items(), key=lambda item: item[0][1]):
-        cells = [
-            str(users),
+    rows = [
+        (
             entry,
+            str(users),
             f"{f.requests_per_s:.2f}",
             f"{f.tokens_per_s:.0f}",
             _pair(f.latency_p50_s, f.latency_p99_s, ".2f"),
@@ -128,20 +128,16 @@ def table(medians: dict[tuple[str, int], Figures], ratios: Sequence[Ratio]) -> s
             ", ".join(
                 f"{r.ratio:.2f} x {r.to}" for r in ratios if (r.of, r.concurrency) == (entry, users)
             ),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        )
+        for (entry, users), f in sorted(medians.items(), key=lambda item: item[0][1])
+    ]
+    return markdown_table(head, rows)
 
 
 def plot(
     medians: dict[tuple[str, int], Figures], ratios: Sequence[Ratio], title: str, file: Path
 ) -> None:
-    """Bars of requests per second, with each server's ratio to the monolith."""
-    import matplotlib as mpl  # only here: tests of the rest do without it
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Bars of requests per second, each with its ratio to the monolith."""
     entries = list(dict.fromkeys(entry for entry, _ in medians))
     levels = sorted({users for _, users in medians})
     labels = {(r.of, r.concurrency): f"{r.ratio:.2f}x" for r in ratios if r.to == MONOLITH}
@@ -160,8 +156,7 @@ def plot(
     axes.margins(y=0.1)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=len(entries))
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
+    plotting.save(figure, file)
 
 
 def _median(several: Sequence[Figures]) -> Figures:
@@ -169,11 +164,7 @@ def _median(several: Sequence[Figures]) -> Figures:
         values = [v for f in several if (v := getattr(f, name)) is not None]
         return statistics.median(values) if values else None
 
-    return Figures(**{name: of(name) for name in Figures.__dataclass_fields__})
-
-
-def _percentile(values: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(values, percent)) if values else None
+    return Figures(**{name: of(name) for name in Figures.__dataclass_fields__})  # type: ignore[arg-type]
 
 
 def _pair(a: float | None, b: float | None, form: str) -> str:
