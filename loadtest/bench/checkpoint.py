@@ -1,6 +1,6 @@
 """The checkpoint of the comparisons: a BLIP-2 with 108M random parameters that answers in words.
 
-It is the same on every machine.
+Computing dominates, and two CPU cores can still answer. It is the same on every machine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from loadtest.bench.shapes import draw_weights, medium_shape
+from loadtest.bench.weights import draw_weights, shape
 from loadtest.bench.workload import WORDS
 from training.tokenizer import make_tokenizer
 
 SEED = 0
-VOCABULARY = 8064
 SINGLE_BYTES = 4 + 256  # the first ids: special tokens, then one for each byte
 
 
@@ -38,27 +37,24 @@ def checkpoint_at(folder: Path | None) -> Iterator[Path]:
 def write_checkpoint(folder: Path) -> None:
     """Saves model (bfloat16) and processor with transformers."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(_texts(), vocabulary=VOCABULARY - 1, min_frequency=0)
-    pixels = medium_shape(VOCABULARY, 0).vision_config.image_size
+    config = shape("medium")
+    pixels, vocabulary = config.vision_config.image_size, config.text_config.vocab_size
+    tokenizer = make_tokenizer(_texts(), vocabulary=vocabulary - 1, min_frequency=0)
     image_processor = BlipImageProcessorPil(size={"height": pixels, "width": pixels})
     # Appends the image token to the tokenizer.
-    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=32)
-    assert len(tokenizer) == VOCABULARY
+    processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
+    assert tokenizer.convert_tokens_to_ids("<image>") == config.image_token_index == vocabulary - 1
     processor.save_pretrained(folder)
-    make_model(tokenizer.convert_tokens_to_ids("<image>")).bfloat16().save_pretrained(folder)
 
-
-def make_model(image_token: int) -> Blip2ForConditionalGeneration:
-    """Random weights with which image and question change the answer."""
     torch.manual_seed(SEED)
-    model = Blip2ForConditionalGeneration(medium_shape(VOCABULARY, image_token)).eval()
+    model = Blip2ForConditionalGeneration(config).eval()
     draw_weights(model)
     # Embeddings of zero give these tokens the logit 0, which is never the largest of thousands. So
     # every token is whole characters, and a stream shows when each of them arrives.
     words = model.get_input_embeddings().weight.data
     words[:SINGLE_BYTES] = 0
-    words[image_token] = 0
-    return model
+    words[config.image_token_index] = 0
+    model.bfloat16().save_pretrained(folder)
 
 
 def _texts() -> Iterator[str]:

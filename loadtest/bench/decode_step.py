@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from transformers import DynamicCache, OPTConfig, OPTForCausalLM
+from transformers import DynamicCache, OPTForCausalLM
 
 from blip2_serve.compute.cpu.int8 import quantize_decoder
 from blip2_serve.compute.runner import Runner
@@ -23,6 +23,7 @@ from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.types import SamplingParams
 from loadtest.bench import script
+from loadtest.bench.weights import shape
 
 PROMPT, STEPS, ROUNDS = 48, 20, 5
 
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="sequences")
     parser.add_argument("--quantize", choices=["int8"])
     args = parser.parse_args()
-    reference = make_reference(getattr(torch, args.dtype))
+    torch.manual_seed(0)
+    reference = OPTForCausalLM(shape("medium").text_config).to(getattr(torch, args.dtype)).eval()
     decoder = own_decoder(reference)
     decoder.pack()
     contestants: dict[str, Callable[[int], float]] = {
@@ -51,20 +53,6 @@ def main() -> None:
         medians = {name: statistics.median(r[name] for r in rounds) for name in contestants}
         for name, ms in medians.items():
             print(f"batch {batch:3}: {name:12} {ms:6.1f} ms, {ms / medians['own']:.2f} x own")
-
-
-def make_reference(dtype: torch.dtype) -> OPTForCausalLM:
-    config = OPTConfig(
-        vocab_size=8064,
-        hidden_size=768,
-        word_embed_proj_dim=768,
-        ffn_dim=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    return OPTForCausalLM(config).to(dtype).eval()
 
 
 def own_decoder(reference: OPTForCausalLM) -> OptDecoder:

@@ -41,7 +41,7 @@ from loadtest.bench.gpu_model import (
     step,
 )
 from loadtest.bench.gpu_stages import measure_rates, measure_stages, milliseconds, profile
-from loadtest.bench.shapes import real_shape, small_shape
+from loadtest.bench.weights import shape
 from loadtest.results import write_json
 
 NEW_TOKENS = 16
@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
 
 
 def same_tokens_in_float32(device: torch.device, report: Report) -> bool:
-    models = make_models(small_shape(), device, torch.float32)
+    models = make_models(shape("small"), device, torch.float32)
     found = report["float32"] = compare(models, answers=24, batch=8)
     print(f"float32, small shape: {found['equal']} of {found['answers']} answers are the same")
     if found["equal"] == found["answers"] and found["different"] > 1:
@@ -106,8 +106,7 @@ def same_tokens_in_float32(device: torch.device, report: Report) -> bool:
 def measure(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """Measures rates, stages and captions per second in the given shape and dtype."""
     full = args.shape == "full"
-    shape = real_shape() if full else small_shape()
-    models = make_models(shape, device, getattr(torch, args.dtype))
+    models = make_models(shape(args.shape), device, getattr(torch, args.dtype))
     capture(models, IMAGES)
     share = report["same_answers"] = compare(models, answers=32, batch=8)
     print(f"{args.dtype}: {share['equal']} of {share['answers']} answers are the same\n")

@@ -25,7 +25,7 @@ from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import SamplingParams
-from loadtest.bench.shapes import draw_weights
+from loadtest.bench.weights import draw_weights
 
 PROMPT = [4, 5, 6]  # as long as "a photo of"
 STEP_TOKENS = 8192  # per step at most; more than the server's default, as suits a GPU

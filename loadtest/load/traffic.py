@@ -1,7 +1,7 @@
 """The kinds of traffic: what each sends, and how it checks the answers.
 
-A kind is a function of a `Caller`, which sends requests one after another, checks and measures
-them. locust's users repeat a kind; the arrivals of an open loop run it once each.
+A kind is a function that sends requests through a `Caller`, which measures them. locust's users
+repeat a kind; the arrivals of an open loop run it once each.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Caller:
 
     def __init__(
         self,
+        kind: str,
         session: requests.Session,
         url: str,
         sink: Callable[[Sample], None],
@@ -63,11 +64,8 @@ class Caller:
         """
         self.random = random.Random(seed)
         self.knows_scenes = knows_scenes
-        self._session = session
-        self._url = url
-        self._sink = sink
-        self._think_s = think_s
-        self._due = due
+        self._kind, self._session, self._url, self._sink = kind, session, url, sink
+        self._think_s, self._due = think_s, due
 
     def think(self) -> None:
         """Pauses as a person does who reads an answer."""
@@ -76,16 +74,16 @@ class Caller:
     def words(self, right: str) -> str | None:
         return right if self.knows_scenes else None
 
-    def send(self, kind: str, check: Check, **request: Any) -> bool:
+    def send(self, check: Check, **request: Any) -> bool:
         """POSTs `request` (requests' arguments) and measures until `check` has passed.
 
         Returns whether the answer is right.
         """
-        with self._measured(kind) as pending, self._post(**request) as response:
+        with self._measured() as pending, self._post(**request) as response:
             pending.tokens = check(response)
         return not pending.failure
 
-    def ask(self, kind: str, messages: list[Json], expected: Expected) -> bool:
+    def ask(self, messages: list[Json], expected: Expected) -> bool:
         """Sends a chat completion. Returns whether the answer is right."""
 
         def check(response: requests.Response) -> int:
@@ -93,16 +91,16 @@ class Caller:
             return answers.chat(response.json(), expected)
 
         body = {"messages": messages, "max_tokens": expected.max_tokens}
-        return self.send(kind, check, path=CHAT, json=body)
+        return self.send(check, path=CHAT, json=body)
 
-    def stream(self, kind: str, expected: Expected, body: Json) -> bool:
+    def stream(self, expected: Expected, body: Json) -> bool:
         """Streams a chat completion, and also measures the time of its texts.
 
         Returns whether the answer is right.
         """
         times: list[float] = []
         answer, usage = "", {}
-        with self._measured(kind) as pending:
+        with self._measured() as pending:
             for event in self._events({**body, "stream_options": {"include_usage": True}}):
                 usage = event.get("usage") or usage
                 if new := piece(event, "delta"):
@@ -112,22 +110,21 @@ class Caller:
             pending.tokens = usage["completion_tokens"]
         if pending.failure or not times:
             return not pending.failure
-        start, tokens = pending.start, pending.tokens
-        self._sink(Sample(start, kind, "ttft", times[0] - start))
-        span = times[-1] - times[0]
+        start, tokens, span = pending.start, pending.tokens, times[-1] - times[0]
+        self._sink(Sample(start, self._kind, "ttft", times[0] - start))
         if tokens >= MIN_TIMED_TOKENS and span > 0:
-            self._sink(Sample(start, kind, "inter_token", span / (tokens - 1)))
-            self._sink(Sample(start, kind, "tokens_per_s", tokens / (times[-1] - start)))
+            self._sink(Sample(start, self._kind, "inter_token", span / (tokens - 1)))
+            self._sink(Sample(start, self._kind, "tokens_per_s", tokens / (times[-1] - start)))
         return True
 
-    def hang_up(self, kind: str, body: Json) -> None:
+    def hang_up(self, body: Json) -> None:
         """Leaves a stream after its first text, which makes it a success."""
-        with self._measured(kind), contextlib.closing(self._events(body)) as events:
+        with self._measured(), contextlib.closing(self._events(body)) as events:
             if not any(piece(event, "delta") for event in events):
                 raise WrongAnswer("the stream ended before its first text")
 
     @contextmanager
-    def _measured(self, kind: str) -> Iterator[_Pending]:
+    def _measured(self) -> Iterator[_Pending]:
         """Records the block's time as a latency, and its errors as failures."""
         start, self._due = self._due or time.time(), None
         pending = _Pending(start)
@@ -138,7 +135,7 @@ class Caller:
         except (requests.RequestException, ValueError, LookupError) as error:
             pending.failure = repr(error)
         latency = time.time() - start
-        self._sink(Sample(start, kind, "latency", latency, pending.tokens, pending.failure))
+        self._sink(Sample(start, self._kind, "latency", latency, pending.tokens, pending.failure))
 
     def _events(self, body: Json) -> Generator[Json, None, None]:
         """The events of a streamed chat completion. Close the generator to hang up.
@@ -170,70 +167,81 @@ def open_session(host: str) -> requests.Session:
 
 # -- the kinds -------------------------------------------------------------------------------------
 
+KINDS: dict[str, Callable[[Caller], None]] = {}
 
+
+def kind(run: Callable[[Caller], None]) -> Callable[[Caller], None]:
+    """Adds a function to KINDS under its name, with blanks for underscores."""
+    KINDS[run.__name__.replace("_", " ")] = run
+    return run
+
+
+@kind
 def caption(caller: Caller) -> None:
     """Sends a picture in JSON."""
     expected, picture = _scene(caller)
-    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
-    caller.send("caption", _is_caption(expected), path="/v1/caption", json=body)
+    caller.send(_is_caption(expected), path="/v1/caption", json=_caption_body(picture))
 
 
+@kind
 def upload(caller: Caller) -> None:
     """Uploads a picture as a file."""
     expected, picture = _scene(caller)
-    _upload(caller, "upload", expected, ("picture.png", picture, "image/png"))
+    _upload(caller, expected, ("picture.png", picture, "image/png"))
 
 
+@kind
 def question(caller: Caller) -> None:
     """Asks one question with a short answer."""
     number = caller.random.randrange(pictures.SCENES)
     asked, right = caller.random.choice(pictures.scene(number).questions)
     messages = [_user(asked, _picture(caller, number))]
-    caller.ask("question", messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
+    caller.ask(messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
 
 
+@kind
 def chat(caller: Caller) -> None:
     """Asks several questions about one picture; each request repeats the chat so far."""
     for messages, expected in _turns(caller):
-        if not caller.ask("chat", messages, expected):
+        if not caller.ask(messages, expected):
             return
         caller.think()
 
 
+@kind
 def streaming_chat(caller: Caller) -> None:
     """Does the same with streamed answers."""
     for messages, expected in _turns(caller):
         body = {"messages": messages, "max_tokens": expected.max_tokens}
-        if not caller.stream("streaming chat", expected, body):
+        if not caller.stream(expected, body):
             return
         caller.think()
 
 
+@kind
 def long_stream(caller: Caller) -> None:
     """Streams a fixed number of tokens, whatever they say: the source of inter-token times."""
-    caller.stream("long stream", Expected(LONG_TOKENS, exactly=True), _long_answer(caller))
+    caller.stream(Expected(LONG_TOKENS, exactly=True), _long_answer(caller))
 
 
+@kind
 def photograph(caller: Caller) -> None:
     """Uploads a picture of some megabytes."""
     drawn = pictures.photograph(caller.random.randrange(pictures.PHOTOGRAPHS))
     file = ("photograph.jpg", pictures.unseen(drawn, caller.random), "image/jpeg")
-    _upload(caller, "photograph", Expected(CAPTION_TOKENS), file)
+    _upload(caller, Expected(CAPTION_TOKENS), file)
 
 
+@kind
 def same_image(caller: Caller) -> None:
     """Sends one new picture in several requests at once, which should cost a single encode."""
     expected, picture = _scene(caller)
-    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
+    request = {"path": "/v1/caption", "json": _caption_body(picture)}
     check = _is_caption(expected)
-    gevent.joinall(
-        [
-            gevent.spawn(caller.send, "same image", check, path="/v1/caption", json=body)
-            for _ in range(BURST)
-        ]
-    )
+    gevent.joinall([gevent.spawn(caller.send, check, **request) for _ in range(BURST)])
 
 
+@kind
 def bad_input(caller: Caller) -> None:
     """Sends what must be refused with a 4xx that says why; anything else is a failure."""
     good = data_url(pictures.png(0))
@@ -251,26 +259,13 @@ def bad_input(caller: Caller) -> None:
         answers.refusal(response.status_code, response.json())
         return 0
 
-    caller.send("bad input", check, path=path, json=wrong)
+    caller.send(check, path=path, json=wrong)
 
 
+@kind
 def hang_up(caller: Caller) -> None:
     """Disconnects in the middle of an answer."""
-    caller.hang_up("hang-up", _long_answer(caller))
-
-
-KINDS: dict[str, Callable[[Caller], None]] = {
-    "caption": caption,
-    "upload": upload,
-    "question": question,
-    "chat": chat,
-    "streaming chat": streaming_chat,
-    "long stream": long_stream,
-    "photograph": photograph,
-    "same image": same_image,
-    "bad input": bad_input,
-    "hang-up": hang_up,
-}
+    caller.hang_up(_long_answer(caller))
 
 
 # -- their parts -----------------------------------------------------------------------------------
@@ -303,10 +298,13 @@ def _long_answer(caller: Caller) -> Json:
     return {"messages": messages, "max_tokens": LONG_TOKENS, "ignore_eos": True}
 
 
-def _upload(caller: Caller, kind: str, expected: Expected, file: tuple[str, bytes, str]) -> None:
-    fields = {"max_tokens": str(CAPTION_TOKENS)}
-    check = _is_caption(expected)
-    caller.send(kind, check, path="/v1/caption", files={"image": file}, data=fields)
+def _caption_body(picture: bytes) -> Json:
+    return {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
+
+
+def _upload(caller: Caller, expected: Expected, file: tuple[str, bytes, str]) -> None:
+    request = {"files": {"image": file}, "data": {"max_tokens": str(CAPTION_TOKENS)}}
+    caller.send(_is_caption(expected), path="/v1/caption", **request)
 
 
 def _is_caption(expected: Expected) -> Check:

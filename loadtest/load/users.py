@@ -49,6 +49,7 @@ class Visitor(User):
     def call(self, kind: str, due: float | None = None) -> None:
         """Runs one visit of this kind; `due` is its scheduled start in seconds since 1970."""
         caller = Caller(
+            kind,
             self._session,
             self.host,
             self.recording.add,

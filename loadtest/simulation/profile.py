@@ -87,19 +87,11 @@ class Profile:
         """A file of `profiles/` by name, or the path of another."""
         path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
         values = read_json(path)
-        decoding, encoder = values["stages"]["preprocessor"], values["stages"]["encoder"]
-        stages = {
-            "preprocessor": PoolProfile(
-                (0.0, decoding["decode_s"]),
-                decoding["threads"],
-                True,
-                decoding["start_s"],
-                decoding["cost"],
-            ),
-            "encoder": PoolProfile(
-                _line(encoder["batch_s"]), 1, False, encoder["start_s"], encoder["cost"]
-            ),
-            "generator": _engine(values["stages"]["generator"]),
+        stages: dict[str, StageProfile] = {
+            name: _engine(stage)
+            if name == "generator"
+            else PoolProfile(**{**stage, "batch_s": _line(stage["batch_s"])})
+            for name, stage in values["stages"].items()
         }
         return cls(path.stem, values["slo_s"], stages, values["default_policies"])
 
@@ -109,12 +101,8 @@ def _engine(values: dict[str, Any]) -> EngineProfile:
     return EngineProfile(
         step_s=(max(0.0, 2 * steps[1] - steps[2]), *steps[1:]),
         prompt_s=values["prompt_tokens"] * values["prompt_ms_per_token"] / 1000,
-        prompt_tokens=values["prompt_tokens"],
-        answer_tokens=values["answer_tokens"],
         kv_slots=min(values["kv_slots"], values["max_num_seqs"] * values["reach"]),
-        reach=values["reach"],
-        start_s=values["start_s"],
-        cost=values["cost"],
+        **{k: values[k] for k in ("prompt_tokens", "answer_tokens", "reach", "start_s", "cost")},
     )
 
 
