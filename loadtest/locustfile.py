@@ -25,8 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # locust imports this file b
 from loadtest.load import pictures, report, scenario
 from loadtest.load.recording import Recording
 from loadtest.load.scenario import Scenario
-from loadtest.load.shape import ScenarioShape
-from loadtest.load.users import REGULARS, Generator, Visitor
+from loadtest.load.users import REGULARS, Generator, ScenarioShape, Visitor
 
 
 @events.init_command_line_parser.add_listener

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import pyplot as plt
 
 from loadtest import plotting
 from loadtest.bench.client import Window
 from loadtest.bench.servers import MONOLITH
-from loadtest.plotting import plt
 from loadtest.results import markdown_table
 from loadtest.stats import median_ratio, percentiles
 

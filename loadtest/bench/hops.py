@@ -10,7 +10,6 @@ in milliseconds of `total` (at the client), `decode`, `encode` and `engine` (ins
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import http.client
 import json
@@ -29,7 +28,7 @@ from blip2_serve import fast_mode
 from blip2_serve.config import AppConfig
 from loadtest.bench import script
 from loadtest.bench.servers import free_port
-from loadtest.bench.workload import Request, picture
+from loadtest.bench.workload import Request, data_url, picture
 from loadtest.stats import percentiles
 
 PROFILES = ("default", "fast")
@@ -101,8 +100,8 @@ def ask(
 
 def one_request(client: http.client.HTTPConnection, number: int) -> dict[str, float]:
     """Milliseconds by part."""
-    jpeg = base64.b64encode(picture(np.random.default_rng(number))).decode()
-    request = Request("what is it?", f"data:image/jpeg;base64,{jpeg}", max_tokens=4)
+    shown = data_url(picture(np.random.default_rng(number)))
+    request = Request("what is it?", shown, max_tokens=4)
     body = json.dumps(request.body("demo", stream=False)).encode()
     before = stage_seconds()
     start = time.perf_counter()

@@ -14,7 +14,6 @@ all of them together then grow by more than 5%.
 from __future__ import annotations
 
 import asyncio
-import base64
 import random
 import time
 from collections import deque
@@ -30,7 +29,7 @@ import numpy as np
 from blip2_serve.model.source import DEMO_FOLDER
 from loadtest.bench import client, script, servers
 from loadtest.bench.servers import Endpoint, ProcessMemory
-from loadtest.bench.workload import Request, lengths, picture, question
+from loadtest.bench.workload import Request, data_url, lengths, picture, question
 from loadtest.results import markdown_table
 
 SEED = 0
@@ -132,8 +131,7 @@ def visits(seed: int) -> Iterator[Visit]:
                 earlier = (*last.earlier, (last.question, question(rng, 6)))
         else:
             # Decoders ignore bytes after a JPEG's end, so this is a new file without a new drawing.
-            data = rng.choice(photographs) + number.to_bytes(8)
-            shown = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+            shown = data_url(rng.choice(photographs) + number.to_bytes(8))
         request = Request(asked, shown, max_tokens, earlier, rng.choice(WAYS))
         latest.append(request)
         leaves = rng.uniform(0, LEAVES_WITHIN_S) if rng.random() < LEAVING else None

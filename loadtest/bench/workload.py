@@ -102,8 +102,7 @@ class Workload:
 
     def _make(self) -> str:
         self._made += 1
-        jpeg = picture(np.random.default_rng((self._seed, self._made)))
-        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        return data_url(picture(np.random.default_rng((self._seed, self._made))))
 
 
 def question(rng: random.Random, words: int) -> str:
@@ -120,6 +119,10 @@ def lengths(rng: random.Random) -> Iterator[int]:
     while True:
         for stratum in rng.sample(range(STRATA), STRATA):
             yield MIN_TOKENS + stratum * size + rng.randrange(size)
+
+
+def data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def picture(rng: np.random.Generator) -> bytes:

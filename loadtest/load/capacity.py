@@ -181,12 +181,15 @@ def main() -> None:
     planning = commands.add_parser("plan", help="plan replicas, GPUs and cost for a target rate")
     planning.add_argument("capacity", type=Path, help="the capacity.json that `find` wrote")
     planning.add_argument("--rate", type=float, required=True, help="requests per second")
-    planning.add_argument("--utilization", type=float, default=0.7, help="target share of capacity")
-    planning.add_argument("--encoder-gpus", type=float, default=1, help="per replica")
-    planning.add_argument("--generator-gpus", type=float, default=1, help="per replica")
-    planning.add_argument("--cpus", type=float, default=1, help="per replica of any stage")
-    planning.add_argument("--gpu-hour", type=float, default=0, help="price of a GPU per hour")
-    planning.add_argument("--cpu-hour", type=float, default=0, help="price of a CPU per hour")
+    for name, default, meaning in (
+        ("utilization", 0.7, "target share of capacity"),
+        ("encoder-gpus", 1, "GPUs per encoder"),
+        ("generator-gpus", 1, "GPUs per generator"),
+        ("cpus", 1, "CPUs per replica of any stage"),
+        ("gpu-hour", 0, "price of a GPU per hour"),
+        ("cpu-hour", 0, "price of a CPU per hour"),
+    ):
+        planning.add_argument(f"--{name}", type=float, default=default, help=meaning)
     planning.set_defaults(command=show_plan)
     args = parser.parse_args()
     try:

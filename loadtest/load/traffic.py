@@ -99,7 +99,8 @@ class Caller:
         Returns whether the answer is right.
         """
         times: list[float] = []
-        answer, usage = "", {}
+        answer = ""
+        usage: Json = {}
         with self._measured() as pending:
             for event in self._events({**body, "stream_options": {"include_usage": True}}):
                 usage = event.get("usage") or usage

@@ -1,15 +1,15 @@
-"""locust's users: a class for each kind of traffic, and one that runs an open loop."""
+"""locust's users, one class for each kind of traffic, and how many of them run at each moment."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import requests
-from locust import User, task
+from locust import LoadTestShape, User, task
 from requests.adapters import HTTPAdapter
 
 from loadtest.load import arrivals, scenario, traffic
@@ -19,6 +19,10 @@ from loadtest.load.samples import Sample
 from loadtest.load.scenario import Scenario
 from loadtest.load.traffic import KINDS, Caller
 
+logger = logging.getLogger(__name__)
+
+SPAWN_RATE = 1_000.0  # users per second: all at once
+LOOK_BACK_S = 20.0  # when looking for the breaking point
 SHIPPED_MODEL = "demo"  # the name under which /v1/models lists the shipped checkpoint
 
 _seeds = itertools.count()
@@ -41,7 +45,8 @@ class Visitor(User):
         self._random = random.Random(f"{time.time()} {next(_seeds)}")
 
     def on_start(self) -> None:
-        self._knows_scenes = serves_shipped(self._session, self.host)
+        models = self._session.get(f"{self.host}/v1/models", timeout=traffic.TIMEOUT_S).json()
+        self._knows_scenes = any(model["id"] == SHIPPED_MODEL for model in models["data"])
 
     def wait_time(self) -> float:
         return self._random.uniform(*self.scenario.think_s)
@@ -61,12 +66,6 @@ class Visitor(User):
         KINDS[kind](caller)
 
 
-def serves_shipped(session: requests.Session, host: str) -> bool:
-    """Whether the server has the checkpoint that knows the scenes' captions."""
-    models = session.get(f"{host}/v1/models", timeout=traffic.TIMEOUT_S).json()
-    return any(model["id"] == SHIPPED_MODEL for model in models["data"])
-
-
 class Regular(Visitor):
     """Repeats one kind of traffic."""
 
@@ -78,11 +77,9 @@ class Regular(Visitor):
         self.call(self.kind)
 
 
-def _regular(kind: str) -> type[Regular]:
-    return type(kind.title().replace(" ", ""), (Regular,), {"kind": kind})
-
-
-REGULARS: list[type[Regular]] = [_regular(kind) for kind in KINDS]
+REGULARS: list[type[Regular]] = [
+    type(kind.title().replace(" ", ""), (Regular,), {"kind": kind}) for kind in KINDS
+]
 
 
 class Generator(Visitor):
@@ -113,3 +110,27 @@ class Generator(Visitor):
 
     def _fail(self, kind: str, due: float, why: str) -> None:
         self.recording.add(Sample(due, kind, "latency", time.time() - due, failure=why))
+
+
+class ScenarioShape(LoadTestShape):
+    """Follows the scenario's load, and ends a run whose server has reached its breaking point."""
+
+    abstract = True  # locust must not pick it up: locustfile.py makes the only instance
+
+    def __init__(self, scenario: Scenario, recording: Recording) -> None:
+        super().__init__()
+        self._scenario = scenario
+        self._recording = recording
+
+    def tick(self) -> tuple[int, float] | None:
+        second = self.get_run_time()
+        load = self._scenario.load
+        done = second >= self._scenario.seconds and self.get_current_user_count() == 0
+        if done or second >= self._scenario.run_s:
+            return None
+        if load and load.breaks and (why := load.breaks.why(self._recording.recent(LOOK_BACK_S))):
+            level = load.at(min(1.0, second / self._scenario.seconds))
+            unit = "users" if self._scenario.arrivals == "closed" else "requests per second"
+            logger.warning("breaking point at %.1f %s: %s", level, unit, why)
+            return None
+        return self._scenario.users_at(second), SPAWN_RATE

@@ -1,4 +1,4 @@
-"""Load tests tell right answers from wrong ones."""
+"""Right answers pass the checks, wrong ones are explained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def chat(text: str, tokens: int) -> dict[str, Any]:
     return {"choices": [{"message": {"content": text}}], "usage": {"completion_tokens": tokens}}
 
 
-def test_a_right_caption_and_a_right_chat_answer_give_their_tokens() -> None:
+def test_right_answers_return_their_token_count() -> None:
     assert answers.caption(caption("a circle", 3), Expected(40, words="a circle")) == 3
     assert answers.chat(chat(" red ", 2), Expected(2, exactly=True, words="red")) == 2
 
@@ -26,20 +26,23 @@ def test_a_right_caption_and_a_right_chat_answer_give_their_tokens() -> None:
 @pytest.mark.parametrize(
     ("body", "expected", "why"),
     [
-        pytest.param(caption("a circle", 41), Expected(40), "41 tokens", id="more than asked for"),
+        pytest.param(caption("a circle", 41), Expected(40), "41 tokens", id="too many tokens"),
         pytest.param(
             caption("a circle", 39),
             Expected(40, exactly=True),
             "39 tokens",
-            id="fewer than exactly",
+            id="too few tokens",
         ),
         pytest.param(caption(" ", 3), Expected(40), "no text", id="no text"),
         pytest.param(
-            caption("a square", 3), Expected(40, words="a circle"), "is not 'a circle'", id="wrong"
+            caption("a square", 3),
+            Expected(40, words="a circle"),
+            "is not 'a circle'",
+            id="wrong",
         ),
         pytest.param({"error": {}}, Expected(40), "no caption", id="an error as body"),
         pytest.param({"data": [{"error": 1}]}, Expected(40), "no caption", id="a failed caption"),
-        pytest.param([], Expected(40), "no caption", id="no object"),
+        pytest.param([], Expected(40), "no caption", id="not an object"),
     ],
 )
 def test_a_wrong_caption_says_what_is_wrong(body: Any, expected: Expected, why: str) -> None:
@@ -54,7 +57,7 @@ def test_two_choices_are_not_one_answer() -> None:
         answers.chat(body, Expected(16))
 
 
-def test_a_refusal_needs_a_4xx_and_an_error_that_explains_it() -> None:
+def test_a_refusal_needs_a_4xx_and_a_complete_error() -> None:
     error = {"message": "no", "type": "invalid_request_error", "code": None, "param": None}
     answers.refusal(400, {"error": error})
     with pytest.raises(WrongAnswer, match="status 500"):

@@ -1,4 +1,4 @@
-"""Two runs side by side: chance is not called a difference, and a difference is."""
+"""Differences between runs are told from chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loadtest.load.samples import Sample
 
 
 def run(seed: int, factor: float = 1.0, seconds: int = 300) -> list[Sample]:
-    """Two requests a second, of which those of ten seconds have something in common."""
+    """Two requests per second, with latencies that correlate within ten seconds."""
     rng = np.random.default_rng(seed)
     found = []
     for stretch in range(seconds // 10):
@@ -30,7 +30,7 @@ def test_two_runs_of_the_same_server_are_rarely_called_different() -> None:
     assert called <= 4  # of 40
 
 
-def test_a_server_that_takes_half_as_long_again_is_called_slower() -> None:
+def test_a_server_that_takes_1_5_times_as_long_is_called_slower() -> None:
     found = differences([run(1), run(2)], [run(3, 1.5), run(4, 1.5)])
 
     assert [(d.kind, d.measure, d.statistic) for d in found] == [

@@ -1,4 +1,4 @@
-"""Medians, ratios and the table."""
+"""Figures of a window, medians and ratios over rounds, table and plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROUNDS = [
     measured("monolith", 0, 1.0),
     measured("blip2-serve", 0, 4.0),
     measured("blip2-serve:stream", 0, 2.0),
-    # A round on a machine that others made slow, in another order.
+    # A round on a slower machine, in another order.
     measured("blip2-serve", 1, 1.0),
     measured("blip2-serve:stream", 1, 0.9),
     measured("monolith", 1, 0.2),
@@ -47,13 +47,13 @@ def test_ratios_are_medians_of_the_ratios_within_rounds() -> None:
     }
 
 
-def test_ratios_are_of_one_concurrency_and_need_both() -> None:
+def test_ratios_need_both_servers_at_the_same_concurrency() -> None:
     alone = [measured("monolith", 0, 1.0, users=1), measured("blip2-serve", 0, 4.0, users=8)]
 
     assert ratios(alone) == []
 
 
-def test_medians_are_over_rounds_and_leave_out_what_is_missing() -> None:
+def test_medians_skip_missing_figures() -> None:
     found = medians(ROUNDS)["blip2-serve", 8]
 
     assert found.requests_per_s == 4.0
@@ -97,7 +97,6 @@ def test_the_table_has_a_row_for_each_server_and_concurrency() -> None:
 
 
 def test_the_plot_is_written(tmp_path: Path) -> None:
-
     plot(medians(ROUNDS), ratios(ROUNDS), "a title", tmp_path / "plot.png")
 
     assert (tmp_path / "plot.png").stat().st_size > 5_000

@@ -1,4 +1,4 @@
-"""The GPU benchmark, on the CPU: that it runs, compares and reports. Its figures mean nothing."""
+"""The GPU benchmark runs, compares and reports on a CPU, where its figures mean nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print("loaded", sorted({name.partition(".")[0] for name in sys.modules}))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object]]:
-    """What it prints, and its report."""
+    """Its output and its report."""
     output = tmp_path_factory.mktemp("gpu") / "report.json"
     options = ["--device", "cpu", "--images", "9", "--running", "4", "--output", output]
     done = subprocess.run(
@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object
     return done.stdout, json.loads(output.read_text())
 
 
-def test_it_says_that_a_cpu_is_no_gpu(run: tuple[str, dict[str, object]]) -> None:
+def test_it_warns_that_a_cpu_is_not_a_gpu(run: tuple[str, dict[str, object]]) -> None:
     printed, report = run
     assert "NOT A GPU" in printed
     assert report["gpu"] is False

@@ -1,4 +1,4 @@
-"""Failures end a script with one line and exit code 1; checkpoints are written once."""
+"""Failures end a script with one line; checkpoints are written once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def own_sigterm() -> Iterator[None]:
 @pytest.mark.parametrize(
     "error", [WrongAnswer("no"), servers.ServerFailed("no"), script.Missed("no")]
 )
-def test_a_failure_is_told_in_one_line(error: Exception) -> None:
+def test_a_failure_ends_the_script_with_one_line(error: Exception) -> None:
     with pytest.raises(SystemExit, match="FAILED: no"), script.one_line_failures():
         raise error
 
@@ -32,7 +32,7 @@ def test_sigterm_ends_the_block_as_ctrl_c_does() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_checkpoint_is_written_unless_it_is_there(
+def test_a_checkpoint_is_written_only_if_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
