@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
                 found = measurement.figures
                 print(
                     f"round {number + 1}, {entry}, {measurement.concurrency} users: "
-                    f"{found.requests_per_s:.2f} req/s, {found.tokens_per_s:.0f} tokens/s",
+                    f"{found['requests_per_s']:.2f} req/s, {found['tokens_per_s']:.0f} tokens/s",
                     flush=True,
                 )
         write(about, measurements, args.output)
@@ -99,7 +99,7 @@ def write(about: dict[str, Any], measurements: list[Measurement], output: Path) 
         **about,
         "ratios": [asdict(ratio) for ratio in figures.ratios(measurements)],
         "medians": [
-            {"entry": entry, "concurrency": users, **asdict(found)}
+            {"entry": entry, "concurrency": users, **found}
             for (entry, users), found in figures.medians(measurements).items()
         ],
         "measurements": [asdict(m) for m in measurements],

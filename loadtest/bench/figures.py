@@ -18,26 +18,21 @@ from loadtest.stats import median_ratio, percentiles
 
 STREAM = ":stream"
 
+# One server at one concurrency, by name. Missing are latencies if no answer ended in the window,
+# figures of streams if none was streamed, and the memory of a server that runs elsewhere.
+Figures = dict[str, float]
 
-@dataclass(frozen=True)
-class Figures:
-    """One server at one concurrency.
-
-    None: no answer ended in the window, none was streamed, or the server runs elsewhere.
-    """
-
-    requests_per_s: float
-    tokens_per_s: float
-    latency_p50_s: float | None
-    latency_p99_s: float | None
-    first_text_p50_s: float | None = None
-    first_text_p99_s: float | None = None
-    # Between chunks with text, and (last - first) / (tokens - 1) of each answer.
-    gap_p50_ms: float | None = None
-    gap_p99_ms: float | None = None
-    token_p50_ms: float | None = None
-    token_p99_ms: float | None = None
-    memory_peak_gb: float | None = None
+# Of the table: title, figures, format. "gap" is between chunks with text, "token" the mean gap per
+# token of each answer.
+COLUMNS = (
+    ("req/s", ("requests_per_s",), ".2f"),
+    ("tokens/s", ("tokens_per_s",), ".0f"),
+    ("latency p50 / p99 s", ("latency_p50_s", "latency_p99_s"), ".2f"),
+    ("first text p50 / p99 s", ("first_text_p50_s", "first_text_p99_s"), ".2f"),
+    ("between texts p50 / p99 ms", ("gap_p50_ms", "gap_p99_ms"), ".0f"),
+    ("per token p50 / p99 ms", ("token_p50_ms", "token_p99_ms"), ".0f"),
+    ("memory GB", ("memory_peak_gb",), ".2f"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,25 +67,30 @@ def figures(window: Window, memory_peak: int | None) -> Figures:
         "gap_{}_ms": [1e3 * gap for a in streamed for gap in np.diff(a.texts)],
         "token_{}_ms": [1e3 * (a.texts[-1] - a.texts[0]) / (a.tokens - 1) for a in streamed],
     }
-    found: dict[str, float | None] = {}
+    found = {"requests_per_s": requests, "tokens_per_s": tokens}
     for name, some in values.items():
-        p50, p99 = percentiles(some, 50, 99) if some else (None, None)
-        found |= {name.format("p50"): p50, name.format("p99"): p99}
-    found["memory_peak_gb"] = None if memory_peak is None else memory_peak / 1e9
-    return Figures(requests, tokens, **found)
+        if some:
+            names = name.format("p50"), name.format("p99")
+            found |= zip(names, percentiles(some, 50, 99), strict=True)
+    return found if memory_peak is None else found | {"memory_peak_gb": memory_peak / 1e9}
 
 
 def medians(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Figures]:
     """The median of each figure over rounds, by entry and concurrency."""
-    rounds: dict[tuple[str, int], list[Figures]] = {}
+    values: dict[tuple[str, int], dict[str, list[float]]] = {}
     for m in measurements:
-        rounds.setdefault((m.entry, m.concurrency), []).append(m.figures)
-    return {key: _median(several) for key, several in rounds.items()}
+        own = values.setdefault((m.entry, m.concurrency), {})
+        for name, value in m.figures.items():
+            own.setdefault(name, []).append(value)
+    return {
+        key: {name: statistics.median(some) for name, some in own.items()}
+        for key, own in values.items()
+    }
 
 
 def ratios(measurements: Sequence[Measurement]) -> list[Ratio]:
     """Every entry against the monolith, and streaming against the same server without it."""
-    speeds = {(m.entry, m.concurrency, m.round): m.figures.requests_per_s for m in measurements}
+    speeds = {(m.entry, m.concurrency, m.round): m.figures["requests_per_s"] for m in measurements}
     found: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
     for (entry, users, number), speed in speeds.items():
         for base in (MONOLITH, entry.removesuffix(STREAM)):
@@ -102,36 +102,15 @@ def ratios(measurements: Sequence[Measurement]) -> list[Ratio]:
 
 def table(medians: dict[tuple[str, int], Figures], ratios: Sequence[Ratio]) -> str:
     """Markdown with a row for each server and concurrency."""
-    head = (
-        "server",
-        "users",
-        "req/s",
-        "tokens/s",
-        "latency p50 / p99 s",
-        "first text p50 / p99 s",
-        "between texts p50 / p99 ms",
-        "per token p50 / p99 ms",
-        "memory GB",
-        "ratio",
-    )
-    rows = [
-        (
-            entry,
-            str(users),
-            f"{f.requests_per_s:.2f}",
-            f"{f.tokens_per_s:.0f}",
-            _pair(f.latency_p50_s, f.latency_p99_s, ".2f"),
-            _pair(f.first_text_p50_s, f.first_text_p99_s, ".2f"),
-            _pair(f.gap_p50_ms, f.gap_p99_ms, ".0f"),
-            _pair(f.token_p50_ms, f.token_p99_ms, ".0f"),
-            "" if f.memory_peak_gb is None else f"{f.memory_peak_gb:.2f}",
-            ", ".join(
-                f"{r.ratio:.2f} x {r.to}" for r in ratios if (r.of, r.concurrency) == (entry, users)
-            ),
-        )
-        for (entry, users), f in sorted(medians.items(), key=lambda item: item[0][1])
-    ]
-    return markdown_table(head, rows)
+    rows = []
+    for (entry, users), found in sorted(medians.items(), key=lambda item: item[0][1]):
+        cells = [
+            " / ".join(f"{found[name]:{form}}" for name in names if name in found)
+            for _, names, form in COLUMNS
+        ]
+        own = [r for r in ratios if (r.of, r.concurrency) == (entry, users)]
+        rows.append([entry, str(users), *cells, ", ".join(f"{r.ratio:.2f} x {r.to}" for r in own)])
+    return markdown_table(["server", "users", *(title for title, *_ in COLUMNS), "ratio"], rows)
 
 
 def plot(
@@ -146,7 +125,7 @@ def plot(
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     for i, entry in enumerate(entries):
         places = [level + (i - (len(entries) - 1) / 2) * width for level in range(len(levels))]
-        speeds = [medians[entry, users].requests_per_s for users in levels]
+        speeds = [medians[entry, users]["requests_per_s"] for users in levels]
         bars = axes.bar(places, speeds, 0.94 * width, label=entry)
         axes.bar_label(bars, [f"{speed:.2f}" for speed in speeds], label_type="center")
         axes.bar_label(bars, [labels.get((entry, users), "") for users in levels], padding=2)
@@ -157,15 +136,3 @@ def plot(
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, loc="outside lower center", ncols=len(entries))
     plotting.save(figure, file)
-
-
-def _median(several: Sequence[Figures]) -> Figures:
-    def of(name: str) -> float | None:
-        values = [v for f in several if (v := getattr(f, name)) is not None]
-        return statistics.median(values) if values else None
-
-    return Figures(**{name: of(name) for name in Figures.__dataclass_fields__})  # type: ignore[arg-type]
-
-
-def _pair(a: float | None, b: float | None, form: str) -> str:
-    return "" if a is None or b is None else f"{a:{form}} / {b:{form}}"
