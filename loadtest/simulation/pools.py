@@ -10,6 +10,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from blip2_serve.observe.meter import BatchMeter, EngineMeter
@@ -20,13 +21,11 @@ from loadtest.simulation.profile import MAX_ONGOING, EngineProfile, PoolProfile,
 NOISE = 0.1  # at most, up or down, as a share of the measured seconds
 
 
+@dataclass(slots=True, eq=False)
 class Request:
-    __slots__ = ("answer_tokens", "arrived", "work")
-
-    def __init__(self, arrived: float, work: float, answer_tokens: int) -> None:
-        self.arrived = arrived
-        self.work = work  # decoding time relative to the mean
-        self.answer_tokens = answer_tokens
+    arrived: float
+    work: float  # decoding time relative to the mean
+    answer_tokens: int
 
 
 Finished = Callable[["Replica", Request], None]
