@@ -18,9 +18,9 @@ import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from blip2_serve.scaling import Stage
-from loadtest.results import write_json
 from loadtest.simulation import tables, traces
 from loadtest.simulation.profile import Configs, Profile
 from loadtest.simulation.run import Simulation, own_policy
@@ -49,7 +49,7 @@ def main() -> None:
     if args.traces == "compared":
         for profile in profiles:
             own = [run for run in runs if run["profile"] == profile.name]
-            write_json(RESULTS / f"{profile.name}.json", own)
+            write_lines(RESULTS / f"{profile.name}.json", own)
     print(f"\n{tables.totals(runs)}\n\n{tables.by_trace(runs)}")
 
 
@@ -82,8 +82,12 @@ def record(profile: Profile, path: Path) -> None:
         if second % 2 == 0 and second >= 60
     ]
     text = json.dumps(moments, default=float)
-    rounded = json.loads(text, parse_float=lambda number: round(float(number), 4))
-    lines = ",\n".join(json.dumps(moment, separators=(",", ":")) for moment in rounded)
+    write_lines(path, json.loads(text, parse_float=lambda number: round(float(number), 4)))
+
+
+def write_lines(path: Path, values: list[Any]) -> None:
+    """Writes a JSON array with one element per line."""
+    lines = ",\n".join(json.dumps(value, separators=(",", ":")) for value in values)
     path.write_text(f"[\n{lines}\n]\n")
 
 
