@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numba
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from blip2_serve.compute.cpu import dot_product, int8_product, simd
-from blip2_serve.compute.cpu.compiler import part
 from blip2_serve.compute.cpu.formats import aligned, bits, format_of
 
 Array = NDArray[np.generic]
@@ -21,7 +21,7 @@ store_f32 = format_of(torch.float32).store
 def run(kernel: Callable[..., None], *arrays: Array) -> NDArray[np.float32]:
     """Calls it with the arrays' addresses and that of 16 results."""
     out = np.empty(simd.LANES, np.float32)
-    part(kernel)(*(array.ctypes.data for array in arrays), out.ctypes.data)
+    numba.njit(kernel)(*(array.ctypes.data for array in arrays), out.ctypes.data)
     return out
 
 
@@ -131,7 +131,7 @@ def test_a_format_reads_and_rounds_as_torch_does(dtype: torch.dtype) -> None:
     np.testing.assert_array_equal(run(vectors, bits(a), bits(result)), a.float().numpy())
     assert torch.equal(result, (a.float() * 0.3).to(dtype))
     result.zero_()
-    part(scalars)(bits(a), bits(result))
+    numba.njit(scalars)(bits(a), bits(result))
     assert torch.equal(result, (a.float() * 0.3).to(dtype))
 
 

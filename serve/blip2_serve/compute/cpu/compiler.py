@@ -34,8 +34,9 @@ def compiled(
 
 
 def part(function: Callable[P, R], *, reordered: bool = False) -> Callable[P, R]:
-    """Makes a function for use in kernels, which compile it."""
-    made: Callable[P, R] = numba.njit(fastmath=_fastmath(reordered))(function)
+    """Makes a function that kernels can call, and Python cannot."""
+    make = numba.njit(fastmath=_fastmath(reordered), no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    made: Callable[P, R] = make(function)
     return made
 
 

@@ -74,7 +74,7 @@ class Weight:
     scales: Tensor  # float32 [blocks * BLOCK]: what 1 stands for in each output's weights
     sums: Tensor  # int32 [blocks * BLOCK]: each output's sum of integers, times _ZERO / _BASE
     bias: Tensor  # float32 [blocks * BLOCK]
-    outputs: int
+    padding: tuple[int, int]  # how many inputs and outputs the layer lacks
 
 
 def available() -> bool:
@@ -84,25 +84,25 @@ def available() -> bool:
 
 def packed(weight: Tensor, scales: Tensor, bias: Tensor) -> Weight:
     """Reorders int8 [outputs, inputs] for the kernel, with a scale and a bias for each output."""
-    outputs = len(weight)
-    weight = pad(weight, (0, -weight.shape[1] % LANES, 0, -outputs % BLOCK))
-    blocks, inputs = len(weight) // BLOCK, weight.shape[1]
-    tiles = aligned((blocks, inputs // 4, BLOCK, 4), torch.int8)
-    tiles.copy_(weight.view(blocks, BLOCK, inputs // 4, 4).transpose(1, 2))
+    padding = (-weight.shape[1] % LANES, -weight.shape[0] % BLOCK)
+    weight = pad(weight, (0, padding[0], 0, padding[1]))
+    blocks, fours = len(weight) // BLOCK, weight.shape[1] // 4
+    tiles = aligned((blocks, fours, BLOCK, 4), torch.int8)
+    tiles.copy_(weight.view(blocks, BLOCK, fours, 4).transpose(1, 2))
     return Weight(
         tiles,
-        pad(scales.float(), (0, -outputs % BLOCK)),
+        pad(scales.float(), (0, padding[1])),
         weight.sum(1, dtype=torch.int32) * (_ZERO // _BASE),
-        pad(bias.float(), (0, -outputs % BLOCK)),
-        outputs,
+        pad(bias.float(), (0, padding[1])),
+        padding,
     )
 
 
 def linear(x: Tensor, weight: Weight, *, relu: bool = False) -> Tensor:
     """[rows, inputs] -> [rows, outputs] of the same dtype: float32, bfloat16 or float16."""
-    blocks, fours = weight.tiles.shape[:2]
-    missing = 4 * fours - x.shape[1]
-    x = pad(x, (0, missing)) if missing else x.contiguous()
+    more_inputs, more_outputs = weight.padding
+    x = pad(x, (0, more_inputs)) if more_inputs else x.contiguous()
+    blocks = len(weight.tiles)
     out = x.new_empty((len(x), blocks * BLOCK))
     kernel(x.dtype)(
         bits(x),
@@ -115,7 +115,7 @@ def linear(x: Tensor, weight: Weight, *, relu: bool = False) -> Tensor:
         0.0 if relu else -torch.inf,
         threads(),
     )
-    return out if out.shape[1] == weight.outputs else out[:, : weight.outputs]
+    return out[:, :-more_outputs] if more_outputs else out
 
 
 @functools.cache
