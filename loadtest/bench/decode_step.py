@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache, OPTForCausalLM
 
-from blip2_serve.compute.cpu.int8 import quantize_decoder
+from blip2_serve.compute.cpu.device import CpuDevice
 from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.model.decoder import OptDecoder
@@ -26,6 +26,7 @@ from loadtest.bench import script
 from loadtest.bench.weights import shape
 
 PROMPT, STEPS, ROUNDS = 48, 20, 5
+DEVICE = CpuDevice(torch.device("cpu"))
 
 
 def main() -> None:
@@ -36,16 +37,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     reference = OPTForCausalLM(shape("medium").text_config).to(getattr(torch, args.dtype)).eval()
-    decoder = own_decoder(reference)
-    decoder.pack()
     contestants: dict[str, Callable[[int], float]] = {
-        "own": partial(own_step, decoder),
+        "own": partial(own_step, own_decoder(reference)),
         "transformers": partial(reference_step, reference),
     }
     if args.quantize:
-        quantized = own_decoder(reference)
-        quantize_decoder(quantized)
-        contestants["int8"] = partial(own_step, quantized)
+        contestants["int8"] = partial(own_step, own_decoder(reference, args.quantize))
 
     print(f"{args.dtype}, {torch.get_num_threads()} threads, prompt {PROMPT}, {STEPS} steps")
     for batch in args.batch:
@@ -55,23 +52,24 @@ def main() -> None:
             print(f"batch {batch:3}: {name:12} {ms:6.1f} ms, {ms / medians['own']:.2f} x own")
 
 
-def own_decoder(reference: OPTForCausalLM) -> OptDecoder:
-    """This project's decoder with the reference's weights, not packed yet."""
+def own_decoder(reference: OPTForCausalLM, quantize: str | None = None) -> OptDecoder:
+    """This project's decoder with the reference's weights."""
     decoder = OptDecoder(reference.config).to(reference.dtype).eval().requires_grad_(False)
     tensors = {f"language_model.{name}": t for name, t in reference.state_dict().items()}
     for name, parameter in decoder.checkpoint_tensors().items():
         parameter.copy_(tensors[name])
+    DEVICE.prepare_decoder(decoder, quantize)
     return decoder
 
 
 def prefilled(decoder: OptDecoder, batch: int) -> tuple[Runner, list[Sequence]]:
     """A runner, and sequences whose prompts it has computed."""
-    reach = PROMPT + STEPS
-    runner = Runner(decoder, rows=batch * reach, sequences=batch, longest=reach)
+    length = PROMPT + STEPS
+    runner = Runner(decoder, DEVICE, batch * length, max_num_seqs=batch, max_len=length)
     image = torch.empty(0, decoder.config.hidden_size)
     sequences = []
     for i in range(batch):
-        slots = array("q", range(i * reach, (i + 1) * reach))
+        slots = array("q", range(1 + i * length, 1 + (i + 1) * length))
         request = Request(str(i), [5] * PROMPT, image, "", SamplingParams(), unused=slots[PROMPT:])
         sequences.append(Sequence(request, slots=slots[:PROMPT]))
         runner.run([Chunk(sequences[-1], 0, PROMPT)])

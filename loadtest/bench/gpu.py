@@ -33,7 +33,6 @@ from blip2_serve.engine.engine import Engine
 from loadtest.bench.gpu_model import (
     Models,
     add,
-    capture,
     make_engine,
     make_models,
     random_pixels,
@@ -94,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 
 def same_tokens_in_float32(device: torch.device, report: Report) -> bool:
-    models = make_models(shape("small"), device, torch.float32)
+    models = make_models(shape("small"), device, torch.float32, IMAGES)
     found = report["float32"] = compare(models, answers=24, batch=8)
     print(f"float32, small shape: {found['equal']} of {found['answers']} answers are the same")
     if found["equal"] == found["answers"] and found["different"] > 1:
@@ -106,8 +105,7 @@ def same_tokens_in_float32(device: torch.device, report: Report) -> bool:
 def measure(args: argparse.Namespace, device: torch.device, report: Report) -> None:
     """Measures rates, stages and captions per second in the given shape and dtype."""
     full = args.shape == "full"
-    models = make_models(shape(args.shape), device, getattr(torch, args.dtype))
-    capture(models, IMAGES)
+    models = make_models(shape(args.shape), device, getattr(torch, args.dtype), IMAGES)
     share = report["same_answers"] = compare(models, answers=32, batch=8)
     print(f"{args.dtype}: {share['equal']} of {share['answers']} answers are the same\n")
     report["rates"] = rates = measure_rates(device, models.encoder.dtype)
@@ -130,7 +128,7 @@ def measure(args: argparse.Namespace, device: torch.device, report: Report) -> N
 def compare(models: Models, answers: int, batch: int) -> dict[str, int]:
     """Counts the greedy answers that equal transformers' for the same images."""
     pixels = random_pixels(models, answers)
-    engine, _ = make_engine(models.decoder, batch, len(models.prompt) + NEW_TOKENS)
+    engine = make_engine(models, batch, len(models.prompt) + NEW_TOKENS)
     ours = caption(models, engine, pixels, batch)
     parts = pixels.split(batch)
     theirs = [answer for part in parts for answer in reference_answers(models, part, NEW_TOKENS)]
@@ -177,7 +175,7 @@ def caption_overlapped(
 
 def encode(models: Models, pixels: Tensor) -> Tensor:
     """Image features, in batches as the server makes them."""
-    return torch.cat([models.encoder(part) for part in pixels.split(IMAGES)])
+    return torch.cat([models.encode(part) for part in pixels.split(IMAGES)])
 
 
 @contextmanager
@@ -198,7 +196,7 @@ def own_stream(device: torch.device, priority: int) -> Iterator[None]:
 
 def end_to_end(models: Models, images: int, running: int) -> dict[str, float]:
     """Captions per second with NEW_TOKENS tokens: ours, and transformers' at several batches."""
-    engine, _ = make_engine(models.decoder, running, len(models.prompt) + NEW_TOKENS)
+    engine = make_engine(models, running, len(models.prompt) + NEW_TOKENS)
     pixels = random_pixels(models, images)
     rates = {}
     print(f"\ncaptions per second, {NEW_TOKENS} new tokens")

@@ -13,13 +13,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-from blip2_serve.compute.cuda.capture import cuda_recorder
-from blip2_serve.compute.runner import Runner, row_bytes
-from blip2_serve.compute.sampler import Sampler
+from blip2_serve.compute.assembly import EngineLimits, assemble
+from blip2_serve.compute.base import Device, Encode
+from blip2_serve.compute.devices import open_device
+from blip2_serve.compute.runner import slot_bytes
 from blip2_serve.engine.engine import Engine
-from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
-from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.checkpoint import Checkpoint
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
@@ -49,7 +48,10 @@ class Models:
 
     reference: Blip2ForConditionalGeneration
     encoder: ImageEncoder
+    encode: Encode  # the encoder as the device runs it
     decoder: OptDecoder
+    pad_to: int  # see Device.prepare_decoder
+    device: Device
 
     @property
     def prompt(self) -> list[int]:
@@ -58,10 +60,12 @@ class Models:
         return [*image, config.text_config.bos_token_id, *PROMPT]
 
 
-def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -> Models:
-    """Random weights with which the image changes the answer."""
+def make_models(
+    config: Blip2Config, place: torch.device, dtype: torch.dtype, images: int
+) -> Models:
+    """Random weights with which the image changes the answer; batches of up to `images`."""
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(place):
         reference = Blip2ForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
     draw_weights(reference)
     # Without an end token, answers have their full length.
@@ -71,32 +75,31 @@ def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -
         (size, size), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255, Image.Resampling.BICUBIC
     )
     checkpoint = InMemory(Path("memory"), config, {}, reference.state_dict())
-    encoder = ImageEncoder.load(checkpoint, processor, device, dtype)
-    decoder = OptDecoder.load(checkpoint, device, dtype)
-    encoder.pack()  # changes something on a CPU only
-    decoder.pack()
-    return Models(reference, encoder, decoder)
+    encoder = ImageEncoder.load(checkpoint, processor, place, dtype)
+    decoder = OptDecoder.load(checkpoint, place, dtype)
+    device = open_device(str(place))
+    encode = device.prepare_encoder(encoder, images)
+    return Models(reference, encoder, encode, decoder, device.prepare_decoder(decoder), device)
 
 
-def capture(models: Models, images: int) -> None:
-    """Captures the encoder's CUDA graphs of up to `images` images; does nothing on a CPU."""
-    if models.encoder.query_tokens.device.type == "cuda":
-        models.encoder.record(images, cuda_recorder())
-
-
-def make_engine(decoder: OptDecoder, running: int, longest: int) -> tuple[Engine, Runner]:
-    """An engine for `running` sequences of up to `longest` tokens, and its runner."""
-    slots = running * longest
-    # `gpu` gives a CPU a GPU's steps too, so a run on a CPU checks the code that GPUs run.
-    runner = Runner(decoder, slots, sequences=running, longest=longest, gpu=True)
-    scheduler = Scheduler(
-        KvSlots(slots),
+def make_engine(models: Models, running: int, longest: int) -> Engine:
+    """An engine for `running` sequences of up to `longest` tokens."""
+    limits = EngineLimits(
         max_num_seqs=running,
         max_waiting=1_000_000,
         max_num_batched_tokens=max(STEP_TOKENS, running + 1),
+        kv_slots=running * longest,
     )
-    engine = Engine(runner, scheduler, Sampler(()), decode=_decode, eos_token_ids=())
-    return engine, runner
+    return assemble(
+        models.decoder,
+        models.device,
+        limits,
+        pad_to=models.pad_to,
+        min_len=1,
+        max_len=longest,
+        decode=_decode,
+        eos_token_ids=(),
+    )
 
 
 def _decode(ids: list[int]) -> str:
@@ -113,7 +116,7 @@ def add(models: Models, engine: Engine, features: Tensor, new_tokens: int) -> st
 
 def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
     """Runs one step and appends its tokens by request."""
-    for name, event in engine.step():
+    for name, event in engine.step().events:
         tokens[name] += event.token_ids
 
 
@@ -179,4 +182,4 @@ def step_bytes(decoder: OptDecoder, sequences: int, length: int) -> int:
     layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim
     weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
     element = decoder.embed_tokens.weight.element_size()
-    return weights * element + sequences * length * row_bytes(decoder)
+    return weights * element + sequences * length * slot_bytes(decoder)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from blip2_serve.compute.runner import Runner
 from blip2_serve.engine.engine import Engine
 from loadtest.bench.gpu_model import (
     Models,
@@ -72,13 +73,17 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
     weights = sum(p.numel() for p in models.encoder.parameters()) * element
     for batch in sorted({*batches, 2, 4}):
         pixels = random_pixels(models, batch)
-        ms = milliseconds(lambda: models.encoder(pixels), device)  # noqa: B023 (called here)
+        ms = milliseconds(lambda: models.encode(pixels), device)  # noqa: B023 (called here)
         yield f"ViT and Q-Former, {batch} images", ms, batch * encoder_flops(config), weights
     short = length + new_tokens  # halfway through the answers that are timed
     long = min(400, config.text_config.max_position_embeddings // 4)
     for batch in batches:
-        engine, runner = make_engine(models.decoder, batch, max(short + new_tokens, long))
-        features = models.encoder(random_pixels(models, batch))
+        longest = max(short + new_tokens, long)
+        engine = make_engine(models, batch, longest)
+        runner = Runner(
+            models.decoder, models.device, batch * longest, max_num_seqs=batch, max_len=longest
+        )
+        features = models.encode(random_pixels(models, batch))
         prompts, steps = decode_times(models, engine, features, 2 * new_tokens)
         flops = decoder_flops(config, batch * length, batch)
         yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
@@ -87,14 +92,13 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
         yield f"decode step of {batch}, by the engine", steps, flops, moved
         for tokens in (short, long):
             inputs = decode_inputs(batch, tokens)
-            assert runner.graphs is not None
-            ms = milliseconds(lambda: runner.graphs.run(inputs), device, 50)  # noqa: B023
+            ms = milliseconds(lambda: runner.decode(inputs), device, 50)  # noqa: B023
             moved = step_bytes(models.decoder, batch, tokens)
-            yield f"decode step of {batch} at {tokens} tokens, graph", ms, flops, moved
+            yield f"decode step of {batch} at {tokens} tokens", ms, flops, moved
 
 
 def decode_inputs(batch: int, tokens: int) -> Tensor:
-    """Inputs of `DecodeGraphs.run`: sequences of `tokens` tokens, each with KV slots of its own."""
+    """Inputs of `Runner.decode`: sequences of `tokens` tokens, each with KV slots of its own."""
     slots = 1 + torch.randperm(batch * tokens).view(batch, tokens)
     own = torch.tensor([[0, tokens - 1]]).expand(batch, 2)
     return torch.cat([own, slots], 1)
@@ -120,8 +124,8 @@ def decode_times(
 
 def profile(models: Models, new_tokens: int) -> None:
     """Prints the kernels of 10 decode steps of one sequence, by time."""
-    engine, _ = make_engine(models.decoder, 1, len(models.prompt) + new_tokens)
-    add(models, engine, models.encoder(random_pixels(models, 1))[0], new_tokens)
+    engine = make_engine(models, 1, len(models.prompt) + new_tokens)
+    add(models, engine, models.encode(random_pixels(models, 1))[0], new_tokens)
     for _ in range(4):
         engine.step()
     with torch.profiler.profile() as profiler:

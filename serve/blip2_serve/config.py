@@ -311,7 +311,7 @@ class GeneratorConfig(ComputeConfig):
     )
     quantize: Literal["int8"] | None = Field(
         None,
-        description="Quantization of the language model's weights: int8 (x86 CPUs only), or null "
+        description="Quantization of the language model's weights: int8 (CPUs with AVX512-VNNI only), or null "
         "for none.",
     )
 
