@@ -103,6 +103,13 @@ def table(found: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
+def _read(parser: argparse.ArgumentParser, folder: Path) -> list[samples.Sample]:
+    path = folder / samples.FILE
+    if not path.is_file():
+        parser.error(f"{path} does not exist: name the --output folder of a load test")
+    return samples.read(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,8 +118,7 @@ def main() -> None:
     parser.add_argument("b", help="the other side")
     args = parser.parse_args()
     a, b = (
-        [samples.read(Path(folder) / samples.FILE) for folder in side.split(",")]
-        for side in (args.a, args.b)
+        [_read(parser, Path(folder)) for folder in side.split(",")] for side in (args.a, args.b)
     )
     print(table(differences(a, b)))
     if min(len(a), len(b)) == 1:

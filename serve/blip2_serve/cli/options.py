@@ -30,7 +30,8 @@ Dtype = Annotated[str | None, Option(help="auto, float32, bfloat16 or float16.")
 Quantize = Annotated[
     str | None,
     Option(
-        help="int8: 8-bit weights for the language model, faster for few users; CPUs with AVX512-VNNI only."
+        help="int8: 8-bit weights for the language model, faster for few users; needs a CPU "
+        "with AVX512-VNNI."
     ),
 ]
 AllowImageUrls = Annotated[
