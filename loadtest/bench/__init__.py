@@ -1,1 +1,1 @@
-"""Measurements; every script here runs by itself, `python loadtest/bench/NAME.py`."""
+"""Benchmarks. Run one with `python -m loadtest.bench.NAME`."""

@@ -1,9 +1,8 @@
-"""Users who send their next request as soon as the last is answered, and check every answer."""
+"""Users who ask again as soon as they are answered, and check every answer."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,31 +10,27 @@ from typing import Any
 
 import aiohttp
 
-from bench.servers import Endpoint
-from bench.workload import Request
+from loadtest.answers import DONE, WrongAnswer, cut, event, piece
+from loadtest.bench.servers import Endpoint
+from loadtest.bench.workload import Request
 
 TIMEOUT_S = 600
-SHOWN_OF_A_WRONG_ANSWER = 500  # characters
-
-
-class WrongAnswer(Exception):
-    """A server did not answer what was asked; nothing measured on it counts."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """When one request was under way, in seconds of `time.perf_counter`."""
+    """One answered request, with its times in seconds of `time.perf_counter`."""
 
     started: float
     ended: float
     tokens: int
-    texts: tuple[float, ...] = ()  # when each chunk with text came; only of a stream
+    texts: tuple[float, ...] = ()  # the arrival of each chunk with text, if streamed
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Window:
-    """All answers around a span of time in which all users were busy."""
+    """All answers around a span of time in which every user was busy."""
 
     opened: float
     closed: float
@@ -44,9 +39,9 @@ class Window:
     def per_second(self) -> tuple[float, float]:
         """Requests and tokens per second.
 
-        An answer counts by the share of its time that lies in the window: one that took 4 seconds,
-        the last one of them in the window, is a quarter of a request. Counting whole answers by
-        their end would be off by up to a batch, which at 32 users can be a fifth of all.
+        An answer counts by the share of its time inside the window: one that took 4 seconds, the
+        last of them inside, is a quarter of a request. Counting whole answers by their end would be
+        off by up to a batch, which can be a fifth of all answers to 32 users.
         """
         shares = [(self._share(answer), answer.tokens) for answer in self.answers]
         seconds = self.closed - self.opened
@@ -55,7 +50,7 @@ class Window:
         return requests / seconds, tokens / seconds
 
     def ended_inside(self) -> list[Answer]:
-        """The answers that latencies are taken from."""
+        """The answers whose latencies count."""
         return [a for a in self.answers if self.opened < a.ended <= self.closed]
 
     def _share(self, answer: Answer) -> float:
@@ -66,13 +61,13 @@ class Window:
 async def measure(
     endpoint: Endpoint, requests: Iterator[Request], *, users: int, seconds: float, stream: bool
 ) -> Window:
-    """Keeps so many users busy. The window opens when each of them has had an answer.
+    """Opens a window of `seconds` once each user has had an answer.
 
-    It stays open for `seconds`. The users go on until all that was under way at its end is
-    answered, so that the last requests of the window meet the same load as the first.
+    The users keep asking until all requests in flight at its end are answered, so the last requests
+    of the window meet the same load as the first.
 
     Raises:
-        WrongAnswer: the first one.
+        WrongAnswer: the first one ends the measurement.
     """
     answers: list[Answer] = []
     started = [0.0] * users  # of each user's latest request
@@ -97,14 +92,14 @@ async def measure(
 
 
 def new_session() -> aiohttp.ClientSession:
-    """For any number of users; needs an event loop."""
+    """A session for any number of users; needs an event loop."""
     return aiohttp.ClientSession(
         timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=aiohttp.TCPConnector(limit=0)
     )
 
 
 async def together(users: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Runs all of them; the first error ends them all."""
+    """Runs all coroutines; the first error cancels the others and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             for user in users:
@@ -121,59 +116,49 @@ async def ask(
     stream: bool,
     silent: bool = False,
 ) -> Answer:
-    """Sends one request, and checks its answer. `silent`: one without text will do.
+    """Sends one request and checks its answer. `silent` accepts an answer without text.
 
     Raises:
-        WrongAnswer: an error, no text, or not exactly the number of tokens asked for.
+        WrongAnswer: an error, no text, or another number of tokens than requested.
     """
     texts: list[float] = []
     text = ""
-    answer: Any = None  # the body, or the last chunk of a stream: both have the usage
+    answer: Any = None  # the body, or a stream's last chunk: both hold the usage
     body = request.body(endpoint.model, stream=stream)
     started = time.perf_counter()
     try:
         async with session.post(f"{endpoint.url}/chat/completions", json=body) as response:
             if response.status != 200:
-                raise WrongAnswer(f"status {response.status}: {_cut(await response.text())}")
+                raise WrongAnswer(f"status {response.status}: {cut(await response.text())}")
             if stream:
                 async for answer in events(response.content):
-                    if piece := _text(answer, "delta"):
+                    if new := piece(answer, "delta"):
                         texts.append(time.perf_counter())
-                        text += piece
+                        text += new
             else:
                 answer = await response.json()
-                text = _text(answer, "message")
+                text = piece(answer, "message")
         ended = time.perf_counter()
         tokens = answer["usage"]["completion_tokens"]
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
-        raise WrongAnswer(f"{error!r} after {_cut(answer)}") from error
+        raise WrongAnswer(f"{error!r} after {cut(answer)}") from error
     if tokens != request.tokens:
-        raise WrongAnswer(f"{tokens} tokens, not {request.tokens}: {_cut(answer)}")
+        raise WrongAnswer(f"{tokens} tokens instead of {request.tokens}: {cut(answer)}")
     if not (text or silent):
-        raise WrongAnswer(f"no text in {tokens} tokens: {_cut(answer)}")
+        raise WrongAnswer(f"no text in {tokens} tokens: {cut(answer)}")
     return Answer(started, ended, tokens, tuple(texts), text)
 
 
 async def events(lines: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-    """The JSON of each server-sent event, up to [DONE].
+    """The JSON of each server-sent event up to [DONE].
 
     Raises:
-        WrongAnswer: the stream ended without [DONE].
+        WrongAnswer: an error, or a stream that ends without [DONE].
     """
     async for line in lines:
-        field, _, data = line.partition(b":")
-        if field != b"data":
-            continue  # an empty line ends an event, a line that starts with a colon is a comment
-        if data.strip() == b"[DONE]":
+        found = event(line)
+        if found is DONE:
             return
-        yield json.loads(data)
-    raise WrongAnswer("a stream ended without [DONE]")
-
-
-def _text(answer: Any, part: str) -> str:
-    """The text of a body's "message" or of a chunk's "delta"."""
-    return "".join(choice.get(part, {}).get("content") or "" for choice in answer["choices"])
-
-
-def _cut(answer: Any) -> str:
-    return str(answer)[:SHOWN_OF_A_WRONG_ANSWER]
+        if found is not None:
+            yield found
+    raise WrongAnswer("the stream ended without [DONE]")

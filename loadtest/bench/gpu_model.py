@@ -13,27 +13,27 @@ from PIL import Image
 from torch import Tensor
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
-from bench.shapes import draw_weights
-from blip2_serve.compute.runner import Runner, row_bytes
-from blip2_serve.compute.sampler import Sampler
+from blip2_serve.compute.assembly import EngineLimits, assemble
+from blip2_serve.compute.base import Device, Encode
+from blip2_serve.compute.devices import open_device
+from blip2_serve.compute.runner import slot_bytes
 from blip2_serve.engine.engine import Engine
-from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
-from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.checkpoint import Checkpoint
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import SamplingParams
+from loadtest.bench.weights import draw_weights
 
 PROMPT = [4, 5, 6]  # as long as "a photo of"
-STEP_TOKENS = 8192  # more than the server's default: a GPU is quick enough to take so many at once
+STEP_TOKENS = 8192  # per step at most; more than the server's default, as suits a GPU
 _names = count()
 
 
 @dataclass(frozen=True)
 class InMemory(Checkpoint):
-    """A checkpoint whose tensors are a model's."""
+    """A checkpoint that copies its tensors from a model."""
 
     tensors: Mapping[str, Tensor]
 
@@ -44,11 +44,14 @@ class InMemory(Checkpoint):
 
 @dataclass(frozen=True)
 class Models:
-    """The same weights three times."""
+    """The same weights in transformers' model, in our encoder and in our decoder."""
 
     reference: Blip2ForConditionalGeneration
     encoder: ImageEncoder
+    encode: Encode  # the encoder as the device runs it
     decoder: OptDecoder
+    pad_to: int  # see Device.prepare_decoder
+    device: Device
 
     @property
     def prompt(self) -> list[int]:
@@ -57,59 +60,75 @@ class Models:
         return [*image, config.text_config.bos_token_id, *PROMPT]
 
 
-def make_models(config: Blip2Config, device: torch.device, dtype: torch.dtype) -> Models:
-    """Random weights, at scales that let the image change the answer."""
+def make_models(
+    config: Blip2Config, place: torch.device, dtype: torch.dtype, images: int
+) -> Models:
+    """Random weights with which the image changes the answer; batches of up to `images`."""
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(place):
         reference = Blip2ForConditionalGeneration(config).to(dtype).eval().requires_grad_(False)
     draw_weights(reference)
-    reference.language_model.generation_config.eos_token_id = None  # answers have their full length
+    # Without an end token, answers have their full length.
+    reference.language_model.generation_config.eos_token_id = None
     size = config.vision_config.image_size
     processor = ImageProcessor(
         (size, size), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), 1 / 255, Image.Resampling.BICUBIC
     )
     checkpoint = InMemory(Path("memory"), config, {}, reference.state_dict())
-    encoder = ImageEncoder.load(checkpoint, processor, device, dtype)
-    decoder = OptDecoder.load(checkpoint, device, dtype)
-    return Models(reference, encoder, decoder)
+    encoder = ImageEncoder.load(checkpoint, processor, place, dtype)
+    decoder = OptDecoder.load(checkpoint, place, dtype)
+    device = open_device(str(place))
+    encode = device.prepare_encoder(encoder, images)
+    return Models(reference, encoder, encode, decoder, device.prepare_decoder(decoder), device)
 
 
-def make_engine(decoder: OptDecoder, running: int, longest: int) -> tuple[Engine, Runner]:
-    """An engine for `running` sequences of up to `longest` tokens, and its runner."""
-    rows = running * longest
-    # On a CPU too, the steps are a GPU's: what is compared there is what runs on a GPU.
-    runner = Runner(decoder, rows, sequences=running, longest=longest, gpu=True)
-    scheduler = Scheduler(
-        KvSlots(rows),
+def make_engine(models: Models, running: int, longest: int) -> Engine:
+    """An engine for `running` sequences of up to `longest` tokens."""
+    limits = EngineLimits(
         max_num_seqs=running,
         max_waiting=1_000_000,
         max_num_batched_tokens=max(STEP_TOKENS, running + 1),
+        kv_slots=running * longest,
     )
-    engine = Engine(runner, scheduler, Sampler(()), decode=_decode, eos_token_ids=())
-    return engine, runner
+    return assemble(
+        models.decoder,
+        models.device,
+        limits,
+        pad_to=models.pad_to,
+        min_len=1,
+        max_len=longest,
+        decode=_decode,
+        eos_token_ids=(),
+    )
 
 
 def _decode(ids: list[int]) -> str:
     return " ".join(map(str, ids))
 
 
-def add(models: Models, engine: Engine, prefix: Tensor, new_tokens: int) -> str:
-    """Asks the engine for a caption; to it, no two are about the same image. -> the name."""
+def add(models: Models, engine: Engine, features: Tensor, new_tokens: int) -> str:
+    """Requests a caption of an image that the engine does not know. Returns the request's name."""
     name = str(next(_names))
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    engine.add(Request(name, models.prompt, prefix, digest=name, params=params))
+    engine.add(Request(name, models.prompt, features, digest=name, params=params))
     return name
 
 
+def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
+    """Runs one step and appends its tokens by request."""
+    for name, event in engine.step().events:
+        tokens[name] += event.token_ids
+
+
 def random_pixels(models: Models, images: int) -> Tensor:
-    """uint8 [images, 3, S, S] in main memory."""
+    """uint8 [images, 3, size, size] in main memory."""
     size = models.reference.config.vision_config.image_size
     generator = torch.Generator().manual_seed(images)
     return torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def reference_answers(models: Models, pixels: Tensor, new_tokens: int) -> list[list[int]]:
-    """transformers' greedy answers to uint8 [B, 3, S, S], in one batch."""
+    """transformers' greedy answers to uint8 [batch, 3, size, size]."""
     encoder, reference = models.encoder, models.reference
     raw = pixels.to(reference.device).float()
     normalised = (raw * encoder.rescale - encoder.mean) / encoder.std
@@ -125,11 +144,11 @@ def reference_answers(models: Models, pixels: Tensor, new_tokens: int) -> list[l
     return tokens
 
 
-# -- costs: floating-point operations and bytes ---------------------------------------------------
+# -- costs: floating-point operations and bytes ----------------------------------------------------
 
 
 def encoder_flops(config: Blip2Config) -> float:
-    """Of one image: the products of ViT, Q-Former and projection."""
+    """The products of ViT, Q-Former and projection for one image."""
     vit, qformer = config.vision_config, config.qformer_config
     patches = (vit.image_size // vit.patch_size) ** 2
     tokens, width, queries = patches + 1, vit.hidden_size, config.num_query_tokens
@@ -145,12 +164,12 @@ def encoder_flops(config: Blip2Config) -> float:
 
 
 def _layer_flops(queries: int, keys: int, width: int, inner: int) -> float:
-    """A transformer layer: its linear layers, then attention."""
+    """The linear layers and the attention of a transformer layer."""
     return 2.0 * queries * (4 * width**2 + 2 * width * inner) + 4.0 * queries * keys * width
 
 
 def decoder_flops(config: Blip2Config, tokens: int, answers: int) -> float:
-    """`tokens` through the layers and `answers` of them through the head, without attention."""
+    """`tokens` through all layers and `answers` of them through the head, without attention."""
     text = config.text_config
     layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim
     head = text.hidden_size * text.vocab_size
@@ -158,9 +177,9 @@ def decoder_flops(config: Blip2Config, tokens: int, answers: int) -> float:
 
 
 def step_bytes(decoder: OptDecoder, sequences: int, length: int) -> int:
-    """What a decode step must read: all weights once, and the keys and values so far."""
+    """The bytes a decode step must read: all weights, and the keys and values so far."""
     text = decoder.config
     layer = 4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim
     weights = text.num_hidden_layers * layer + text.hidden_size * text.vocab_size
     element = decoder.embed_tokens.weight.element_size()
-    return weights * element + sequences * length * row_bytes(decoder)
+    return weights * element + sequences * length * slot_bytes(decoder)

@@ -1,4 +1,4 @@
-"""For `gpu.py`: what a device reaches, and how long each stage takes."""
+"""For `gpu.py`: what the device reaches, and how long each stage takes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.gpu_model import (
+from blip2_serve.compute.runner import Runner
+from blip2_serve.engine.engine import Engine
+from loadtest.bench.gpu_model import (
     Models,
     add,
     decoder_flops,
@@ -18,7 +20,6 @@ from bench.gpu_model import (
     random_pixels,
     step_bytes,
 )
-from blip2_serve.engine.engine import Engine
 
 ROUNDS = 5
 
@@ -29,7 +30,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median of some calls, each waited for, after one that does not count."""
+    """The median of `rounds` synchronized calls, after one to warm up."""
     call()
     times = []
     for _ in range(rounds):
@@ -42,7 +43,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, rounds: int =
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches: bytes a second (read and written), operations a second."""
+    """Bytes per second (read and written) and operations per second that the device reaches."""
     gpu = device.type == "cuda"
     source = torch.randn((1 << 30 if gpu else 1 << 25), device=device)
     target = torch.empty_like(source)
@@ -66,20 +67,24 @@ Measured = tuple[str, float, float, float]
 
 
 def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Iterator[Measured]:
-    """Encoder, prompts and decode steps, at each batch; and decode steps of longer sequences."""
+    """Times encoder, prompts and decode steps at each batch, and steps of longer sequences."""
     config, device = models.reference.config, models.encoder.query_tokens.device
     length, element = len(models.prompt), models.decoder.embed_tokens.weight.element_size()
     weights = sum(p.numel() for p in models.encoder.parameters()) * element
     for batch in sorted({*batches, 2, 4}):
         pixels = random_pixels(models, batch)
-        ms = milliseconds(lambda: models.encoder(pixels), device)  # noqa: B023 (called here)
+        ms = milliseconds(lambda: models.encode(pixels), device)  # noqa: B023 (called here)
         yield f"ViT and Q-Former, {batch} images", ms, batch * encoder_flops(config), weights
-    short = length + new_tokens  # half of the answers that are timed
+    short = length + new_tokens  # halfway through the answers that are timed
     long = min(400, config.text_config.max_position_embeddings // 4)
     for batch in batches:
-        engine, runner = make_engine(models.decoder, batch, max(short + new_tokens, long))
-        prefixes = models.encoder(random_pixels(models, batch))
-        prompts, steps = decode_times(models, engine, prefixes, 2 * new_tokens)
+        longest = max(short + new_tokens, long)
+        engine = make_engine(models, batch, longest)
+        runner = Runner(
+            models.decoder, models.device, batch * longest, max_num_seqs=batch, max_len=longest
+        )
+        features = models.encode(random_pixels(models, batch))
+        prompts, steps = decode_times(models, engine, features, 2 * new_tokens)
         flops = decoder_flops(config, batch * length, batch)
         yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
         flops = decoder_flops(config, batch, batch)
@@ -87,31 +92,30 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
         yield f"decode step of {batch}, by the engine", steps, flops, moved
         for tokens in (short, long):
             inputs = decode_inputs(batch, tokens)
-            assert runner.graphs is not None
-            ms = milliseconds(lambda: runner.graphs.run(inputs), device, 50)  # noqa: B023
+            ms = milliseconds(lambda: runner.decode(inputs), device, 50)  # noqa: B023
             moved = step_bytes(models.decoder, batch, tokens)
-            yield f"decode step of {batch} at {tokens} tokens, graph", ms, flops, moved
+            yield f"decode step of {batch} at {tokens} tokens", ms, flops, moved
 
 
 def decode_inputs(batch: int, tokens: int) -> Tensor:
-    """For `DecodeGraphs.run`: sequences of so many tokens, each with rows of its own."""
-    rows = 1 + torch.randperm(batch * tokens).view(batch, tokens)
+    """Inputs of `Runner.decode`: sequences of `tokens` tokens, each with KV slots of its own."""
+    slots = 1 + torch.randperm(batch * tokens).view(batch, tokens)
     own = torch.tensor([[0, tokens - 1]]).expand(batch, 2)
-    return torch.cat([own, rows], 1)
+    return torch.cat([own, slots], 1)
 
 
 def decode_times(
-    models: Models, engine: Engine, prefixes: Tensor, new_tokens: int
+    models: Models, engine: Engine, features: Tensor, new_tokens: int
 ) -> tuple[float, float]:
-    """Milliseconds of the step that computes all prompts, and of those after it (medians)."""
+    """Median milliseconds of the step that computes all prompts, and of the decode steps."""
     prompts, steps = [], []
     for _ in range(ROUNDS):
-        for prefix in prefixes:
-            add(models, engine, prefix, new_tokens)
+        for image in features:
+            add(models, engine, image, new_tokens)
         times = []
         while engine.has_work:
             start = time.perf_counter()
-            engine.step()  # its tokens are on the CPU when it returns
+            engine.step()  # returns once its tokens are on the CPU
             times.append(1000 * (time.perf_counter() - start))
         prompts.append(times[0])
         steps += times[1:]
@@ -119,13 +123,13 @@ def decode_times(
 
 
 def profile(models: Models, new_tokens: int) -> None:
-    """Kernels of 10 decode steps of one sequence, by time."""
-    engine, _ = make_engine(models.decoder, 1, len(models.prompt) + new_tokens)
-    add(models, engine, models.encoder(random_pixels(models, 1))[0], new_tokens)
+    """Prints the kernels of 10 decode steps of one sequence, by time."""
+    engine = make_engine(models, 1, len(models.prompt) + new_tokens)
+    add(models, engine, models.encode(random_pixels(models, 1))[0], new_tokens)
     for _ in range(4):
         engine.step()
     with torch.profiler.profile() as profiler:
         for _ in range(10):
             engine.step()
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().slots(sort_by=key, row_limit=25, max_name_column_width=70))
+    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))

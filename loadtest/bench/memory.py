@@ -1,22 +1,20 @@
-"""Memory of the server's processes while thousands of requests of every kind come and go.
+"""Watches the memory of the server's processes over thousands of requests of every kind.
 
-    python loadtest/bench/memory.py [--requests 10000] [--every 1000] [--users 16]
+    python -m loadtest.bench.memory [--requests 10000] [--every 1000] [--users 16]
 
-Starts the shipped checkpoint by `blip2-serve up`. Users ask, each as soon as the last request is
-answered: captions, questions and later turns of chats, about new and known pictures, of several
-lengths, greedy, sampled and with beams, whole and streamed; some leave before they are answered.
-Prints the megabytes of each process that no other shares (USS), after every thousand requests with
-nobody asking. Exits with 1 if the replicas, or all processes together, have over 5% more at the end
-than after the first thousand, by when the server's caches are full.
+Starts the shipped checkpoint with `blip2-serve up`. Users ask again as soon as they are answered:
+captions, questions and later turns of chats, about new and known pictures, of several lengths,
+greedy, sampled and with beams, whole and streamed; some disconnect early. Prints the unshared
+megabytes (USS) of each process after every --every requests, when the server is idle.
+
+The caches are full after the first 1,000 requests. Exits with 1 if the replicas, Ray's processes or
+all of them together then grow by more than 5%.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import base64
 import random
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,20 +26,19 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench import client, script, servers
-from bench.servers import Endpoint, ProcessMemory
-from bench.workload import Request, lengths, picture, question
 from blip2_serve.model.source import DEMO_FOLDER
+from loadtest.bench import client, script, servers
+from loadtest.bench.servers import Endpoint, ProcessMemory
+from loadtest.bench.workload import Request, data_url, lengths, picture, question
+from loadtest.results import markdown_table
 
 SEED = 0
-MOST_GROWTH = 0.05
-SETTLE_S = 2.0  # for what is done after an answer
+MAX_GROWTH = 0.05
+SETTLE_S = 2.0  # for what the server does after an answer
 
-PHOTOGRAPHS = 32  # of different sizes in bytes
-REMEMBERED, RETURNING = 64, 1 / 3  # latest requests; share of those that go on from one of them
-MOST_EARLIER = 3  # turns of a chat
+PHOTOGRAPHS = 32
+REMEMBERED, RETURNING = 64, 1 / 3  # latest requests; the share of requests that follow one of them
+MAX_EARLIER = 3  # turns of a chat
 STREAMED, LEAVING, LEAVES_WITHIN_S = 0.3, 0.15, 0.3
 WAYS: list[dict[str, Any]] = [
     *(6 * [{}]),
@@ -51,8 +48,14 @@ WAYS: list[dict[str, Any]] = [
     {"num_beams": 3, "n": 2},
 ]
 
-Samples = dict[int, list[ProcessMemory]]  # by requests so far
+Samples = dict[int, list[ProcessMemory]]  # by number of requests so far
 Chosen = Callable[[ProcessMemory], bool]
+
+GROUPS: dict[str, Chosen] = {
+    "replicas": lambda process: process.is_replica,
+    "Ray and the command": lambda process: not process.is_replica,
+    "together": lambda _: True,
+}
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,18 @@ class Visit:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = script.parser(__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
-    parser.add_argument("--every", type=int, default=1_000)
+    parser.add_argument("--every", type=int, default=1_000, help="requests between samples")
     parser.add_argument("--users", type=int, default=16)
-    parser.add_argument("--log", type=Path, default=Path("results/memory.log"), help="the server's")
+    parser.add_argument("--log", type=Path, default=Path("results/memory.log"), help="server log")
     args = parser.parse_args()
-    with script.failures_told():
+    with script.one_line_failures():
         samples = measure(args.requests, args.every, args.users, args.log)
         print(f"\n{table(samples)}")
         for name, chosen in GROUPS.items():
-            if growth(samples, chosen) > MOST_GROWTH:
-                raise script.Missed(f"{name}: more than {MOST_GROWTH:.0%} more than at first")
+            if growth(samples, chosen) > MAX_GROWTH:
+                raise script.Missed(f"{name}: more than {MAX_GROWTH:.0%} growth")
 
 
 def measure(requests: int, every: int, users: int, log: Path) -> Samples:
@@ -82,29 +85,29 @@ def measure(requests: int, every: int, users: int, log: Path) -> Samples:
     coming = visits(SEED)
     with servers.running("blip2-serve", DEMO_FOLDER, log) as endpoint:
         assert endpoint.process is not None
-        for asked in range(every, requests + 1, every):
+        for done in range(every, requests + 1, every):
             start = time.perf_counter()
             asyncio.run(drive(endpoint, islice(coming, every), users))
             seconds = time.perf_counter() - start
             time.sleep(SETTLE_S)
-            samples[asked] = servers.memory(endpoint.process)
-            megabytes = ", ".join(f"{n} {total(samples[asked], c):.1f}" for n, c in GROUPS.items())
-            print(f"{asked} requests, {every / seconds:.0f} per second: {megabytes} MB", flush=True)
+            samples[done] = servers.memory(endpoint.process)
+            megabytes = ", ".join(f"{n} {total(samples[done], c):.1f}" for n, c in GROUPS.items())
+            print(f"{done} requests, {every / seconds:.0f} per second: {megabytes} MB", flush=True)
     return samples
 
 
 async def drive(endpoint: Endpoint, coming: Iterator[Visit], users: int) -> None:
-    """All of these visits, so many at once.
+    """Makes all visits with `users` at once.
 
     Raises:
-        WrongAnswer: the first one.
+        WrongAnswer: the first one ends them.
     """
 
     async def user() -> None:
         for visit in coming:
             with suppress(TimeoutError):
                 async with asyncio.timeout(visit.leaves_after_s):
-                    # Once past its end, the small model may go on with nothing but line breaks.
+                    # Beyond the end of its answer, the small model may write nothing but newlines.
                     await client.ask(
                         session, endpoint, visit.request, stream=visit.stream, silent=True
                     )
@@ -124,61 +127,44 @@ def visits(seed: int) -> Iterator[Visit]:
         if latest and rng.random() < RETURNING:
             last = rng.choice(latest)
             shown = last.picture
-            if len(last.earlier) < MOST_EARLIER and rng.random() < 0.5:
+            if len(last.earlier) < MAX_EARLIER and rng.random() < 0.5:
                 earlier = (*last.earlier, (last.question, question(rng, 6)))
         else:
-            # Decoders stop at a JPEG's end: what follows makes it another file for nothing.
-            data = rng.choice(photographs) + number.to_bytes(8)
-            shown = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+            # Decoders ignore bytes after a JPEG's end, so this is a new file without a new drawing.
+            shown = data_url(rng.choice(photographs) + number.to_bytes(8))
         request = Request(asked, shown, max_tokens, earlier, rng.choice(WAYS))
         latest.append(request)
         leaves = rng.uniform(0, LEAVES_WITHIN_S) if rng.random() < LEAVING else None
         yield Visit(request, rng.random() < STREAMED, leaves)
 
 
-# -- what was found --------------------------------------------------------------------------------
-
-GROUPS: dict[str, Chosen] = {
-    "replicas": lambda process: process.is_replica,
-    "Ray and the command": lambda process: not process.is_replica,
-    "together": lambda _: True,
-}
-
-
 def total(sample: list[ProcessMemory], chosen: Chosen) -> float:
-    """Megabytes."""
+    """Megabytes of the chosen processes."""
     return sum(process.bytes for process in sample if chosen(process)) / 1e6
 
 
 def growth(samples: Samples, chosen: Chosen) -> float:
-    """From the first sample to the last, as a share of the first."""
+    """Growth from the first sample to the last, as a share of the first."""
     sums = [total(sample, chosen) for sample in samples.values()]
     return sums[-1] / sums[0] - 1
 
 
 def table(samples: Samples) -> str:
-    """Markdown: megabytes of each process and each group, after so many requests."""
-    rows = [
-        f"| process | {' | '.join(f'{asked:,}' for asked in samples)} | growth |",
-        f"|---|{'---:|' * (len(samples) + 1)}",
-    ]
+    """Markdown with the megabytes of each process and each group after so many requests."""
 
-    def add(name: str, chosen: Chosen) -> None:
-        cells = [f"{total(sample, chosen):.1f}" for sample in samples.values()]
-        there_first = total(next(iter(samples.values())), chosen) > 0
-        grown = f"{growth(samples, chosen):+.1%}" if there_first else "new"
-        rows.append(f"| {name} | {' | '.join(cells)} | {grown} |")
+    def row(name: str, chosen: Chosen) -> list[str]:
+        sums = [total(sample, chosen) for sample in samples.values()]
+        grown = f"{growth(samples, chosen):+.1%}" if sums[0] else "new"
+        return [name, *(f"{megabytes:.1f}" for megabytes in sums), grown]
+
+    def only(pid: int) -> Chosen:
+        return lambda process: process.pid == pid
 
     seen = {process.pid: process for sample in samples.values() for process in sample}
-    for pid, process in sorted(seen.items(), key=lambda item: (not item[1].is_replica, item[0])):
-        add(f"{process.name} ({pid})", _is(pid))
-    for name, chosen in GROUPS.items():
-        add(name, chosen)
-    return "\n".join(rows)
-
-
-def _is(pid: int) -> Chosen:
-    return lambda process: process.pid == pid
+    processes = sorted(seen.values(), key=lambda process: (not process.is_replica, process.pid))
+    rows = [row(f"{p.name} ({p.pid})", only(p.pid)) for p in processes]
+    rows += [row(name, chosen) for name, chosen in GROUPS.items()]
+    return markdown_table(["process", *(f"{done:,}" for done in samples), "growth"], rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The baseline: BLIP-2 in one Ray Serve deployment, with Serve's own batching around `generate`.
 
-    python loadtest/bench/monolith.py CHECKPOINT --port 8000
+    python -m loadtest.bench.monolith CHECKPOINT --port 8000
 
-What one writes in an afternoon with transformers and Ray Serve: whatever waits becomes a batch of
-at most 32, padded on the left, generated up to its longest answer, and each answer is cut to its
-own length. /v1/chat/completions takes one user message of an image and a text, and answers as with
-`ignore_eos`: always `max_tokens` tokens. DESIGN.md has what variants of it answer.
+An afternoon's work with transformers and Ray Serve: waiting requests form a batch of at most 32,
+padded on the left and generated up to the longest answer, and each answer is cut to its own length.
+/v1/chat/completions takes one user message of an image and a text, and behaves as with
+`ignore_eos`: it always returns `max_tokens` tokens.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Job:
     max_tokens: int
 
 
-# Above the class: serve.ingress keeps a copy of the globals as they are when it is applied.
+# Above the class, because serve.ingress copies the globals when it is applied.
 def decode(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
@@ -86,14 +86,14 @@ class Monolith:
 
     @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_S)
     async def generate(self, jobs: list[Job]) -> list[list[int]]:
-        # On the event loop: what comes meanwhile waits at the proxy, and is the next batch. In a
-        # thread, Serve would cut it into batches of what came within each wait.
+        # On the event loop: requests that arrive meanwhile wait at the proxy and form the next
+        # batch. In a thread, Serve would cut them into smaller ones.
         return self.run(jobs)
 
     @torch.inference_mode()
     def run(self, jobs: list[Job]) -> list[list[int]]:
-        """New token ids of each job."""
-        # Ray sets OMP_NUM_THREADS to 1; and torch counts threads for each thread that calls it.
+        """The new token ids of each job."""
+        # Ray sets OMP_NUM_THREADS to 1, and torch's setting is per calling thread.
         torch.set_num_threads(CORES)
         images = list(self.decoders.map(decode, [job.image for job in jobs]))
         prompts = [job.prompt for job in jobs]
@@ -108,15 +108,15 @@ class Monolith:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The baseline of the benchmark.")
-    parser.add_argument("checkpoint")
+    parser = argparse.ArgumentParser(description="The baseline of the comparison.")
+    parser.add_argument("checkpoint", help="folder")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
 
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING")
     serve.start(http_options={"port": args.port}, logging_config=quiet)
-    # After ray.init, whose native code takes SIGTERM for itself.
+    # After ray.init, whose native code installs its own handler.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.run(Monolith.bind(args.checkpoint), logging_config=quiet)

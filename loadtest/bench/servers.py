@@ -1,4 +1,4 @@
-"""Servers to measure: started on a free port, asked until ready, stopped with all they started."""
+"""Servers: started on a free port, polled until ready, stopped with all their processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import psutil
 
 from blip2_serve.client import is_loopback
 
-# The flags that the kinds of this project's server differ by.
+# The flags of each variant of this project's server.
 KINDS = {"blip2-serve": (), "fast": ("--fast",), "int8": ("--quantize", "int8")}
 MONOLITH = "monolith"
 NAMES = (*KINDS, MONOLITH)
@@ -28,7 +28,7 @@ STOPPED_WITHIN_S, STOP_POLL_S = 60, 0.1
 SAMPLE_EVERY_S = 5.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Serve gives up after 5 seconds where several processes load torch on two busy cores.
+    # Serve's 5 seconds are too few where several processes import torch on two busy cores.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -40,25 +40,29 @@ class ServerFailed(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible server that answers. `process` is None for one that ran already."""
+    """An OpenAI-compatible server that answers. `process` is None if it was running already."""
 
-    url: str  # up to /v1
+    url: str  # up to and including /v1
     model: str
     process: psutil.Popen | None = None
 
 
 def connect(url: str) -> Endpoint:
-    """A server that runs already, at http://host:port or http://host:port/v1."""
+    """A running server at http://host:port or http://host:port/v1.
+
+    Raises:
+        ServerFailed: it does not list its models.
+    """
     url = url.rstrip("/").removesuffix("/v1") + "/v1"
     return Endpoint(url, _model(url))
 
 
 @contextlib.contextmanager
 def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
-    """One of NAMES, ready; whatever it printed is in `log`. Gone afterwards, children included.
+    """Starts one of NAMES, with its output in `log`, and stops it with all its processes.
 
     Raises:
-        ServerFailed: it ended, or was not ready in time.
+        ServerFailed: it exits, or is not ready in time.
     """
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us: we stop it then
+            start_new_session=True,  # keeps Ctrl-C from it: this process stops it
         )
     try:
         url = f"http://127.0.0.1:{port}"
@@ -80,17 +84,17 @@ def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
 
 
 def command(name: str, checkpoint: Path, port: int) -> list[str]:
-    """How to start one of NAMES with this interpreter."""
+    """The command that starts one of NAMES with this interpreter."""
+    module = "loadtest.bench.monolith" if name == MONOLITH else "blip2_serve"
+    start = [sys.executable, "-m", module]
     if name == MONOLITH:
-        script = str(Path(__file__).with_name("monolith.py"))
-        return [sys.executable, script, str(checkpoint), "--port", str(port)]
-    up = [sys.executable, "-m", "blip2_serve", "up"]
+        return [*start, str(checkpoint), "--port", str(port)]
     flags = ["--model", str(checkpoint), "--dtype", "bfloat16", "--port", str(port)]
-    return [*up, *flags, *KINDS[name]]
+    return [*start, "up", *flags, *KINDS[name]]
 
 
 def stop(process: psutil.Popen) -> None:
-    """SIGTERM, then time to end in order; SIGKILL for what is left of the tree."""
+    """Sends SIGTERM, waits, and kills what is left of the process tree."""
     tree = _tree(process)
     try:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -98,7 +102,7 @@ def stop(process: psutil.Popen) -> None:
         deadline = time.monotonic() + STOPPED_WITHIN_S
         while any(map(_lives, tree)) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
-    finally:  # also when we are interrupted once more
+    finally:  # even on a second Ctrl-C
         for left in filter(_lives, tree):
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
@@ -110,7 +114,7 @@ def stop(process: psutil.Popen) -> None:
 class ProcessMemory:
     pid: int
     name: str
-    bytes: int  # that no other process shares (USS)
+    bytes: int  # not shared with any other process (USS)
 
     @property
     def is_replica(self) -> bool:
@@ -118,10 +122,7 @@ class ProcessMemory:
 
 
 def memory(process: psutil.Popen) -> list[ProcessMemory]:
-    """Of each process of the tree.
-
-    Files that are only mapped and cached by the kernel do not count.
-    """
+    """The memory of each process of the tree; mapped files in the kernel's cache do not count."""
     found = []
     for member in _tree(process):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,9 +132,9 @@ def memory(process: psutil.Popen) -> list[ProcessMemory]:
 
 
 class PeakMemory:
-    """Samples a process tree's memory every five seconds while it is entered.
+    """While entered, samples the memory of a process tree every five seconds.
 
-    `peak` is the largest sum over the tree of what `memory` says, Ray's own processes included.
+    `peak` is the largest sum in bytes, Ray's own processes included; None without a process.
     """
 
     def __init__(self, process: psutil.Popen | None) -> None:
@@ -153,7 +154,6 @@ class PeakMemory:
             self._thread.join()
 
     def _sample(self) -> None:
-        assert self._process is not None
         while not self._done.wait(SAMPLE_EVERY_S):
             used = sum(member.bytes for member in memory(self._process))
             self.peak = max(used, self.peak or 0)
@@ -171,7 +171,7 @@ def _wait_until_ready(process: psutil.Popen, url: str, log: Path) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             last = "\n".join(log.read_text().splitlines()[-20:])
-            raise ServerFailed(f"it ended with {process.returncode}; the end of {log}:\n{last}")
+            raise ServerFailed(f"it exited with {process.returncode}; the end of {log}:\n{last}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready", timeout=5, trust_env=False).is_success:
                 return
@@ -180,30 +180,28 @@ def _wait_until_ready(process: psutil.Popen, url: str, log: Path) -> None:
 
 
 def _model(url: str) -> str:
-    """The name of the first model that a server lists."""
+    """The first model that a server lists."""
     try:
-        answer = httpx.get(
-            f"{url}/models", timeout=30, trust_env=not is_loopback(url)
-        ).raise_for_status()
+        answer = httpx.get(f"{url}/models", timeout=30, trust_env=not is_loopback(url))
+        name: str = answer.raise_for_status().json()["data"][0]["id"]
     except httpx.HTTPError as error:
         raise ServerFailed(f"no list of models at {url}: {error}") from None
-    name: str = answer.json()["data"][0]["id"]
     return name
 
 
 def _name(command: list[str]) -> str:
-    """What a process is: the class of an actor, or the program."""
+    """A process's name: the class of an actor, the script, or the program."""
     first = command[0].strip() if command else "?"
     if first.startswith("ray::"):
-        return first.removeprefix("ray::").partition(".")[0]  # less the method it runs
+        return first.removeprefix("ray::").partition(".")[0]  # without the running method
     scripts = [Path(part).stem for part in command if part.endswith(".py")]
     return scripts[0] if scripts else Path(first).name
 
 
-def _tree(process: psutil.Popen) -> list[psutil.Process]:
+def _tree(process: psutil.Popen | None) -> list[psutil.Process]:
     try:
-        root = psutil.Process(process.pid)
-        return [root, *root.children(recursive=True)]
+        root = psutil.Process(process.pid) if process else None
+        return [root, *root.children(recursive=True)] if root else []
     except psutil.NoSuchProcess:
         return []
 

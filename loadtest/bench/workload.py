@@ -1,4 +1,4 @@
-"""What the clients ask: an endless stream of questions, each about a picture never sent before."""
+"""The requests of benchmarks: an endless stream of questions, each about a new picture."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 640, 480
-LEAST_QUALITY, MOST_QUALITY = 76, 90
-# Layers of noise: cells across, weight over those before. Clouds, shapes, texture, grain.
+MIN_QUALITY, MAX_QUALITY = 76, 90
+# Layers of noise: cells across, and weight. Clouds, shapes, texture, grain.
 NOISE = ((4, 1.0), (16, 0.4), (80, 0.3), (320, 0.15), (WIDTH, 0.12))
 
-LEAST_WORDS, MOST_WORDS = 4, 14
-LEAST_TOKENS, MOST_TOKENS = 8, 56
+MIN_WORDS, MAX_WORDS = 4, 14
+MIN_TOKENS, MAX_TOKENS = 8, 56
 STRATA = 7
 
-SAID = (
+_TEXT = (
     "what which where how who is are was does do many much the a this that these in on at of to "
     "under behind between near left right top bottom corner middle picture photo image scene "
     "color shape size people person man woman child dog cat bird horse car bus train boat road "
     "street house window door table chair tree grass sky water snow food plate cup red blue green "
     "yellow white black small large old new doing holding wearing standing looking"
 )
-WORDS = SAID.split()
+WORDS = _TEXT.split()
 
 
 @dataclass(frozen=True)
 class Request:
-    question: str  # an empty one asks for a caption
-    picture: str  # a data URL
+    question: str  # empty: a caption
+    picture: str  # data URL
     max_tokens: int
-    earlier: tuple[tuple[str, str], ...] = ()  # questions of the same chat, with their answers
+    earlier: tuple[tuple[str, str], ...] = ()  # questions of the same chat with their answers
     more: dict[str, Any] = field(default_factory=dict)  # further fields of the body
 
     @property
     def tokens(self) -> int:
-        """Of all answers together."""
+        """The tokens of all answers together."""
         return self.max_tokens * int(self.more.get("n", 1))
 
     def body(self, model: str, *, stream: bool) -> dict[str, Any]:
-        """The request as OpenAI's chat completions take it."""
+        """The request as a body for OpenAI's chat completions."""
         turns = [
             message
             for question, answer in self.earlier
-            for message in (_said("user", question), _said("assistant", answer))
+            for message in (_message("user", question), _message("assistant", answer))
         ]
-        first, *later = [*turns, _said("user", self.question)]
+        first, *later = [*turns, _message("user", self.question)]
         content = [
             {"type": "image_url", "image_url": {"url": self.picture}},
             {"type": "text", "text": first["content"]},
@@ -69,29 +69,29 @@ class Request:
         }
 
 
-def _said(role: str, text: str) -> dict[str, str]:
+def _message(role: str, text: str) -> dict[str, str]:
     return {"role": role, "content": text}
 
 
 class Workload:
-    """Requests by seed. Pictures come from one stock and are used up: none is ever sent twice."""
+    """Requests by seed. Pictures are drawn in advance into a stock, and none is sent twice."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._stock: deque[str] = deque()
         self._made = 0
-        self.made_late = 0  # pictures that were not in stock, and took the client's time
+        self.made_late = 0  # pictures missing from the stock, drawn at the client's expense
 
     def prepare(self, pictures: int) -> None:
-        """Fills the stock up to so many pictures; some 15 ms each."""
+        """Fills the stock up to this number of pictures; each takes some 15 ms."""
         while len(self._stock) < pictures:
             self._stock.append(self._make())
 
     def requests(self, *series: int) -> Iterator[Request]:
-        """Endless. The same series has the same questions and lengths, about other pictures."""
+        """Endless. The same series asks the same questions with the same lengths."""
         rng = random.Random(f"{self._seed} {series}")
         for max_tokens in lengths(rng):
-            words = rng.randint(LEAST_WORDS, MOST_WORDS)
+            words = rng.randint(MIN_WORDS, MAX_WORDS)
             yield Request(question(rng, words), self._take(), max_tokens)
 
     def _take(self) -> str:
@@ -102,8 +102,7 @@ class Workload:
 
     def _make(self) -> str:
         self._made += 1
-        jpeg = picture(np.random.default_rng((self._seed, self._made)))
-        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+        return data_url(picture(np.random.default_rng((self._seed, self._made))))
 
 
 def question(rng: random.Random, words: int) -> str:
@@ -111,19 +110,23 @@ def question(rng: random.Random, words: int) -> str:
 
 
 def lengths(rng: random.Random) -> Iterator[int]:
-    """Uniform from LEAST_TOKENS to MOST_TOKENS.
+    """Uniform from MIN_TOKENS to MAX_TOKENS, stratified.
 
-    Of each seven in a row, one is of each seventh of the range, in random order, so that a few
-    requests already are as much work as any other few.
+    Every seven in a row hold one of each seventh of the range, in random order, so any few requests
+    are as much work as any other few.
     """
-    size = (MOST_TOKENS - LEAST_TOKENS + 1) // STRATA
+    size = (MAX_TOKENS - MIN_TOKENS + 1) // STRATA
     while True:
         for stratum in rng.sample(range(STRATA), STRATA):
-            yield LEAST_TOKENS + stratum * size + rng.randrange(size)
+            yield MIN_TOKENS + stratum * size + rng.randrange(size)
+
+
+def data_url(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
 
 
 def picture(rng: np.random.Generator) -> bytes:
-    """A JPEG of a photograph's size and detail, 50 to 120 KB: noise at several scales."""
+    """A JPEG with a photograph's size and detail (50 to 120 KB): noise at several scales."""
     canvas = Image.new("RGB", (WIDTH, HEIGHT))
     for cells, weight in NOISE:
         size = (cells, cells * HEIGHT // WIDTH)
@@ -131,6 +134,6 @@ def picture(rng: np.random.Generator) -> bytes:
         smooth = noise.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
         canvas = Image.blend(canvas, smooth, weight)
     buffer = io.BytesIO()
-    quality = int(rng.integers(LEAST_QUALITY, MOST_QUALITY))
+    quality = int(rng.integers(MIN_QUALITY, MAX_QUALITY))
     canvas.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

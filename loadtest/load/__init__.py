@@ -1,1 +1,1 @@
-"""What the locust scripts are made of."""
+"""Load tests with locust, and what is made of their results."""

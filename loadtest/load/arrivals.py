@@ -1,8 +1,8 @@
-"""An open loop: requests come when they come, and wait for nobody.
+"""Open-loop arrivals: each request starts at its time, whatever became of the others.
 
-A user who waits for an answer asks less often when the server is slow, so the requests that would
-have suffered are never sent (coordinated omission). Here each one has its time beforehand; it is
-started then, and its latency counts from then, also where this process is late itself.
+Users who wait for an answer send less while the server is slow, so the requests that would have
+suffered are never sent (coordinated omission). Here each request has a scheduled start, and its
+latency counts from then, even where this process itself is late.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from collections.abc import Callable, Iterator
 import gevent
 from gevent.pool import Group
 
-MOST_UNDER_WAY = 2_000
+MAX_IN_FLIGHT = 2_000
 
-Arrival = tuple[float, str]  # seconds since the start, and a kind
+Arrival = tuple[float, str]  # seconds since the start, and a kind of traffic
 
 
 def poisson(
-    rate_at: Callable[[float], float],
-    seconds: float,
-    weights: dict[str, float],
-    rng: random.Random,
+    rate_at: Callable[[float], float], seconds: float, weights: dict[str, float], rng: random.Random
 ) -> Iterator[Arrival]:
-    """Random arrivals of which each is independent of all others, by thinning."""
+    """A Poisson process whose rate, in requests per second, changes over time (thinning)."""
     most = max(rate_at(seconds * i / 1_000) for i in range(1_001))
     kinds, shares = [*weights], [*weights.values()]
     at = rng.expovariate(most)
@@ -36,39 +33,42 @@ def poisson(
 
 
 class OpenLoop:
-    """Starts `call(kind, due)` for each arrival, in a greenlet of its own."""
+    """Runs `call(kind, due)` for each arrival in a greenlet of its own.
+
+    `due` is in seconds since 1970. `fail(kind, due, why)` hears of requests that were not sent or
+    not answered.
+    """
 
     def __init__(
         self,
         call: Callable[[str, float], None],
         fail: Callable[[str, float, str], None],
-        limit: int = MOST_UNDER_WAY,
+        limit: int = MAX_IN_FLIGHT,
     ) -> None:
-        """`due` is in seconds since 1970. `fail` is told of what was not sent, or not answered."""
         self._call = call
         self._fail = fail
         self._limit = limit
-        self._under_way: dict[gevent.Greenlet, Arrival] = {}
+        self._in_flight: dict[gevent.Greenlet, Arrival] = {}
         self._group = Group()
-        self.late_s = 0.0  # this process, at most
+        self.late_s = 0.0  # the latest that this process has started a request
 
     def run(self, arrivals: Iterator[Arrival]) -> None:
-        """Until the last one is answered."""
+        """Returns once every request is answered."""
         start = time.time()
         for at, kind in arrivals:
             due = start + at
             gevent.sleep(max(0.0, due - time.time()))
             self.late_s = max(self.late_s, time.time() - due)
-            if len(self._under_way) >= self._limit:
-                self._fail(kind, due, f"not sent: {self._limit} requests were under way")
+            if len(self._in_flight) >= self._limit:
+                self._fail(kind, due, f"not sent: {self._limit} requests were in flight")
                 continue
             greenlet = self._group.spawn(self._call, kind, due)
-            self._under_way[greenlet] = due, kind
-            greenlet.link(self._under_way.pop)
+            self._in_flight[greenlet] = due, kind
+            greenlet.link(self._in_flight.pop)
         self._group.join()
 
     def stop(self) -> None:
-        """Gives up what is under way."""
-        for due, kind in list(self._under_way.values()):
+        """Gives up on the requests in flight."""
+        for due, kind in list(self._in_flight.values()):
             self._fail(kind, due, "not answered when the run ended")
         self._group.kill(block=False)

@@ -1,12 +1,11 @@
-"""Keeps every sample of a run, tells locust of each, and writes them when the run is over.
+"""Collects the samples of a run, reports them to locust, and writes them when the run ends.
 
-With workers, theirs travel to the master with locust's own reports. Beside them the server's own
-figures are asked for all the time.
+Workers send theirs to the master with locust's own reports. Meanwhile the master reads the server's
+/metrics.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,20 +19,21 @@ import requests
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
-from load import samples, server_series
-from load.samples import Measure, Sample
-from load.scenario import Scenario
-from load.server_series import ServerSeries
-from load.traffic import open_session
+from loadtest.load import samples, server_series
+from loadtest.load.samples import Measure, Sample
+from loadtest.load.scenario import Scenario
+from loadtest.load.server_series import ServerSeries
+from loadtest.load.traffic import open_session
+from loadtest.results import write_json
 
 logger = logging.getLogger(__name__)
 
-ASKED_EVERY_S = 2.0
+POLL_S = 2.0
 RUN_FILE = "run.json"
 
-# How locust's tables call them; latency has the kind alone. Tokens a second stand in its columns of
-# milliseconds.
-_NAMES: dict[Measure, str] = {
+# Prefixes of the entries in locust's tables, whose columns are in milliseconds even where the entry
+# is in tokens per second.
+_PREFIXES: dict[Measure, str] = {
     "latency": "",
     "ttft": "TTFT ",
     "inter_token": "inter-token ",
@@ -41,26 +41,30 @@ _NAMES: dict[Measure, str] = {
 }
 
 
+class Failure(Exception):
+    """Carries what is wrong with an answer into locust's list of failures."""
+
+
 class Recording:
-    """Of one locust process."""
+    """The samples of one locust process."""
 
     def __init__(
         self,
         environment: Environment,
         scenario: Scenario,
         output: Path | None,
-        closed: Callable[[Path], int] = lambda _: 0,
+        closed: Callable[[Path], int],
     ) -> None:
-        """`closed` is called with the folder once all is written; its result is the exit code."""
+        """`closed(output)` is called once everything is written, and returns the exit code."""
         self.samples: list[Sample] = []
-        self.late_s = 0.0  # at most, of arrivals
+        self.late_s = 0.0  # the latest that an open loop has started a request
         self._environment = environment
         self._scenario = scenario
         self._output = output
         self._closed = closed
         self._started = time.time()
         self._server = ServerSeries()
-        self._asking: gevent.Greenlet | None = None
+        self._polling: gevent.Greenlet | None = None
         events = environment.events
         events.test_start.add_listener(self._start)
         if isinstance(environment.runner, WorkerRunner):
@@ -71,29 +75,29 @@ class Recording:
 
     def add(self, sample: Sample) -> None:
         self.samples.append(sample)
-        seconds = sample.measure != "tokens_per_s"
+        in_seconds = sample.measure != "tokens_per_s"
         self._environment.events.request.fire(
             request_type=sample.measure,
-            name=_NAMES[sample.measure] + sample.kind,
-            response_time=sample.value * 1000 if seconds else sample.value,
+            name=_PREFIXES[sample.measure] + sample.kind,
+            response_time=sample.value * 1000 if in_seconds else sample.value,
             response_length=sample.tokens,
-            exception=samples.Failure(sample.failure) if sample.failure else None,
+            exception=Failure(sample.failure) if sample.failure else None,
             context={},
         )
 
     def recent(self, seconds: float) -> list[Sample]:
-        """Latencies of requests that were answered in the last so many seconds."""
+        """The latencies of requests answered in the last `seconds`."""
         since = time.time() - seconds
-        return [s for s in self.samples if s.measure == "latency" and s.time + s.value >= since]
+        return [s for s in samples.latencies(self.samples) if s.time + s.value >= since]
 
     def _start(self, **_: Any) -> None:
         self.samples, self.late_s, self._started = [], 0.0, time.time()
         if self._output is not None and not isinstance(self._environment.runner, WorkerRunner):
             self._server = ServerSeries()
-            self._asking = gevent.spawn(self._ask_server)
+            self._polling = gevent.spawn(self._poll_server)
 
-    def _ask_server(self) -> None:
-        """Again and again. Other servers have no such page: then nothing is known."""
+    def _poll_server(self) -> None:
+        """Reads /metrics until it is killed. Servers without that page only leave a log line."""
         host = self._environment.host.rstrip("/")
         session = open_session(host)
         while True:
@@ -102,8 +106,8 @@ class Recording:
                 page.raise_for_status()
                 self._server.add(page.text, time.time())
             except (requests.RequestException, ValueError) as error:
-                logger.info("no figures of the server: %s", error)
-            gevent.sleep(ASKED_EVERY_S)
+                logger.info("no figures from the server: %s", error)
+            gevent.sleep(POLL_S)
 
     def _report(self, data: dict[str, Any], **_: Any) -> None:
         data["samples"] = [astuple(sample) for sample in self.samples]
@@ -117,9 +121,8 @@ class Recording:
     def _stop(self, **_: Any) -> None:
         if self._output is None:
             return
-        if self._asking:
-            self._asking.kill()
-        self._output.mkdir(parents=True, exist_ok=True)
+        if self._polling:
+            self._polling.kill()
         runner = self._environment.runner
         run = {
             "scenario": self._scenario.model_dump(),
@@ -130,7 +133,7 @@ class Recording:
             "generator_late_s": self.late_s,
             "locust": locust.__version__,
         }
-        (self._output / RUN_FILE).write_text(json.dumps(run, indent=1) + "\n")
+        write_json(self._output / RUN_FILE, run)
         samples.write(self._output / samples.FILE, sorted(self.samples, key=lambda s: s.time))
         server_series.write(self._output / server_series.FILE, self._server.points)
         self._environment.process_exit_code = self._closed(self._output)

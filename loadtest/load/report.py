@@ -1,43 +1,39 @@
-"""One page about a run: verdicts, tables, plots; also as JSON and CSV.
+"""The report of a load test: an HTML page with verdicts, tables and plots, and the same as files.
 
-It reads what a run left in its folder, and knows nothing of locust.
+It reads only the folder that a run left behind.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
 import html
-import io
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.machine import machine
-from load import samples, server_series
-from load.samples import Measure, Sample
-from load.server_series import Point
-from load.slo import Slos, Verdict, judge
+from loadtest import plotting
+from loadtest.load import samples, server_series
+from loadtest.load.samples import Measure, Sample, latencies
+from loadtest.load.server_series import Point
+from loadtest.load.slo import Slos, Verdict, judge
+from loadtest.results import machine, read_json, write_csv, write_json
+from loadtest.stats import percentiles
 
 SLO_FILE = Path(__file__).parents[1] / "slo.yaml"
 PAGE, FIGURES, TABLE = "report.html", "report.json", "report.csv"
 WINDOWS = 40  # of a run, in plots over time
-LATE_S = 0.1  # a generator that starts requests later than that measures itself
+LATE_S = 0.1  # a generator that starts requests later than this distorts the figures
 
 
 @dataclass(frozen=True)
 class Row:
-    """What there is to say about one measure of one kind. Seconds, or tokens a second."""
+    """The statistics of one measure of one kind, in seconds or tokens per second."""
 
     kind: str
     measure: Measure
@@ -48,40 +44,33 @@ class Row:
     p95: float
     p99: float
 
-    @property
-    def spread(self) -> tuple[float, float, float, float]:
-        return self.mean, self.p50, self.p95, self.p99
-
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run."""
+    """A whole run. Rates count right answers only."""
 
     seconds: float
     requests_per_s: float
     tokens_per_s: float
-    failures: dict[str, int]  # by what was wrong
+    failures: dict[str, int]  # by kind and reason
     rows: list[Row]
 
 
 def summary(run: dict[str, Any], found: Sequence[Sample]) -> Summary:
-    """`run` is what run.json says."""
-    requests = [s for s in found if s.measure == "latency"]
+    """Summarises the samples; `run` is the content of run.json."""
+    requests = latencies(found)
     right = [s for s in requests if not s.failure]
     last = max([s.time + s.value for s in requests], default=run["ended"])
     seconds = max(last - run["started"], 1e-9)
-    failures: dict[str, int] = {}
-    for sample in requests:
-        if sample.failure:
-            name = f"{sample.kind}: {sample.failure}"
-            failures[name] = failures.get(name, 0) + 1
-    keys = sorted({(s.kind, s.measure) for s in found})
+    by_row: dict[tuple[str, Measure], list[Sample]] = {}
+    for sample in found:
+        by_row.setdefault((sample.kind, sample.measure), []).append(sample)
     return Summary(
         seconds=seconds,
         requests_per_s=len(right) / seconds,
         tokens_per_s=sum(s.tokens for s in right) / seconds,
-        failures=failures,
-        rows=[_row(kind, measure, found) for kind, measure in keys],
+        failures=dict(Counter(f"{s.kind}: {s.failure}" for s in requests if s.failure)),
+        rows=[_row(*key, some) for key, some in sorted(by_row.items())],
     )
 
 
@@ -93,88 +82,84 @@ def close(output: Path, slo_file: Path) -> int:
     print(f"\n{output / PAGE}")
     for verdict in verdicts:
         print(verdict)
-    missed = [verdict.name for verdict in verdicts if not verdict.kept]
-    print(f"SLOs missed: {', '.join(missed)}" if missed else "all SLOs kept")
+    missed = [verdict.name for verdict in verdicts if not verdict.met]
+    print(f"SLOs missed: {', '.join(missed)}" if missed else "all SLOs met")
     return int(bool(missed))
 
 
 def write(output: Path, found: Sequence[Sample], verdicts: Sequence[Verdict]) -> None:
-    """PAGE, FIGURES and TABLE, into the folder in which the run has left the rest."""
-    run = json.loads((output / "run.json").read_text())
+    """Writes PAGE, FIGURES and TABLE into the folder of the run."""
+    run = read_json(output / "run.json")
     points = server_series.read(output / server_series.FILE)
-    about = machine()
     whole = summary(run, found)
-    figures = {
-        "run": run,
-        "machine": about,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
-        "summary": asdict(whole),
-    }
-    (output / FIGURES).write_text(json.dumps(figures, indent=1) + "\n")
-    with (output / TABLE).open("w", newline="") as file:
-        table = csv.DictWriter(file, list(Row.__dataclass_fields__))
-        table.writeheader()
-        table.writerows(asdict(row) for row in whole.rows)
-    plots = [_client_plot(run, found), *([_server_plot(run, points)] if points else [])]
-    (output / PAGE).write_text(_page(run, about, whole, verdicts, plots))
+    settings = {"run": run, "machine": machine()}
+    judged = [asdict(verdict) for verdict in verdicts]
+    write_json(output / FIGURES, {**settings, "verdicts": judged, "summary": asdict(whole)})
+    write_csv(output / TABLE, Row, whole.rows)
+    plots = {"Over time, seen by the client": _client_plot(run, found)}
+    if points:
+        plots["Over time, from the server's /metrics"] = _server_plot(run, points)
+    (output / PAGE).write_text(_page(settings, whole, verdicts, plots))
+
+
+def _row(kind: str, measure: Measure, some: Sequence[Sample]) -> Row:
+    values = [s.value for s in some]
+    failures = sum(bool(s.failure) for s in some)
+    p50, p95, p99 = percentiles(values, 50, 95, 99)
+    return Row(kind, measure, len(some), failures, float(np.mean(values)), p50, p95, p99)
 
 
 # -- plots -----------------------------------------------------------------------------------------
 
 
 def _client_plot(run: dict[str, Any], found: Sequence[Sample]) -> Figure:
-    requests = [s for s in found if s.measure == "latency"]
-    figure, (rate, latency, streams) = plt.subplots(3, 1, figsize=(9, 8), sharex=True)
-    edges = np.linspace(0, max(run["ended"] - run["started"], 1e-9), WINDOWS + 1)
-    width = edges[1]
-    answered = {"right": [], "failed": []}  # type: dict[str, list[float]]
-    for sample in requests:
-        name = "failed" if sample.failure else "right"
-        answered[name].append(sample.time + sample.value - run["started"])
-    due = [sample.time - run["started"] for sample in requests]
-    for name, times in {"started": due, **answered}.items():
-        counts, _ = np.histogram(times, edges)
-        rate.plot(edges[:-1] + width / 2, counts / width, label=name)
-    rate.set_ylabel("requests a second")
-    _percentiles(latency, requests, run["started"], edges)
+    requests, started = latencies(found), run["started"]
+    figure, axes = plotting.panels(3, height=8)
+    rate, latency, streams = axes
+    edges = np.linspace(0, max(run["ended"] - started, 1e-9), WINDOWS + 1)
+    times = {
+        "started": [s.time - started for s in requests],
+        "right": [s.time + s.value - started for s in requests if not s.failure],
+        "failed": [s.time + s.value - started for s in requests if s.failure],
+    }
+    for name, moments in times.items():
+        counts, _ = np.histogram(moments, edges)
+        rate.plot(edges[:-1] + edges[1] / 2, counts / edges[1], label=name)
+    rate.set_ylabel("requests per second")
+    for percent in (50, 95, 99):
+        _percentile(latency, requests, started, edges, percent, f"p{percent}")
     latency.set_ylabel("latency, s")
-    for measure, name in (("ttft", "time to first token"), ("inter_token", "between tokens")):
+    for measure, name in (("ttft", "time to first token"), ("inter_token", "inter-token")):
         some = [s for s in found if s.measure == measure]
-        _percentiles(streams, some, run["started"], edges, (95,), name + " ")
+        _percentile(streams, some, started, edges, 95, f"{name} p95")
     streams.set_ylabel("streams, s")
     streams.set_xlabel("seconds since the start")
-    return _finished(figure, (rate, latency, streams))
+    plotting.finish(axes)
+    return figure
 
 
-def _percentiles(
-    axes: Axes,
-    found: Sequence[Sample],
-    started: float,
-    edges: Any,
-    percents: tuple[int, ...] = (50, 95, 99),
-    name: str = "",
+def _percentile(
+    axes: Axes, found: Sequence[Sample], started: float, edges: Any, percent: int, label: str
 ) -> None:
-    """Over time, by when requests were to start."""
-    times = np.array([s.time - started for s in found])
+    """Plots a percentile over time, by scheduled start."""
+    windows = np.digitize([s.time - started for s in found], edges)
     values = np.array([s.value for s in found])
-    windows = np.digitize(times, edges)
     present = [w for w in range(1, len(edges)) if (windows == w).any()]
-    for percent in percents:
-        ys = [np.percentile(values[windows == w], percent) for w in present]
-        axes.plot([edges[w - 1] + edges[1] / 2 for w in present], ys, label=f"{name}p{percent}")
+    ys = [percentiles(values[windows == w], percent)[0] for w in present]
+    axes.plot([edges[w - 1] + edges[1] / 2 for w in present], ys, label=label)
 
 
 def _server_plot(run: dict[str, Any], points: Sequence[Point]) -> Figure:
-    panels = (
-        ("queue seconds", "queue seconds"),
-        ("busy", "seconds of work\na second"),
-        ("occupancy", "share of a batch's\nplaces that are taken"),
-        ("waiting", "waiting"),
-        ("KV rows used", "KV rows used"),
-        ("replicas", "replicas"),
-    )
-    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 13), sharex=True)
-    for panel, (name, label) in zip(axes, panels, strict=True):
+    labels = {
+        "queue seconds": "queue seconds",
+        "busy": "seconds of work\nper second",
+        "occupancy": "occupied share\nof a batch",
+        "waiting": "waiting",
+        "KV slots used": "KV slots used",
+        "replicas": "replicas",
+    }
+    figure, axes = plotting.panels(len(labels), height=13)
+    for panel, (name, label) in zip(axes, labels.items(), strict=True):
         for stage in server_series.STAGES:
             some = [p for p in points if p.name == name and p.stage == stage]
             if some:
@@ -182,16 +167,7 @@ def _server_plot(run: dict[str, Any], points: Sequence[Point]) -> Figure:
                 panel.plot(times, [p.value for p in some], label=stage)
         panel.set_ylabel(label)
     axes[-1].set_xlabel("seconds since the start")
-    return _finished(figure, axes)
-
-
-def _finished(figure: Figure, panels: Sequence[Axes]) -> Figure:
-    for axes in panels:
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper right", fontsize="small")
-    figure.tight_layout()
+    plotting.finish(axes)
     return figure
 
 
@@ -205,101 +181,86 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 div.wide { overflow-x: auto; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #d8dee4; }
 td:first-child, th:first-child { text-align: left; }
-.kept { color: #1a7f37; } .missed { color: #b42318; font-weight: 600; }
+.met { color: #1a7f37; } .missed { color: #b42318; font-weight: 600; }
 p.note { background: #fff8c5; padding: .5rem .8rem; } img { max-width: 100%; }
 pre { white-space: pre-wrap; font-size: .85rem; background: #f6f8fa; padding: .8rem; }
 """
 
 
 def _page(
-    run: dict[str, Any],
-    about: dict[str, Any],
+    settings: dict[str, Any],
     whole: Summary,
     verdicts: Sequence[Verdict],
-    plots: Sequence[Figure],
+    plots: dict[str, Figure],
 ) -> str:
-    missed = sum(not verdict.kept for verdict in verdicts)
-    title = f"{missed} of {len(verdicts)} SLOs missed" if missed else "All SLOs kept"
-    state = "missed" if missed else "kept"
-    parts = [
-        f"<h1 class={state}>{title}</h1>",
-        f"<p>{html.escape(run['scenario']['about'])}: {run['host']}, {whole.seconds:.0f} s, "
-        f"{whole.requests_per_s:.2f} right answers a second, {whole.tokens_per_s:.1f} tokens a "
-        f"second, {sum(whole.failures.values())} failures</p>",
-        *_notes(run, plots),
-        "<h2>SLOs</h2>",
-        _table(
-            ("objective", "measured", "limit", ""),
-            [(v.name, _short(v.measured), f"{v.limit:g}", _verdict(v)) for v in verdicts],
-        ),
-        "<h2>By kind</h2><p>Seconds, tokens_per_s in tokens a second; latency from the moment at "
-        "which a request was to start.</p>",
-        _table(
-            ("kind", "measure", "count", "failures", "mean", "p50", "p95", "p99"),
-            [
-                (r.kind, r.measure, f"{r.count}", f"{r.failures}", *map(_short, r.spread))
-                for r in whole.rows
-            ],
-        ),
-    ]
-    if whole.failures:
-        worst = sorted(whole.failures.items(), key=lambda item: -item[1])[:20]
-        parts += ["<h2>Failures</h2>", _table(("what", "times"), [(w, f"{n}") for w, n in worst])]
-    names = ("Over time, at the client", "Over time, in the server (by its own /metrics)")
-    for name, figure in zip(names, plots, strict=False):
-        parts.append(f'<h2>{name}</h2><img alt="{name}" src="{_inline(figure)}">')
-    settings = html.escape(json.dumps({"run": run, "machine": about}, indent=1))
-    parts.append(f"<h2>Configuration</h2><pre>{settings}</pre>")
+    missed = sum(not verdict.met for verdict in verdicts)
+    title = f"{missed} of {len(verdicts)} SLOs missed" if missed else "All SLOs met"
+    body = "\n".join(_body(settings, whole, verdicts, plots))
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{title}</title><style>{_STYLE}</style>'
-        + "\n".join(parts)
-        + "</html>\n"
+        f"<h1 class={'missed' if missed else 'met'}>{title}</h1>\n{body}</html>\n"
     )
 
 
-def _notes(run: dict[str, Any], plots: Sequence[Figure]) -> list[str]:
-    notes = []
+def _body(
+    settings: dict[str, Any],
+    whole: Summary,
+    verdicts: Sequence[Verdict],
+    plots: dict[str, Figure],
+) -> Iterator[str]:
+    run = settings["run"]
+    yield (
+        f"<p>{html.escape(run['scenario']['about'])}: {run['host']}, {whole.seconds:.0f} s, "
+        f"{whole.requests_per_s:.2f} right answers and {whole.tokens_per_s:.1f} tokens per second, "
+        f"{sum(whole.failures.values())} failures</p>"
+    )
+    for note in _notes(run, plots):
+        yield f'<p class="note">{note}</p>'
+    yield "<h2>SLOs</h2>" + _table(
+        ("objective", "measured", "limit", ""),
+        [
+            (v.name, f"{v.measured:.3g}", f"{v.limit:g}", "met" if v.met else "MISSED")
+            for v in verdicts
+        ],
+    )
+    yield (
+        "<h2>By kind</h2><p>In seconds, except tokens_per_s; latency counts from the scheduled "
+        "start.</p>"
+    )
+    yield _table(
+        ("kind", "measure", "count", "failures", "mean", "p50", "p95", "p99"),
+        [
+            (
+                *(r.kind, r.measure, f"{r.count}", f"{r.failures}"),
+                *(f"{number:.3g}" for number in (r.mean, r.p50, r.p95, r.p99)),
+            )
+            for r in whole.rows
+        ],
+    )
+    if whole.failures:
+        worst = Counter(whole.failures).most_common(20)
+        yield "<h2>Failures</h2>" + _table(("reason", "count"), [(w, f"{n}") for w, n in worst])
+    for name, figure in plots.items():
+        yield f'<h2>{name}</h2><img alt="{name}" src="{plotting.data_url(figure)}">'
+    yield f"<h2>Configuration</h2><pre>{html.escape(json.dumps(settings, indent=1))}</pre>"
+
+
+def _notes(run: dict[str, Any], plots: dict[str, Figure]) -> Iterator[str]:
     if run.get("generator_late_s", 0.0) > LATE_S:
-        notes.append(
-            f"The load generator started a request {run['generator_late_s']:.2f} s late: it had "
-            "more to do than one process can. Take more workers; these figures measure it, too."
+        yield (
+            f"The load generator started a request {run['generator_late_s']:.2f} s late: one "
+            "process cannot send this much, and the figures include its delays. Use more workers."
         )
     if len(plots) == 1:
-        notes.append(
-            "The server has no /metrics page of blip2-serve, so its own figures are missing."
-        )
-    return [f'<p class="note">{note}</p>' for note in notes]
-
-
-def _short(number: float) -> str:
-    return f"{number:.3g}"
-
-
-def _verdict(verdict: Verdict) -> str:
-    return "kept" if verdict.kept else "MISSED"
+        yield "The server has no /metrics page of blip2-serve, so its own figures are missing."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        marks = {"kept": " class=kept", "MISSED": " class=missed"}
-        tds = (f"<{tag}{marks.get(c, '')}>{html.escape(c)}</{tag}>" for c in cells)
+        classes = {"met": " class=met", "MISSED": " class=missed"}
+        tds = (f"<{tag}{classes.get(c, '')}>{html.escape(c)}</{tag}>" for c in cells)
         return f"<tr>{''.join(tds)}</tr>"
 
     lines = [line(head, "th"), *(line(row, "td") for row in rows)]
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
-
-
-def _inline(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _row(kind: str, measure: Measure, found: Sequence[Sample]) -> Row:
-    some = [s for s in found if (s.kind, s.measure) == (kind, measure)]
-    values = [s.value for s in some]
-    p50, p95, p99 = (float(np.percentile(values, percent)) for percent in (50, 95, 99))
-    failures = sum(bool(s.failure) for s in some)
-    return Row(kind, measure, len(some), failures, float(np.mean(values)), p50, p95, p99)

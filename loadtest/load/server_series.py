@@ -1,30 +1,31 @@
-"""The server's own figures during a run, from pages of its /metrics."""
+"""The server's own figures during a run, read from its /metrics."""
 
 from __future__ import annotations
 
-import csv
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from blip2_serve.observe import metrics
+from loadtest.results import read_csv, write_csv
 
 FILE = "server.csv"
 STAGES = ("preprocessor", "encoder", "generator")
 
-# A replica's figures reach its node's page every ten seconds: what has grown is compared over a
-# multiple of that, in which each replica has reported as often as any other.
+# A replica's figures reach /metrics every ten seconds. Differences are taken over a multiple of
+# that, in which each replica has reported equally often.
 REPORTED_EVERY_S, WINDOW_S = 10.0, 20.0
 
-# Names as the page has them. Occupancy is the share of a batch's places that were taken.
 STATES = {
     "waiting": metrics.QUEUE_DEPTH.exported,
     "running": metrics.SEQUENCES_RUNNING.exported,
-    "KV rows used": metrics.KV_SLOTS_USED.exported,
-    "KV rows": metrics.KV_SLOTS_CAPACITY.exported,
+    "KV slots used": metrics.KV_SLOTS_USED.exported,
+    "KV slots": metrics.KV_SLOTS_CAPACITY.exported,
 }
+# Growth of one counter by the growth of another.
 QUOTIENTS = {
     "queue seconds": (
         metrics.QUEUE_TIME.exact_sum.exported,
@@ -32,7 +33,7 @@ QUOTIENTS = {
     ),
     "occupancy": (metrics.BATCH_SIZE.exact_sum.exported, metrics.BATCH_CAPACITY.exported),
 }
-# Seconds of work; "busy" is by how much they grow in a second, all replicas and threads together.
+# Counters of seconds of work. "busy" is their growth per second over all replicas and threads.
 WORK = {
     "preprocessor": metrics.IMAGE_DECODE_TIME.exact_sum.exported,
     "encoder": metrics.STEP_DURATION.exact_sum.exported,
@@ -45,9 +46,9 @@ Totals = dict[tuple[str, str], float]  # by metric and stage, summed over replic
 
 @dataclass(frozen=True)
 class Point:
-    """One figure at one time, in seconds since 1970."""
+    """One figure at one time."""
 
-    time: float
+    time: float  # seconds since 1970
     name: str  # such as "queue seconds"
     stage: str
     value: float
@@ -55,48 +56,49 @@ class Point:
 
 @dataclass
 class ServerSeries:
-    """Made of one page after the other."""
+    """Collects the points of one page after another."""
 
     points: list[Point] = field(default_factory=list)
     _pages: deque[tuple[float, Totals]] = field(default_factory=deque)
 
     def add(self, page: str, now: float) -> None:
-        """What a page says, compared with one of WINDOW_S before. `now` in seconds since 1970.
+        """Adds a page read at `now` (seconds since 1970).
 
         Raises:
-            ValueError: it is no page of metrics.
+            ValueError: it is not in Prometheus's format.
         """
-        self.points += self._read(page, now)
-
-    def _read(self, page: str, now: float) -> list[Point]:
         totals, replicas = _totals(page)
-        self._pages.append((now, totals))
-        while len(self._pages) > 1 and self._pages[1][0] <= now - WINDOW_S:
-            self._pages.popleft()
-        then, before = self._pages[0]
-
-        def grown(metric: str, stage: str) -> float:
-            return totals.get((metric, stage), 0.0) - before.get((metric, stage), 0.0)
-
-        points = [Point(now, "replicas", stage, count) for stage, count in replicas.items()]
+        self.points += [Point(now, "replicas", stage, count) for stage, count in replicas.items()]
         for name, metric in STATES.items():
-            points += [
+            self.points += [
                 Point(now, name, stage, value)
                 for (found, stage), value in totals.items()
                 if found == metric
             ]
+        self._pages.append((now, totals))
+        while len(self._pages) > 1 and self._pages[1][0] <= now - WINDOW_S:
+            self._pages.popleft()
+        self._add_growth()
+
+    def _add_growth(self) -> None:
+        """Compares the latest page with the earliest of the window."""
+        (then, before), (now, totals) = self._pages[0], self._pages[-1]
         if now - then < REPORTED_EVERY_S:
-            return points
+            return
+
+        def growth(metric: str, stage: str) -> float:
+            return totals.get((metric, stage), 0.0) - before.get((metric, stage), 0.0)
+
         for stage in STAGES:
-            points.append(Point(now, "busy", stage, grown(WORK[stage], stage) / (now - then)))
+            busy = growth(WORK[stage], stage) / (now - then)
+            self.points.append(Point(now, "busy", stage, busy))
             for name, (above, below) in QUOTIENTS.items():
-                if count := grown(below, stage):
-                    points.append(Point(now, name, stage, grown(above, stage) / count))
-        return points
+                if count := growth(below, stage):
+                    self.points.append(Point(now, name, stage, growth(above, stage) / count))
 
 
 def _totals(page: str) -> tuple[Totals, dict[str, float]]:
-    """Sums over replicas, and how many replicas each stage has."""
+    """Sums over replicas, and the number of replicas of each stage."""
     totals: Totals = {}
     replicas: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
@@ -110,19 +112,10 @@ def _totals(page: str) -> tuple[Totals, dict[str, float]]:
     return totals, replicas
 
 
-def write(path: Path, points: list[Point]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("time", "name", "stage", "value"))
-        writer.writerows((p.time, p.name, p.stage, p.value) for p in points)
+def write(path: Path, points: Iterable[Point]) -> None:
+    write_csv(path, Point, points)
 
 
 def read(path: Path) -> list[Point]:
-    """Nothing, if there is no such file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            Point(float(row["time"]), row["name"], row["stage"], float(row["value"]))
-            for row in csv.DictReader(file)
-        ]
+    """Empty if there is no such file."""
+    return read_csv(path, Point) if path.exists() else []

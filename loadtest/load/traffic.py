@@ -1,298 +1,272 @@
-"""The kinds of traffic: what each sends, and what it makes of the answers.
+"""The kinds of traffic: what each sends, and how it checks the answers.
 
-A kind is a function of a `Caller`, which sends one request after the other, checks and measures
-them. Who calls it and when is not known here: locust's users do, again and again, and arrivals of
-an open loop do, once each.
+A kind is a function that sends requests through a `Caller`, which measures them. locust's users
+repeat a kind; the arrivals of an open loop run it once each.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import gevent
 import requests
 
 from blip2_serve.client import is_loopback
-from load import checks, pictures
-from load.checks import Expected, WrongAnswer
-from load.pictures import data_url
-from load.samples import Sample
+from loadtest import answers
+from loadtest.answers import DONE, Expected, WrongAnswer, piece
+from loadtest.load import pictures
+from loadtest.load.pictures import data_url
+from loadtest.load.samples import Sample
 
 TIMEOUT_S = 300.0
 CAPTION_TOKENS, ANSWER_TOKENS, LONG_TOKENS = 40, 16, 48
-LEAST_TOKENS = 8  # of a stream whose speed means something: a word or two come at once
-BURST = 6  # requests for one picture at once
+MIN_TIMED_TOKENS = 8  # fewer tokens arrive almost at once, and give no meaningful speed
+BURST = 6  # simultaneous requests for one picture
+CHAT = "/v1/chat/completions"
 
 Json = dict[str, Any]
-
-
-class Sink(Protocol):
-    """Where samples go."""
-
-    def __call__(self, sample: Sample) -> None: ...
+Check = Callable[[requests.Response], int]  # returns the answer's tokens, or raises WrongAnswer
 
 
 @dataclass
-class _Asked:
+class _Pending:
     """A request that is being measured."""
 
-    begin: float
+    start: float
     tokens: int = 0
     failure: str = ""
 
 
 class Caller:
-    """Sends requests of one kind, and measures them.
-
-    Latency of the first counts from `due`, when it was to start, whenever it does.
-    """
+    """Sends requests of one kind and measures them."""
 
     def __init__(
         self,
+        kind: str,
         session: requests.Session,
         url: str,
-        sink: Sink,
+        sink: Callable[[Sample], None],
         *,
         seed: int,
         knows_scenes: bool,
         think_s: tuple[float, float] = (0.0, 0.0),
         due: float | None = None,
     ) -> None:
-        """`due` in seconds since 1970. Only a server that `knows_scenes` must find the words."""
+        """The first latency counts from `due` (seconds since 1970), whenever it is really sent.
+
+        Captions are compared with the scene's own only if the server `knows_scenes`.
+        """
         self.random = random.Random(seed)
         self.knows_scenes = knows_scenes
-        self._session = session
-        self._url = url
-        self._sink = sink
-        self._think_s = think_s
-        self._due = due
+        self._kind, self._session, self._url, self._sink = kind, session, url, sink
+        self._think_s, self._due = think_s, due
 
     def think(self) -> None:
-        """As long as a person looks at an answer."""
+        """Pauses as a person does who reads an answer."""
         gevent.sleep(self.random.uniform(*self._think_s))
 
     def words(self, right: str) -> str | None:
         return right if self.knows_scenes else None
 
-    def send(self, kind: str, check: Callable[[requests.Response], int], **request: Any) -> bool:
-        """POSTs to `path` and measures until `check` has the answer's tokens; whether it is right.
+    def send(self, check: Check, **request: Any) -> bool:
+        """POSTs `request` (requests' arguments) and measures until `check` has passed.
 
-        `check` raises WrongAnswer for a wrong one.
+        Returns whether the answer is right.
         """
-        with self._measured(kind) as asked, self._post(**request) as response:
-            asked.tokens = check(response)
-        return not asked.failure
+        with self._measured() as pending, self._post(**request) as response:
+            pending.tokens = check(response)
+        return not pending.failure
 
-    def stream(self, kind: str, expected: Expected, body: Json) -> bool:
-        """A streamed chat completion, with what only its reader sees; whether it is right."""
+    def ask(self, messages: list[Json], expected: Expected) -> bool:
+        """Sends a chat completion. Returns whether the answer is right."""
+
+        def check(response: requests.Response) -> int:
+            answers.ok(response.status_code, response.content)
+            return answers.chat(response.json(), expected)
+
+        body = {"messages": messages, "max_tokens": expected.max_tokens}
+        return self.send(check, path=CHAT, json=body)
+
+    def stream(self, expected: Expected, body: Json) -> bool:
+        """Streams a chat completion, and also measures the time of its texts.
+
+        Returns whether the answer is right.
+        """
         times: list[float] = []
-        answer, usage = "", {}
-        with self._measured(kind) as asked:
+        answer = ""
+        usage: Json = {}
+        with self._measured() as pending:
             for event in self._events({**body, "stream_options": {"include_usage": True}}):
                 usage = event.get("usage") or usage
-                if piece := _delta(event):
+                if new := piece(event, "delta"):
                     times.append(time.time())
-                    answer += piece
-            checks.text(answer, usage["completion_tokens"], expected)
-            asked.tokens = usage["completion_tokens"]
-        if asked.failure or not times:
-            return not asked.failure
-        begin, tokens = asked.begin, asked.tokens
-        self._sink(Sample(begin, kind, "ttft", times[0] - begin))
-        span = times[-1] - times[0]
-        if tokens >= LEAST_TOKENS and span > 0:
-            self._sink(Sample(begin, kind, "inter_token", span / (tokens - 1)))
-            self._sink(Sample(begin, kind, "tokens_per_s", tokens / (times[-1] - begin)))
+                    answer += new
+            answers.text(answer, usage["completion_tokens"], expected)
+            pending.tokens = usage["completion_tokens"]
+        if pending.failure or not times:
+            return not pending.failure
+        start, tokens, span = pending.start, pending.tokens, times[-1] - times[0]
+        self._sink(Sample(start, self._kind, "ttft", times[0] - start))
+        if tokens >= MIN_TIMED_TOKENS and span > 0:
+            self._sink(Sample(start, self._kind, "inter_token", span / (tokens - 1)))
+            self._sink(Sample(start, self._kind, "tokens_per_s", tokens / (times[-1] - start)))
         return True
 
-    def hang_up(self, kind: str, body: Json) -> None:
-        """Leaves in the middle of a stream, on purpose: right, if it had begun."""
-        with self._measured(kind), contextlib.closing(self._events(body)) as events:
-            if not any(map(_delta, events)):
-                raise WrongAnswer("no text before the end")
+    def hang_up(self, body: Json) -> None:
+        """Leaves a stream after its first text, which makes it a success."""
+        with self._measured(), contextlib.closing(self._events(body)) as events:
+            if not any(piece(event, "delta") for event in events):
+                raise WrongAnswer("the stream ended before its first text")
 
     @contextmanager
-    def _measured(self, kind: str) -> Iterator[_Asked]:
-        """The block's time is the latency of a request that begins now, or was to at `due`."""
-        begin, self._due = self._due or time.time(), None
-        asked = _Asked(begin)
+    def _measured(self) -> Iterator[_Pending]:
+        """Records the block's time as a latency, and its errors as failures."""
+        start, self._due = self._due or time.time(), None
+        pending = _Pending(start)
         try:
-            yield asked
-        except (WrongAnswer, requests.RequestException, ValueError, LookupError) as error:
-            asked.failure = str(error) if isinstance(error, WrongAnswer) else repr(error)
-        latency = time.time() - begin
-        self._sink(Sample(begin, kind, "latency", latency, asked.tokens, asked.failure))
+            yield pending
+        except WrongAnswer as error:
+            pending.failure = str(error)
+        except (requests.RequestException, ValueError, LookupError) as error:
+            pending.failure = repr(error)
+        latency = time.time() - start
+        self._sink(Sample(start, self._kind, "latency", latency, pending.tokens, pending.failure))
 
     def _events(self, body: Json) -> Generator[Json, None, None]:
-        """Of a streamed chat completion; closing this leaves it."""
-        path, asked = "/v1/chat/completions", {**body, "stream": True}
-        with self._post(path, json=asked, stream=True) as response:
+        """The events of a streamed chat completion. Close the generator to hang up.
+
+        Raises:
+            WrongAnswer: an error, or a stream that ends without [DONE].
+        """
+        with self._post(CHAT, json={**body, "stream": True}, stream=True) as response:
             if response.status_code != 200:
-                checks.ok(response.status_code, response.content)
-            yield from events(response)
+                answers.ok(response.status_code, response.content)
+            for line in response.iter_lines(chunk_size=None):
+                event = answers.event(line)
+                if event is DONE:
+                    return
+                if event is not None:
+                    yield event
+        raise WrongAnswer("the stream ended without [DONE]")
 
     def _post(self, path: str, **request: Any) -> requests.Response:
         return self._session.post(self._url + path, timeout=TIMEOUT_S, **request)
 
 
 def open_session(host: str) -> requests.Session:
-    """Proxies that the environment names are for other machines than this one."""
+    """A session that reaches loopback addresses directly, whatever proxies the environment sets."""
     session = requests.Session()
     session.trust_env = not is_loopback(host)
     return session
 
 
-def events(response: requests.Response) -> Iterator[Json]:
-    """The JSON of each server-sent event, up to [DONE].
-
-    Raises:
-        WrongAnswer: the stream ended without [DONE], or has an error in it.
-    """
-    for line in response.iter_lines(chunk_size=None):
-        field, _, data = line.partition(b":")
-        if field != b"data":
-            continue  # an empty line ends an event, a line that starts with a colon is a comment
-        if data.strip() == b"[DONE]":
-            return
-        event: Json = json.loads(data)
-        if "error" in event:
-            raise WrongAnswer(f"an error in the stream: {event['error']}")
-        yield event
-    raise WrongAnswer("a stream ended without [DONE]")
-
-
 # -- the kinds -------------------------------------------------------------------------------------
 
+KINDS: dict[str, Callable[[Caller], None]] = {}
 
+
+def kind(run: Callable[[Caller], None]) -> Callable[[Caller], None]:
+    """Adds a function to KINDS under its name, with blanks for underscores."""
+    KINDS[run.__name__.replace("_", " ")] = run
+    return run
+
+
+@kind
 def caption(caller: Caller) -> None:
-    """A picture in JSON."""
+    """Sends a picture in JSON."""
     expected, picture = _scene(caller)
-    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
-    caller.send("caption", _caption_of(expected), path="/v1/caption", json=body)
+    caller.send(_is_caption(expected), path="/v1/caption", json=_caption_body(picture))
 
 
+@kind
 def upload(caller: Caller) -> None:
-    """A picture as a file."""
+    """Uploads a picture as a file."""
     expected, picture = _scene(caller)
-    caller.send(
-        "upload",
-        _caption_of(expected),
-        path="/v1/caption",
-        files={"image": ("picture.png", picture, "image/png")},
-        data={"max_tokens": str(CAPTION_TOKENS)},
-    )
+    _upload(caller, expected, ("picture.png", picture, "image/png"))
 
 
+@kind
 def question(caller: Caller) -> None:
-    """One question, and its short answer."""
+    """Asks one question with a short answer."""
     number = caller.random.randrange(pictures.SCENES)
     asked, right = caller.random.choice(pictures.scene(number).questions)
     messages = [_user(asked, _picture(caller, number))]
-    _ask(caller, "question", messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
+    caller.ask(messages, Expected(ANSWER_TOKENS, words=caller.words(right)))
 
 
+@kind
 def chat(caller: Caller) -> None:
-    """Several turns about one picture; each sends all that was said before."""
+    """Asks several questions about one picture; each request repeats the chat so far."""
     for messages, expected in _turns(caller):
-        if not _ask(caller, "chat", messages, expected):
+        if not caller.ask(messages, expected):
             return
         caller.think()
 
 
+@kind
 def streaming_chat(caller: Caller) -> None:
-    """The same, read as it is written."""
+    """Does the same with streamed answers."""
     for messages, expected in _turns(caller):
         body = {"messages": messages, "max_tokens": expected.max_tokens}
-        if not caller.stream("streaming chat", expected, body):
+        if not caller.stream(expected, body):
             return
         caller.think()
 
 
+@kind
 def long_stream(caller: Caller) -> None:
-    """As many tokens as are asked for, whatever they say: what inter-token times are taken from."""
-    number = caller.random.randrange(pictures.SCENES)
-    body = {
-        "messages": [_user("what is it?", _picture(caller, number))],
-        "max_tokens": LONG_TOKENS,
-        "ignore_eos": True,
-    }
-    caller.stream("long stream", Expected(LONG_TOKENS, exactly=True), body)
+    """Streams a fixed number of tokens, whatever they say: the source of inter-token times."""
+    caller.stream(Expected(LONG_TOKENS, exactly=True), _long_answer(caller))
 
 
+@kind
 def photograph(caller: Caller) -> None:
-    """A picture of some megabytes."""
+    """Uploads a picture of some megabytes."""
     drawn = pictures.photograph(caller.random.randrange(pictures.PHOTOGRAPHS))
-    data = pictures.unseen(drawn, caller.random)
-    caller.send(
-        "photograph",
-        _caption_of(Expected(CAPTION_TOKENS)),
-        path="/v1/caption",
-        files={"image": ("photograph.jpg", data, "image/jpeg")},
-        data={"max_tokens": str(CAPTION_TOKENS)},
-    )
+    file = ("photograph.jpg", pictures.unseen(drawn, caller.random), "image/jpeg")
+    _upload(caller, Expected(CAPTION_TOKENS), file)
 
 
+@kind
 def same_image(caller: Caller) -> None:
-    """A picture that nobody has sent before, in several requests at once: one encode is enough."""
+    """Sends one new picture in several requests at once, which should cost a single encode."""
     expected, picture = _scene(caller)
-    body = {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
-    check = _caption_of(expected)
-    gevent.joinall(
-        [
-            gevent.spawn(caller.send, "same image", check, path="/v1/caption", json=body)
-            for _ in range(BURST)
-        ]
-    )
+    request = {"path": "/v1/caption", "json": _caption_body(picture)}
+    check = _is_caption(expected)
+    gevent.joinall([gevent.spawn(caller.send, check, **request) for _ in range(BURST)])
 
 
+@kind
 def bad_input(caller: Caller) -> None:
-    """Something that must be refused with a 4xx that says why; anything else is a failure."""
+    """Sends what must be refused with a 4xx that says why; anything else is a failure."""
     good = data_url(pictures.png(0))
     path, wrong = caller.random.choice(
         (
             ("/v1/caption", {"image": "data:image/png;base64,AAAA"}),
             ("/v1/caption", {"image": good, "max_tokens": 0}),
             ("/v1/caption", {"image": good, "no_such_parameter": 1}),
-            ("/v1/chat/completions", {"messages": []}),
-            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "no picture"}]}),
+            (CHAT, {"messages": []}),
+            (CHAT, {"messages": [{"role": "user", "content": "no picture"}]}),
         )
     )
 
     def check(response: requests.Response) -> int:
-        checks.refusal(response.status_code, response.json())
+        answers.refusal(response.status_code, response.json())
         return 0
 
-    caller.send("bad input", check, path=path, json=wrong)
+    caller.send(check, path=path, json=wrong)
 
 
+@kind
 def hang_up(caller: Caller) -> None:
-    """A client that leaves while it is answered."""
-    number = caller.random.randrange(pictures.SCENES)
-    messages = [_user("what is it?", _picture(caller, number))]
-    body = {"messages": messages, "max_tokens": LONG_TOKENS, "ignore_eos": True}
-    caller.hang_up("hang-up", body)
-
-
-Kind = Callable[[Caller], None]
-KINDS: dict[str, Kind] = {
-    "caption": caption,
-    "upload": upload,
-    "question": question,
-    "chat": chat,
-    "streaming chat": streaming_chat,
-    "long stream": long_stream,
-    "photograph": photograph,
-    "same image": same_image,
-    "bad input": bad_input,
-    "hang-up": hang_up,
-}
+    """Disconnects in the middle of an answer."""
+    caller.hang_up(_long_answer(caller))
 
 
 # -- their parts -----------------------------------------------------------------------------------
@@ -303,7 +277,7 @@ def _picture(caller: Caller, number: int) -> bytes:
 
 
 def _scene(caller: Caller) -> tuple[Expected, bytes]:
-    """A picture, and the caption that it should get."""
+    """A picture and its expected caption."""
     number = caller.random.randrange(pictures.SCENES)
     expected = Expected(CAPTION_TOKENS, words=caller.words(pictures.scene(number).caption))
     return expected, _picture(caller, number)
@@ -315,23 +289,29 @@ def _turns(caller: Caller) -> Iterator[tuple[list[Json], Expected]]:
     for asked, right in pictures.scene(number).chat:
         messages.append(_user(asked, None if messages else _picture(caller, number)))
         yield messages, Expected(ANSWER_TOKENS, words=caller.words(right))
-        # The right answer stands for what a person would go on with.
+        # The next turn follows the right answer, whatever the server said.
         messages.append({"role": "assistant", "content": right})
 
 
-def _ask(caller: Caller, kind: str, messages: list[Json], expected: Expected) -> bool:
+def _long_answer(caller: Caller) -> Json:
+    number = caller.random.randrange(pictures.SCENES)
+    messages = [_user("what is it?", _picture(caller, number))]
+    return {"messages": messages, "max_tokens": LONG_TOKENS, "ignore_eos": True}
+
+
+def _caption_body(picture: bytes) -> Json:
+    return {"image": data_url(picture), "max_tokens": CAPTION_TOKENS}
+
+
+def _upload(caller: Caller, expected: Expected, file: tuple[str, bytes, str]) -> None:
+    request = {"files": {"image": file}, "data": {"max_tokens": str(CAPTION_TOKENS)}}
+    caller.send(_is_caption(expected), path="/v1/caption", **request)
+
+
+def _is_caption(expected: Expected) -> Check:
     def check(response: requests.Response) -> int:
-        checks.ok(response.status_code, response.content)
-        return checks.chat(response.json(), expected)[1]
-
-    body = {"messages": messages, "max_tokens": expected.max_tokens}
-    return caller.send(kind, check, path="/v1/chat/completions", json=body)
-
-
-def _caption_of(expected: Expected) -> Callable[[requests.Response], int]:
-    def check(response: requests.Response) -> int:
-        checks.ok(response.status_code, response.content)
-        return checks.caption(response.json(), expected)
+        answers.ok(response.status_code, response.content)
+        return answers.caption(response.json(), expected)
 
     return check
 
@@ -341,7 +321,3 @@ def _user(text: str, picture: bytes | None) -> Json:
     if picture is not None:
         parts.insert(0, {"type": "image_url", "image_url": {"url": data_url(picture)}})
     return {"role": "user", "content": parts}
-
-
-def _delta(event: Json) -> str:
-    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", ()))

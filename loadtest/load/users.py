@@ -1,31 +1,35 @@
-"""locust's users: one class for each kind of traffic, and one that starts an open loop."""
+"""locust's users, one class for each kind of traffic, and how many of them run at each moment."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-import requests
-from locust import User, task
+from locust import LoadTestShape, User, task
 from requests.adapters import HTTPAdapter
 
-from load import arrivals, scenario, traffic
-from load.arrivals import OpenLoop
-from load.recording import Recording
-from load.samples import Sample
-from load.scenario import Scenario
-from load.traffic import KINDS, Caller
+from loadtest.load import arrivals, scenario, traffic
+from loadtest.load.arrivals import OpenLoop
+from loadtest.load.recording import Recording
+from loadtest.load.samples import Sample
+from loadtest.load.scenario import Scenario
+from loadtest.load.traffic import KINDS, Caller
 
-SHIPPED_MODEL = "demo"  # as /v1/models calls the checkpoint that knows the scenes
+logger = logging.getLogger(__name__)
+
+SPAWN_RATE = 1_000.0  # users per second: all at once
+LOOK_BACK_S = 20.0  # when looking for the breaking point
+SHIPPED_MODEL = "demo"  # the name under which /v1/models lists the shipped checkpoint
 
 _seeds = itertools.count()
 
 
 class Visitor(User):
-    """A user of the scenario's server; locustfile.py sets what they all share."""
+    """A user of the server under test. locustfile.py sets the class variables."""
 
     abstract = True
     scenario: ClassVar[Scenario]
@@ -35,21 +39,22 @@ class Visitor(User):
         super().__init__(*args, **kwargs)
         self.host = self.host.rstrip("/")
         self._session = traffic.open_session(self.host)
-        pool = HTTPAdapter(pool_maxsize=arrivals.MOST_UNDER_WAY)
-        self._session.mount("http://", pool)
-        self._session.mount("https://", pool)
-        # Workers are processes of their own: the time tells their users apart.
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=arrivals.MAX_IN_FLIGHT))
+        # The time sets apart the users of different worker processes.
         self._random = random.Random(f"{time.time()} {next(_seeds)}")
 
     def on_start(self) -> None:
-        self._knows_scenes = serves_shipped(self._session, self.host)
+        models = self._session.get(f"{self.host}/v1/models", timeout=traffic.TIMEOUT_S).json()
+        self._knows_scenes = any(model["id"] == SHIPPED_MODEL for model in models["data"])
 
     def wait_time(self) -> float:
         return self._random.uniform(*self.scenario.think_s)
 
     def call(self, kind: str, due: float | None = None) -> None:
-        """Once; with `due`, as something that was to begin then, in seconds since 1970."""
+        """Runs one visit of this kind; `due` is its scheduled start in seconds since 1970."""
         caller = Caller(
+            kind,
             self._session,
             self.host,
             self.recording.add,
@@ -61,14 +66,8 @@ class Visitor(User):
         KINDS[kind](caller)
 
 
-def serves_shipped(session: requests.Session, host: str) -> bool:
-    """Whether the server has the checkpoint that knows the words for the scenes."""
-    models = session.get(f"{host}/v1/models", timeout=traffic.TIMEOUT_S).json()
-    return any(model["id"] == SHIPPED_MODEL for model in models["data"])
-
-
 class Regular(Visitor):
-    """Does the same kind of thing again and again."""
+    """Repeats one kind of traffic."""
 
     abstract = True
     kind: ClassVar[str]
@@ -78,51 +77,13 @@ class Regular(Visitor):
         self.call(self.kind)
 
 
-class Captioner(Regular):
-    kind = "caption"
-
-
-class Uploader(Regular):
-    kind = "upload"
-
-
-class Questioner(Regular):
-    kind = "question"
-
-
-class Chatter(Regular):
-    kind = "chat"
-
-
-class StreamingChatter(Regular):
-    kind = "streaming chat"
-
-
-class LongReader(Regular):
-    kind = "long stream"
-
-
-class Photographer(Regular):
-    kind = "photograph"
-
-
-class Burst(Regular):
-    kind = "same image"
-
-
-class Stumbler(Regular):
-    kind = "bad input"
-
-
-class Leaver(Regular):
-    kind = "hang-up"
-
-
-CLOSED: list[type[Regular]] = Regular.__subclasses__()
+REGULARS: list[type[Regular]] = [
+    type(kind.title().replace(" ", ""), (Regular,), {"kind": kind}) for kind in KINDS
+]
 
 
 class Generator(Visitor):
-    """Starts requests of an open loop; of several generators each has its part of the rate."""
+    """Runs an open loop; several generators share the rate."""
 
     def on_start(self) -> None:
         super().on_start()
@@ -149,3 +110,27 @@ class Generator(Visitor):
 
     def _fail(self, kind: str, due: float, why: str) -> None:
         self.recording.add(Sample(due, kind, "latency", time.time() - due, failure=why))
+
+
+class ScenarioShape(LoadTestShape):
+    """Follows the scenario's load, and ends a run whose server has reached its breaking point."""
+
+    abstract = True  # locust must not pick it up: locustfile.py makes the only instance
+
+    def __init__(self, scenario: Scenario, recording: Recording) -> None:
+        super().__init__()
+        self._scenario = scenario
+        self._recording = recording
+
+    def tick(self) -> tuple[int, float] | None:
+        second = self.get_run_time()
+        load = self._scenario.load
+        done = second >= self._scenario.seconds and self.get_current_user_count() == 0
+        if done or second >= self._scenario.run_s:
+            return None
+        if load and load.breaks and (why := load.breaks.why(self._recording.recent(LOOK_BACK_S))):
+            level = load.at(min(1.0, second / self._scenario.seconds))
+            unit = "users" if self._scenario.arrivals == "closed" else "requests per second"
+            logger.warning("breaking point at %.1f %s: %s", level, unit, why)
+            return None
+        return self._scenario.users_at(second), SPAWN_RATE

@@ -1,0 +1,1 @@
+"""Autoscaling policies against simulated load. Run it with `python -m loadtest.simulation`."""

@@ -1,8 +1,8 @@
-"""Serve's controller over a simulated pool: reports, look-back averages, decisions.
+"""Serve's controller for a simulated pool: reports, look-back averages, decisions.
 
-Policies, delays, factors and averages of queue lengths are Ray's own functions. What is simpler
-here: the replicas of a pool report at the same moments, a replica's signals are averaged over its
-samples when they are reported, and decisions are made every second instead of ten times a second.
+Policies, delays, factors and averages of queue lengths are Ray's own functions. Simplified are: all
+replicas of a pool report at the same moments, a replica's signals are averaged when it reports, and
+decisions are made once per second instead of ten times.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from blip2_serve.scaling import Signals, Stage, Trend, stage_of
-from simulation.events import Events
-from simulation.stages import Pool, Replica
+from loadtest.simulation.events import Events
+from loadtest.simulation.pools import Pool, Replica
 
 DECISION_INTERVAL_S = 1.0
 SIGNALS = [field.name for field in fields(Signals)]
@@ -34,20 +34,20 @@ SIGNALS = [field.name for field in fields(Signals)]
 
 def serve_config(values: dict[str, Any]) -> AutoscalingConfig:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # metrics_interval_s is deprecated, and has no successor
+        warnings.simplefilter("ignore")  # metrics_interval_s is deprecated without a successor
         return AutoscalingConfig(**values)
 
 
 @contextmanager
 def time_of(events: Events) -> Iterator[None]:
-    """Ray's delays go by simulated time."""
+    """Makes Ray's delays follow simulated time."""
     clock = SimpleNamespace(time=lambda: events.now)
     with mock.patch.object(autoscaling_policy, "time", clock):
         yield
 
 
 class Controller:
-    """Scales one pool. Use it under `time_of`."""
+    """Scales one pool. Run the events under `time_of`."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Controller:
         self._trend = Trend()
         self._policy = _apply_autoscaling_config(_resolve_policy_callable(config.policy))
         self._state: dict[str, Any] = {}
-        # The default policy looks at requests only; reading signals would be a waste.
+        # The default policy looks at requests only, so it needs no signals.
         self._reads_signals = not config.policy.is_default_policy_function()
         self._ongoing: deque[TimeStampedValue] = deque()
         self._queued: deque[TimeStampedValue] = deque()

@@ -1,4 +1,4 @@
-"""The clock of a simulation: a heap of calls to come."""
+"""The simulated clock: a heap of future calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Events:
-    """Calls in the order of their times; of equal times, first planned is first made."""
+    """Makes calls in order of time; calls of equal times in the order they were planned."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class Events:
         heappush(self._heap, (self.now + seconds, next(self._order), call, argument))
 
     def every(self, seconds: float, call: Callable[[], None]) -> None:
-        """For ever, from now on."""
+        """Calls now, and for ever at this interval."""
 
         def again(_: None) -> None:
             call()

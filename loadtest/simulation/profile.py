@@ -1,17 +1,21 @@
-"""Service times of the three stages, read from a file. Seconds, unless a name says otherwise."""
+"""The service times of the three stages, read from a file. In seconds unless a name differs."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loadtest.results import read_json
+
 FOLDER = Path(__file__).parent / "profiles"
 
-MAX_ONGOING = 256  # requests at a replica, StageConfig.max_ongoing_requests
+MAX_ONGOING = 256  # requests per replica, StageConfig.max_ongoing_requests
+
+Configs = Mapping[str, Mapping[str, Any]]  # Serve's autoscaling_config of each stage
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,9 @@ class PoolProfile:
 
     batch_s: tuple[float, ...]
     threads: int
-    varies: bool  # pictures differ in size
+    varies: bool  # by the size of pictures
     start_s: float
-    cost: float  # of a replica, in the unit of replica-hours
+    cost: float  # per replica-hour
 
     @property
     def limit(self) -> int:
@@ -30,22 +34,22 @@ class PoolProfile:
 
     @property
     def capacity(self) -> float:
-        """Items a second of a replica, at most."""
+        """Items per second that a replica can do."""
         return self.threads * self.limit / self.batch_s[-1]
 
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """A stage whose requests share steps: `step_s[n]` with n sequences; [0] is what none saves."""
+    """A stage whose requests share steps: `step_s[n]` for n sequences, [0] for the fixed part."""
 
     step_s: tuple[float, ...]
     prompt_s: float
     prompt_tokens: int
-    answer_tokens: int  # of a request, in the mean
+    answer_tokens: int  # mean
     kv_slots: int
-    reach: int  # KV rows that a request reserves
+    reach: int  # KV slots that a request reserves
     start_s: float
-    cost: float
+    cost: float  # per replica-hour
 
     @property
     def max_num_seqs(self) -> int:
@@ -53,49 +57,43 @@ class EngineProfile:
 
     @property
     def places(self) -> int:
-        """Sequences at once, by their number or by the KV."""
+        """How many sequences can run at once."""
         return min(self.max_num_seqs, self.kv_slots // self.reach)
 
     @property
     def capacity(self) -> float:
-        """Requests a second of a replica, at most."""
+        """Requests per second that a replica can do."""
         return 1 / (self.prompt_s + self.answer_tokens * self.step_s[self.places] / self.places)
+
+
+StageProfile = PoolProfile | EngineProfile
 
 
 @dataclass(frozen=True)
 class Profile:
     name: str
-    slo_s: float  # within which a request is to be answered
-    preprocessor: PoolProfile
-    encoder: PoolProfile
-    generator: EngineProfile
+    slo_s: float  # a request is late beyond this
+    stages: Mapping[str, StageProfile]  # in the order that requests pass them
+    default_policies: Mapping[str, Configs]  # Serve's, by price of lateness
+
+    @property
+    def generator(self) -> EngineProfile:
+        generator = self.stages["generator"]
+        assert isinstance(generator, EngineProfile)
+        return generator
 
     @classmethod
     def load(cls, name: str) -> Profile:
-        """A file of `profiles/`, or the path of another."""
+        """A file of `profiles/` by name, or the path of another."""
         path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-        values = json.loads(path.read_text())
-        stages = values["stages"]
-        decoding = stages["preprocessor"]
-        return cls(
-            name=path.stem,
-            slo_s=values["slo_s"],
-            preprocessor=PoolProfile(
-                batch_s=(0.0, decoding["decode_s"]),
-                threads=decoding["threads"],
-                varies=True,
-                start_s=decoding["start_s"],
-                cost=decoding["cost"],
-            ),
-            encoder=PoolProfile(
-                batch_s=_line(stages["encoder"]["batch_s"]),
-                threads=1,
-                varies=False,
-                start_s=stages["encoder"]["start_s"],
-                cost=stages["encoder"]["cost"],
-            ),
-            generator=_engine(stages["generator"]),
-        )
+        values = read_json(path)
+        stages: dict[str, StageProfile] = {
+            name: _engine(stage)
+            if name == "generator"
+            else PoolProfile(**{**stage, "batch_s": _line(stage["batch_s"])})
+            for name, stage in values["stages"].items()
+        }
+        return cls(path.stem, values["slo_s"], stages, values["default_policies"])
 
 
 def _engine(values: dict[str, Any]) -> EngineProfile:
@@ -103,16 +101,12 @@ def _engine(values: dict[str, Any]) -> EngineProfile:
     return EngineProfile(
         step_s=(max(0.0, 2 * steps[1] - steps[2]), *steps[1:]),
         prompt_s=values["prompt_tokens"] * values["prompt_ms_per_token"] / 1000,
-        prompt_tokens=values["prompt_tokens"],
-        answer_tokens=values["answer_tokens"],
         kv_slots=min(values["kv_slots"], values["max_num_seqs"] * values["reach"]),
-        reach=values["reach"],
-        start_s=values["start_s"],
-        cost=values["cost"],
+        **{k: values[k] for k in ("prompt_tokens", "answer_tokens", "reach", "start_s", "cost")},
     )
 
 
 def _line(table: dict[str, float]) -> tuple[float, ...]:
-    """Values for 0 to the largest key; straight lines between keys."""
+    """Values for 0 to the largest key, linear between keys."""
     keys = [int(key) for key in table]
     return (0.0, *np.interp(range(1, max(keys) + 1), keys, list(table.values())).tolist())

@@ -1,6 +1,6 @@
-"""Load over time: day curves, steps, spikes.
+"""Load over time: steps, spikes, day curves, bursts.
 
-Loads are in generators: 2.0 is what two replicas of the generator can do at most.
+The unit of load is one generator: 2.0 is the most that two generators can serve.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-Kind = Literal["step", "spike", "day", "other"]
-
-WARM_UP_S = 120.0  # at the load of the beginning; not counted
+WARM_UP_S = 120.0  # at the first load, not counted
 
 
 @dataclass(frozen=True)
 class Trace:
     name: str
-    kind: Kind
     duration_s: float
-    load: Callable[[float], float]  # of the seconds since the warm-up's end
+    load: Callable[[float], float]  # by seconds since the end of the warm-up
     seed: int
 
     @property
@@ -31,7 +27,7 @@ class Trace:
         return max(self.load(float(second)) for second in range(int(self.duration_s)))
 
     def arrivals(self, per_load: float) -> Iterator[float]:
-        """Times of a Poisson process with `load * per_load` requests a second, warm-up first."""
+        """Times of a Poisson process of `load * per_load` requests per second, warm-up first."""
         rng = np.random.default_rng(self.seed)
         bin_s = 0.25
         for index in range(int((WARM_UP_S + self.duration_s) / bin_s)):
@@ -44,21 +40,20 @@ class Trace:
 def step(
     name: str, before: float, after: float, at: float, until: float, end: float, seed: int
 ) -> Trace:
-    kind: Kind = "spike" if until - at < 200 else "step"
-    return Trace(name, kind, end, lambda t: after if at <= t < until else before, seed)
+    return Trace(name, end, lambda t: after if at <= t < until else before, seed)
 
 
 def spikes(name: str, base: float, top: float, each: float, every: float, seed: int) -> Trace:
-    """Four of them."""
+    """Four spikes of `each` seconds, one `every` so many."""
 
     def load(t: float) -> float:
         return top if t >= 60 and (t - 60) % every < each and t < 60 + 4 * every else base
 
-    return Trace(name, "spike", 4 * every + 240, load, seed)
+    return Trace(name, 4 * every + 240, load, seed)
 
 
 def day(name: str, low: float, high: float, length: float, seed: int, lunch: float = 0.0) -> Trace:
-    """A day in `length` seconds: a night, a rise, a fall; `lunch` comes on top at noon."""
+    """A day in `length` seconds, from night to night; `lunch` adds a peak at noon."""
 
     def load(t: float) -> float:
         hours = 24 * t / length
@@ -66,11 +61,11 @@ def day(name: str, low: float, high: float, length: float, seed: int, lunch: flo
         bump = lunch * math.exp(-(((hours - 12) / 0.7) ** 2))
         return low + (high - low) * wave + bump
 
-    return Trace(name, "day", length, load, seed)
+    return Trace(name, length, load, seed)
 
 
 def bursts(name: str, low: float, high: float, length: float, seed: int) -> Trace:
-    """Levels drawn at random, each for one to three minutes."""
+    """Random levels, each for one to three minutes."""
     rng = random.Random(seed)
     levels: list[tuple[float, float]] = []
     t = 0.0
@@ -81,25 +76,25 @@ def bursts(name: str, low: float, high: float, length: float, seed: int) -> Trac
     def load(at: float) -> float:
         return next(level for begin, level in reversed(levels) if begin <= at)
 
-    return Trace(name, "other", length, load, seed)
+    return Trace(name, length, load, seed)
 
 
 def ramp(name: str, low: float, high: float, rise: float, seed: int) -> Trace:
-    """Up in `rise` seconds, stays three minutes, down in as many, and five minutes more."""
+    """Rises in `rise` seconds, stays for three minutes, falls as slowly, and stays low."""
     xs = [60, 60 + rise, 240 + rise, 240 + 2 * rise]
 
     def load(t: float) -> float:
         return float(np.interp(t, xs, [low, high, high, low]))
 
-    return Trace(name, "other", 2 * rise + 540, load, seed)
+    return Trace(name, 2 * rise + 540, load, seed)
 
 
 def steady(name: str, load: float, length: float, seed: int) -> Trace:
-    return Trace(name, "other", length, lambda _: load, seed)
+    return Trace(name, length, lambda _: load, seed)
 
 
 def compared() -> list[Trace]:
-    """What policies are compared on, once all settings are chosen."""
+    """The traces to compare policies on, once their settings are chosen."""
     return [
         step("step x8", 1.0, 8.0, 60, 560, 960, seed=401),
         step("step x2", 3.6, 7.2, 75, 575, 1000, seed=402),
@@ -119,7 +114,7 @@ def compared() -> list[Trace]:
 
 
 def training() -> list[Trace]:
-    """What all settings are chosen by, this policy's and Serve's: other shapes, other seeds."""
+    """The traces to choose settings by: other shapes, other seeds."""
     return [
         step("step x4", 1.5, 6, 45, 300, 450, seed=101),
         step("step x6 of few", 0.6, 3.6, 45, 285, 420, seed=105),
@@ -131,8 +126,3 @@ def training() -> list[Trace]:
         bursts("other bursts", 1, 5, 500, seed=104),
         steady("other steady load", 2.2, 240, seed=109),
     ]
-
-
-def thousand() -> Trace:
-    """For a thousand replicas of all stages together, at its top."""
-    return step("step x3 to 1,000 replicas", 130, 390, 30, 200, 200, seed=20)

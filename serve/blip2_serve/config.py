@@ -311,8 +311,8 @@ class GeneratorConfig(ComputeConfig):
     )
     quantize: Literal["int8"] | None = Field(
         None,
-        description="Quantization of the language model's weights: int8 (x86 CPUs only), or null "
-        "for none.",
+        description="Quantization of the language model's weights: int8, which needs a CPU with "
+        "AVX512-VNNI, or null for none.",
     )
 
     @model_validator(mode="after")

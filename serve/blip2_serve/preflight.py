@@ -26,15 +26,15 @@ def check_model(config: AppConfig, *, local: bool) -> None:
     # Imported late: these take seconds, which the other checks should not.
     import torch
 
-    from blip2_serve.compute.cpu.int8 import check_int8
+    from blip2_serve.compute.devices import check_quantize
     from blip2_serve.model.checkpoint import longest_sequence, read_config
     from blip2_serve.model.processor import ImageProcessor
 
     if local and config.device == "cuda" and not torch.cuda.is_available():
         raise StartupError("this machine has no CUDA device: use --device cpu")
-    if local and config.generator.quantize:
+    if local:
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
-        check_int8(torch.device("cuda" if on_gpu else "cpu"))
+        check_quantize(torch.device("cuda" if on_gpu else "cpu"), config.generator.quantize)
     if not local and not Path(config.model).exists() and config.model != DEMO:
         return  # a hub id, or a path on the cluster's machines
     folder = find_folder(config.model, config.revision)

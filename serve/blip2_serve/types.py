@@ -37,6 +37,7 @@ class SamplingParams:
         temperature: 0 is greedy decoding.
         top_p: Keeps the likeliest tokens that add up to this probability; 1 keeps every token.
         top_k: Keeps this many of the likeliest tokens; 0 keeps every token.
+        min_p: Drops tokens less likely than this share of the likeliest one's probability.
         seed: Signed 64-bit integer.
         stop: Strings that end the answer. The text does not include them.
         repetition_penalty: Above 1, makes tokens of the prompt and the answer so far less likely.
@@ -54,6 +55,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
     repetition_penalty: float = 1.0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from blip2_serve.compute.cpu import int8_product
 from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig, ChatConfig
 from blip2_serve.demo import scenes
@@ -17,6 +18,10 @@ from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.stages import generator
 from blip2_serve.types import SamplingParams
 from support.server import encode
+
+pytestmark = pytest.mark.skipif(
+    not int8_product.available(), reason="this CPU lacks AVX512-VNNI, which int8 weights need"
+)
 
 HELD_OUT = range(1_000, 1_060)
 RIGHT = 0.95

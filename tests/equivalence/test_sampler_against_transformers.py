@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -38,6 +39,9 @@ CASES = [
     pytest.param({"top_p": 0.5}, id="top_p one half"),
     pytest.param({"top_p": 0.999}, id="top_p near one"),
     pytest.param({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, id="all three"),
+    pytest.param({"min_p": 0.001}, id="tiny min_p"),
+    pytest.param({"min_p": 0.3}, id="min_p 0.3"),
+    pytest.param({"min_p": 1.0}, id="min_p 1"),
     pytest.param({"repetition_penalty": 1.5}, id="repetition penalised"),
     pytest.param({"repetition_penalty": 0.7}, id="repetition encouraged"),
     pytest.param({"min_tokens": 4}, id="below min_tokens"),
@@ -47,6 +51,7 @@ CASES = [
             "temperature": 0.8,
             "top_k": 30,
             "top_p": 0.9,
+            "min_p": 0.05,
             "repetition_penalty": 1.3,
             "min_tokens": 10,
         },
@@ -70,6 +75,8 @@ def warpers(params: SamplingParams) -> LogitsProcessorList:
         steps.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1:
         steps.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        steps.append(MinPLogitsWarper(params.min_p))
     return steps
 
 

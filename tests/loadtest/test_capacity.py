@@ -1,4 +1,4 @@
-"""How much a server can take, what is short, and what a target needs."""
+"""Capacity is found by bisection, and plans follow from it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-import capacity
-from capacity import Capacity, Need, highest, per_million, plan, short_stage
-from load.server_series import Point
+from loadtest.load import capacity
+from loadtest.load.capacity import Capacity, Need, bottleneck, highest, per_million, plan
+from loadtest.load.server_series import Point
 
 FOUND = Capacity(
     rate=10.0,
     level=8.0,
     missed_at=8.8,
-    short="generator",
+    bottleneck="generator",
     replicas={"preprocessor": 1.0, "encoder": 1.0, "generator": 2.0},
     busy={"preprocessor": 0.2, "encoder": 0.4, "generator": 1.6},
 )
@@ -24,37 +24,37 @@ FOUND = Capacity(
 def test_bisection_ends_within_a_tenth_of_the_limit(limit: float) -> None:
     asked: list[float] = []
 
-    def keeps(rate: float) -> bool:
+    def meets(rate: float) -> bool:
         asked.append(rate)
         return rate <= limit
 
-    low, high = highest(keeps, 1, 64)
+    low, high = highest(meets, 1, 64)
 
     assert low <= limit < high <= low * capacity.PRECISION
     assert len(asked) <= 9
 
 
-def test_bounds_that_do_not_enclose_the_limit_are_refused() -> None:
+def test_bounds_must_enclose_the_limit() -> None:
     with pytest.raises(ValueError, match="lower --low"):
         highest(lambda _: False, 1, 64)
     with pytest.raises(ValueError, match="higher --high"):
         highest(lambda _: True, 1, 64)
 
 
-def test_the_stage_with_the_longest_queue_in_the_second_half_is_short() -> None:
+def test_the_bottleneck_has_the_longest_queue_in_the_second_half() -> None:
     points = [
         Point(0.0, "queue seconds", "encoder", 9.0),  # a warm-up
         Point(10.0, "queue seconds", "encoder", 0.1),
         Point(10.0, "queue seconds", "generator", 2.0),
     ]
-    assert short_stage(points) == "generator"
-    assert short_stage([]) is None
+    assert bottleneck(points) == "generator"
+    assert bottleneck([]) is None
 
 
 def test_a_plan_by_hand() -> None:
     needs = plan(FOUND, rate=70, utilization=0.7, gpus={"encoder": 0.5, "generator": 1})
 
-    # The generators were busy for 0.8 of the time and could do no more: 5 requests a second each.
+    # The generators were busy for 0.8 of the time and could do no more: 5 requests per second each.
     # The encoder was busy for 0.4, half of that: it could do 20. The preprocessor: 40.
     assert needs == [
         Need("preprocessor", pytest.approx(40.0), 3, 0.0),
@@ -63,7 +63,7 @@ def test_a_plan_by_hand() -> None:
     ]
 
 
-def test_a_stage_without_work_gets_the_one_replica_that_it_had() -> None:
+def test_an_idle_stage_gets_one_replica() -> None:
     idle = dataclasses.replace(FOUND, busy={**FOUND.busy, "encoder": 0.0})
 
     assert plan(idle, rate=70, utilization=0.7, gpus={})[1].replicas == 1
@@ -74,10 +74,10 @@ def test_a_million_requests_by_hand() -> None:
 
     cost = per_million(needs, rate=70, gpu_hour=2.0, cpu_hour=0.1, cpus=4)
 
-    # 22.5 GPUs and 100 CPUs are 45 + 10 an hour, for 252,000 requests.
+    # 22.5 GPUs and 100 CPUs cost 45 + 10 per hour, for 252,000 requests.
     assert cost == pytest.approx(55 / 252_000 * 1e6)
 
 
-def test_a_server_that_tells_nothing_cannot_be_planned_with() -> None:
-    with pytest.raises(ValueError, match="has told nothing"):
+def test_a_plan_needs_figures_from_the_server() -> None:
+    with pytest.raises(ValueError, match="reported nothing"):
         plan(Capacity(10.0, 8.0, 8.8, None, {}, {}), 70, 0.7, {})

@@ -1,4 +1,4 @@
-"""The window's arithmetic, the stream's events, and that no wrong answer is counted."""
+"""The window's arithmetic, server-sent events, and wrong answers, which are never counted."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from aiohttp import ClientSession, web
 
-from bench.client import Answer, Window, WrongAnswer, ask, events, measure
-from bench.servers import Endpoint
-from bench.workload import Request
+from loadtest.answers import WrongAnswer
+from loadtest.bench.client import Answer, Window, ask, events, measure
+from loadtest.bench.servers import Endpoint
+from loadtest.bench.workload import Request
 from support.fake_server import Handler, chunk, serving, streaming, usage, whole
 
 REQUEST = Request("what is it?", "data:image/jpeg;base64,AAAA", max_tokens=3)
@@ -29,9 +30,9 @@ async def asked(handler: Handler, *, stream: bool = False) -> Answer:
 
 def test_an_answer_counts_by_the_share_of_its_time_in_the_window() -> None:
     answers = [
-        Answer(8, 12, tokens=40),  # half of it
-        Answer(12, 16, tokens=20),  # all
-        Answer(16, 24, tokens=80),  # half
+        Answer(8, 12, tokens=40),  # half inside
+        Answer(12, 16, tokens=20),  # inside
+        Answer(16, 24, tokens=80),  # half inside
         Answer(0, 8, tokens=999),  # before
         Answer(20, 21, tokens=999),  # after
     ]
@@ -52,7 +53,7 @@ def test_batches_give_their_true_rate_wherever_the_window_lies(opened: float) ->
     assert tokens == pytest.approx(40)
 
 
-def test_latencies_are_of_answers_that_ended_in_the_window() -> None:
+def test_latencies_count_answers_that_ended_in_the_window() -> None:
     inside, after = Answer(8, 12, tokens=1), Answer(16, 24, tokens=1)
 
     assert Window(10, 20, [inside, after]).ended_inside() == [inside]
@@ -84,7 +85,7 @@ async def test_users_are_busy_before_throughout_and_after_the_window() -> None:
 # -- answers ---------------------------------------------------------------------------------------
 
 
-async def test_a_right_answer_has_its_times() -> None:
+async def test_a_right_answer_is_timed() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.json_response(whole(3))
 
@@ -96,7 +97,7 @@ async def test_a_right_answer_has_its_times() -> None:
     assert answer.text == "a dog"
 
 
-async def test_an_answer_without_text_will_do_where_that_is_said() -> None:
+async def test_a_silent_request_accepts_an_answer_without_text() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.json_response(whole(3, text=""))
 
@@ -106,7 +107,7 @@ async def test_an_answer_without_text_will_do_where_that_is_said() -> None:
     assert answer.text == ""
 
 
-async def test_several_answers_have_the_tokens_of_all() -> None:
+async def test_tokens_of_several_choices_are_added_up() -> None:
     async def handler(_: web.Request) -> web.Response:
         return web.json_response(whole(6))
 
@@ -119,7 +120,7 @@ async def test_several_answers_have_the_tokens_of_all() -> None:
 @pytest.mark.parametrize(
     ("status", "body", "what"),
     [
-        (200, whole(2), "2 tokens, not 3"),
+        (200, whole(2), "2 tokens instead of 3"),
         (200, whole(3, text=""), "no text"),
         (200, {"choices": []}, "usage"),
         (503, {"error": {"message": "overloaded"}}, "status 503.*overloaded"),
@@ -142,7 +143,7 @@ async def test_the_first_wrong_answer_ends_the_measurement() -> None:
         return web.json_response(whole(3 if count < 6 else 4))
 
     async with serving(handler) as endpoint:
-        with pytest.raises(WrongAnswer, match="4 tokens, not 3"):
+        with pytest.raises(WrongAnswer, match="4 tokens instead of 3"):
             await measure(endpoint, repeat(REQUEST), users=2, seconds=60, stream=False)
 
 
@@ -155,7 +156,7 @@ async def test_no_server_is_a_wrong_answer() -> None:
 # -- streams ---------------------------------------------------------------------------------------
 
 
-async def test_a_stream_has_the_times_of_its_texts() -> None:
+async def test_each_text_of_a_stream_is_timed() -> None:
     parts = [chunk(""), chunk("a"), chunk(None), chunk(" dog"), usage(3), b"data: [DONE]\n\n"]
 
     answer = await asked(streaming(*parts), stream=True)
@@ -169,7 +170,7 @@ async def test_a_stream_has_the_times_of_its_texts() -> None:
 @pytest.mark.parametrize(
     ("parts", "what"),
     [
-        ([chunk("a"), usage(2), b"data: [DONE]\n\n"], "2 tokens, not 3"),
+        ([chunk("a"), usage(2), b"data: [DONE]\n\n"], "2 tokens instead of 3"),
         ([chunk("a"), usage(3)], "without"),
         ([chunk(""), usage(3), b"data: [DONE]\n\n"], "no text"),
         ([chunk("a"), b"data: [DONE]\n\n"], "NoneType"),
@@ -181,7 +182,7 @@ async def test_a_wrong_stream_is_an_error(parts: list[bytes], what: str) -> None
         await asked(streaming(*parts), stream=True)
 
 
-async def test_events_are_read_as_servers_write_them() -> None:
+async def test_comments_and_other_fields_of_event_streams_are_skipped() -> None:
     async def lines() -> AsyncIterator[bytes]:
         for line in [b": ping\n", b"\n", b'data: {"a": 1}\r\n', b"\r\n", b'data:{"b": "x:y"}\n']:
             yield line

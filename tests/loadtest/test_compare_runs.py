@@ -1,16 +1,16 @@
-"""Two runs side by side: chance is not called a difference, and a difference is."""
+"""Differences between runs are told from chance."""
 
 from __future__ import annotations
 
 import numpy as np
 
-import compare
-from compare import differences
-from load.samples import Sample
+from loadtest.load import compare_runs
+from loadtest.load.compare_runs import differences
+from loadtest.load.samples import Sample
 
 
 def run(seed: int, factor: float = 1.0, seconds: int = 300) -> list[Sample]:
-    """Two requests a second, of which those of ten seconds have something in common."""
+    """Two requests per second, with latencies that correlate within ten seconds."""
     rng = np.random.default_rng(seed)
     found = []
     for stretch in range(seconds // 10):
@@ -30,7 +30,7 @@ def test_two_runs_of_the_same_server_are_rarely_called_different() -> None:
     assert called <= 4  # of 40
 
 
-def test_a_server_that_takes_half_as_long_again_is_called_slower() -> None:
+def test_a_server_that_takes_1_5_times_as_long_is_called_slower() -> None:
     found = differences([run(1), run(2)], [run(3, 1.5), run(4, 1.5)])
 
     assert [(d.kind, d.measure, d.statistic) for d in found] == [
@@ -49,7 +49,7 @@ def test_runs_that_differ_among_themselves_widen_the_interval() -> None:
 
 
 def test_the_table_marks_what_is_more_than_chance() -> None:
-    lines = compare.table(differences([run(1)], [run(3, 2.0)])).splitlines()
+    lines = compare_runs.table(differences([run(1)], [run(3, 2.0)])).splitlines()
 
     assert len(lines) == 3
     assert all("more than chance" in line for line in lines[1:])

@@ -1,4 +1,4 @@
-"""Pairs are alike but for what they compare."""
+"""The two sides of a comparison differ only in what is compared."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from bench.features import BEAMS, TOKENS, alike, median_ratio, medians, third_turns
-from bench.workload import Workload
+from loadtest.bench.features import BEAMS, TOKENS, alike, third_turns
+from loadtest.bench.workload import Workload
+from loadtest.stats import median_ratio, medians
 from support.fake_server import Handler, chunk, serving, streaming, usage, whole
 
 
@@ -21,7 +22,7 @@ def test_greedy_and_beams_get_the_same_questions_and_lengths() -> None:
     assert [r.body("m", stream=False).get("num_beams") for r in [greedy[0], beams[0]]] == [None, 5]
 
 
-async def test_a_third_turn_and_the_same_about_a_new_picture() -> None:
+async def test_the_same_third_turn_is_asked_about_a_known_and_a_new_picture() -> None:
     bodies: list[dict[str, Any]] = []
 
     async def handler(request: web.Request) -> web.StreamResponse:

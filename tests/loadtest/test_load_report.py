@@ -1,4 +1,4 @@
-"""The report of a load test: figures, files, and the page as a browser shows it."""
+"""The report of a load test: figures, files, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from load import report, samples, server_series
-from load.samples import Sample
-from load.server_series import Point
+from loadtest.load import report, samples, server_series
+from loadtest.load.samples import Sample
+from loadtest.load.server_series import Point
 from support.browser import shown
 
 START = 1_800_000_000.0
@@ -19,7 +19,7 @@ SCENARIO = {"about": "a test of <everything>", "arrivals": "closed"}
 
 
 def write_run(folder: Path, *, latency: float = 0.5, failure: str = "", late: float = 0.0) -> None:
-    """A minute with a caption and a stream each second, one of the captions failed."""
+    """A minute with a caption and a stream per second; one caption may have failed."""
     run = {
         "scenario": SCENARIO,
         "host": "http://127.0.0.1:1",
@@ -42,7 +42,7 @@ def write_run(folder: Path, *, latency: float = 0.5, failure: str = "", late: fl
     points = [
         Point(START + second, name, stage, float(second % 7))
         for second in range(0, 60, 2)
-        for name in ("queue seconds", "busy", "occupancy", "waiting", "KV rows used", "replicas")
+        for name in ("queue seconds", "busy", "occupancy", "waiting", "KV slots used", "replicas")
         for stage in server_series.STAGES
     ]
     server_series.write(folder / server_series.FILE, points)
@@ -54,18 +54,18 @@ def slo_file(folder: Path, p95: float) -> Path:
     return path
 
 
-def test_a_run_that_keeps_its_slos_is_told_so_by_page_output_and_exit_code(
+def test_page_output_and_exit_code_say_that_all_slos_were_met(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_run(tmp_path)
 
     assert report.close(tmp_path, slo_file(tmp_path, p95=1.0)) == 0
 
-    assert "all SLOs kept" in capsys.readouterr().out
-    assert "<h1 class=kept>All SLOs kept</h1>" in (tmp_path / report.PAGE).read_text()
+    assert "all SLOs met" in capsys.readouterr().out
+    assert "<h1 class=met>All SLOs met</h1>" in (tmp_path / report.PAGE).read_text()
 
 
-def test_a_run_that_misses_one_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missed_slo_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path)
 
     assert report.close(tmp_path, slo_file(tmp_path, p95=0.4)) == 1
@@ -76,7 +76,7 @@ def test_a_run_that_misses_one_names_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert "1 of 2 SLOs missed" in (tmp_path / report.PAGE).read_text()
 
 
-def test_figures_and_table_say_what_was_measured(tmp_path: Path) -> None:
+def test_figures_and_table_hold_what_was_measured(tmp_path: Path) -> None:
     write_run(tmp_path, failure="status 500: <script>")
 
     report.close(tmp_path, slo_file(tmp_path, p95=1.0))
@@ -95,7 +95,7 @@ def test_figures_and_table_say_what_was_measured(tmp_path: Path) -> None:
     assert float(rows["streaming chat", "ttft"]["p95"]) == pytest.approx(0.2)
 
 
-def test_what_servers_and_scenarios_say_is_text_in_the_page(tmp_path: Path) -> None:
+def test_text_from_servers_and_scenarios_is_escaped(tmp_path: Path) -> None:
     write_run(tmp_path, failure="<script>alert(1)</script>")
 
     report.close(tmp_path, slo_file(tmp_path, p95=1.0))
@@ -116,7 +116,7 @@ def test_a_late_generator_and_a_server_without_metrics_are_noted(tmp_path: Path)
     assert "its own figures are missing" in page
 
 
-def test_a_browser_shows_the_page_with_both_plots_and_asks_nobody_else(tmp_path: Path) -> None:
+def test_a_browser_shows_both_plots_without_other_requests(tmp_path: Path) -> None:
     write_run(tmp_path)
     report.close(tmp_path, slo_file(tmp_path, p95=1.0))
     page = tmp_path / report.PAGE
@@ -131,4 +131,4 @@ def test_a_browser_shows_the_page_with_both_plots_and_asks_nobody_else(tmp_path:
     document = shown(probed.as_uri(), tmp_path, width=400)
 
     assert 'data-shown="true,true"' in document
-    assert "All SLOs kept" in document
+    assert "All SLOs met" in document

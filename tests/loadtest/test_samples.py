@@ -1,4 +1,4 @@
-"""Samples come back from their file as they went in."""
+"""Samples survive the way through their file."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from load import samples
-from load.samples import Sample
+from loadtest.load import samples
+from loadtest.load.samples import Sample
 
 
-def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_samples_are_read_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / samples.FILE
     written = [
         Sample(1.5, "caption", "latency", 0.25, tokens=12),
@@ -22,9 +22,9 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert samples.read(path) == written
 
 
-def test_another_file_is_refused_by_its_columns(tmp_path: Path) -> None:
+def test_a_file_with_other_columns_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
 
-    with pytest.raises(ValueError, match="not a file of samples"):
+    with pytest.raises(ValueError, match="does not hold Samples"):
         samples.read(path)

@@ -1,4 +1,4 @@
-"""Scenario files, levels over time, and open arrivals."""
+"""Scenario files, load over time, and arrivals of open loops."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from load import arrivals, scenario
-from load.samples import Sample
-from load.scenario import Breaking, Load, Scenario
+from loadtest.load import arrivals, scenario
+from loadtest.load.samples import Sample
+from loadtest.load.scenario import Breaking, Load, Scenario
 
 WEIGHTS = {"caption": 3.0, "question": 1.0}
 
@@ -28,7 +28,7 @@ def test_every_shipped_scenario_is_complete(name: str) -> None:
         assert plan.rate_at(0) > 0
 
 
-def test_the_scenarios_that_readers_are_promised_are_there() -> None:
+def test_the_scenarios_of_the_readme_exist() -> None:
     assert {"mixed", "steady", "ramp", "spike", "day", "soak", "replay"} <= {*scenario.names()}
 
 
@@ -52,7 +52,7 @@ def test_a_wrong_scenario_says_what_is_wrong(changes: dict[str, Any], why: str) 
         Scenario.model_validate({**right, **changes})
 
 
-def test_an_unknown_scenario_names_those_that_there_are() -> None:
+def test_an_unknown_scenario_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"no scenario 'mixt'; there are .*mixed"):
         scenario.load("mixt")
 
@@ -83,20 +83,20 @@ def answers(seconds: float, failures: int = 0, count: int = 40) -> list[Sample]:
     ]
 
 
-def test_a_ramp_ends_where_answers_fail_or_are_late() -> None:
+def test_a_ramp_breaks_when_answers_fail_or_are_late() -> None:
     breaking = Breaking(failures=0.1, latency_p95_s=5)
 
     assert breaking.why(answers(4.9, failures=4)) == ""
     assert breaking.why(answers(4.9, failures=5)) == "12% of the last requests failed"
     assert breaking.why(answers(5.1)) == "the last requests' p95 was 5.1 s"
-    assert breaking.why(answers(60, failures=19, count=19)) == ""  # too few to know
+    assert breaking.why(answers(60, failures=19, count=19)) == ""  # too few to tell
 
 
 def drawn(rate_at: Callable[[float], float], seconds: float) -> list[tuple[float, str]]:
     return list(arrivals.poisson(rate_at, seconds, WEIGHTS, random.Random(3)))
 
 
-def test_poisson_arrivals_have_the_rate_the_kinds_and_the_gaps_of_a_poisson_process() -> None:
+def test_poisson_arrivals_have_the_right_rate_kinds_and_gaps() -> None:
     found = drawn(lambda _: 5.0, 2_000)
 
     times = [at for at, _ in found]
@@ -105,11 +105,11 @@ def test_poisson_arrivals_have_the_rate_the_kinds_and_the_gaps_of_a_poisson_proc
     assert times == sorted(times)
     assert times[-1] < 2_000
     assert fmean(kind == "caption" for _, kind in found) == pytest.approx(0.75, abs=0.03)
-    # Of exponential gaps, a share of 1 / e is longer than the mean.
+    # 1 / e of exponential gaps exceed the mean.
     assert fmean(gap > 0.2 for gap in gaps) == pytest.approx(0.368, abs=0.03)
 
 
-def test_a_rate_that_changes_is_followed() -> None:
+def test_arrivals_follow_a_changing_rate() -> None:
     found = drawn(lambda second: 10.0 if 400 <= second < 600 else 1.0, 1_000)
 
     inside = sum(400 <= at < 600 for at, _ in found)
@@ -117,7 +117,7 @@ def test_a_rate_that_changes_is_followed() -> None:
     assert len(found) - inside == pytest.approx(800, rel=0.15)
 
 
-def test_a_trace_is_read_in_the_order_of_time(tmp_path: Path) -> None:
+def test_a_trace_is_read_in_order_of_time(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("seconds,kind\n2.5,caption\n0.5,question\n")
 

@@ -1,4 +1,4 @@
-"""Failures end a script with one line and exit code 1; checkpoints are written once."""
+"""Failures end a script with one line; checkpoints are written once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import checkpoint, client, script, servers
+from loadtest.answers import WrongAnswer
+from loadtest.bench import checkpoint, script, servers
 
 
 @pytest.fixture(autouse=True)
@@ -19,19 +20,19 @@ def own_sigterm() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "error", [client.WrongAnswer("no"), servers.ServerFailed("no"), script.Missed("no")]
+    "error", [WrongAnswer("no"), servers.ServerFailed("no"), script.Missed("no")]
 )
-def test_a_failure_is_told_in_one_line(error: Exception) -> None:
-    with pytest.raises(SystemExit, match="FAILED: no"), script.failures_told():
+def test_a_failure_ends_the_script_with_one_line(error: Exception) -> None:
+    with pytest.raises(SystemExit, match="FAILED: no"), script.one_line_failures():
         raise error
 
 
 def test_sigterm_ends_the_block_as_ctrl_c_does() -> None:
-    with pytest.raises(SystemExit, match="interrupted"), script.failures_told():
+    with pytest.raises(SystemExit, match="interrupted"), script.one_line_failures():
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_checkpoint_is_written_unless_it_is_there(
+def test_a_checkpoint_is_written_only_if_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []

@@ -1,4 +1,4 @@
-"""The server's own figures, from pages of its metrics."""
+"""The server's own figures, read from its /metrics."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from blip2_serve.observe import metrics
-from load import server_series
-from load.server_series import Point, ServerSeries
+from loadtest.load import server_series
+from loadtest.load.server_series import Point, ServerSeries
 
 
 def page(*, waited: float, requests: int, worked: float, taken: float, places: float) -> str:
-    """Of a generator with two replicas, which report half each, and an encoder with one."""
+    """Two replicas of the generator, which report half each, and one of the encoder."""
     lines = []
     for replica in ("a", "b"):
         labels = f'application="x",deployment="Generator",replica="{replica}"'
@@ -30,7 +30,7 @@ def page(*, waited: float, requests: int, worked: float, taken: float, places: f
     return "\n".join(lines) + "\n"
 
 
-def test_growth_from_page_to_page_is_added_up_over_replicas() -> None:
+def test_growth_between_pages_is_summed_over_replicas() -> None:
     series = ServerSeries()
 
     series.add(page(waited=10, requests=100, worked=5, taken=50, places=640), 1000.0)
@@ -39,7 +39,7 @@ def test_growth_from_page_to_page_is_added_up_over_replicas() -> None:
     found = {(p.time, p.name, p.stage): p.value for p in series.points}
     assert found[1000.0, "replicas", "generator"] == 2
     assert found[1000.0, "replicas", "encoder"] == 1
-    assert found[1000.0, "KV rows used", "generator"] == 200
+    assert found[1000.0, "KV slots used", "generator"] == 200
     assert (1000.0, "queue seconds", "generator") not in found  # nothing to compare with yet
     assert found[1020.0, "queue seconds", "generator"] == pytest.approx(1.5)
     assert found[1020.0, "occupancy", "generator"] == pytest.approx(0.5)
@@ -47,8 +47,8 @@ def test_growth_from_page_to_page_is_added_up_over_replicas() -> None:
     assert (1020.0, "queue seconds", "encoder") not in found
 
 
-def test_work_that_is_reported_now_and_then_is_spread_over_the_time_that_it_took() -> None:
-    """Half a second of work a second, which the page has every ten seconds only."""
+def test_work_reported_in_bursts_is_spread_over_its_time() -> None:
+    """Half a second of work per second, reported only every ten seconds."""
     series = ServerSeries()
 
     for second in range(0, 100, 2):
@@ -60,7 +60,7 @@ def test_work_that_is_reported_now_and_then_is_spread_over_the_time_that_it_took
     assert busy[5:] == pytest.approx([0.5] * len(busy[5:]))
 
 
-def test_a_page_of_another_server_says_nothing() -> None:
+def test_the_page_of_another_server_gives_no_points() -> None:
     series = ServerSeries()
 
     series.add("vllm:num_requests_running 3\n", 1000.0)
@@ -68,7 +68,7 @@ def test_a_page_of_another_server_says_nothing() -> None:
     assert series.points == []
 
 
-def test_points_come_back_from_their_file(tmp_path: Path) -> None:
+def test_points_are_read_back_as_written(tmp_path: Path) -> None:
     points = [Point(1.5, "busy", "encoder", 0.25)]
 
     server_series.write(tmp_path / "server.csv", points)

@@ -1,4 +1,4 @@
-"""Servers are stopped with all that they started; what cannot start is told."""
+"""Servers stop with all their processes; one that cannot start says why."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from bench import servers
+from loadtest.bench import servers
 
-# Starts a child, and both do not heed SIGTERM.
+# Starts a child; both ignore SIGTERM.
 STUBBORN = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -32,7 +32,7 @@ def stubborn(tmp_path: Path) -> psutil.Popen:
     return process
 
 
-def test_nothing_is_left_of_a_server_that_does_not_heed_sigterm(
+def test_nothing_is_left_of_a_server_that_ignores_sigterm(
     stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "STOPPED_WITHIN_S", 0.3)
@@ -44,7 +44,7 @@ def test_nothing_is_left_of_a_server_that_does_not_heed_sigterm(
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_memory_is_that_of_the_whole_tree(
+def test_peak_memory_covers_the_whole_process_tree(
     stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "SAMPLE_EVERY_S", 0.01)
@@ -58,7 +58,7 @@ def test_memory_is_that_of_the_whole_tree(
     assert memory.peak > 1.5 * alone
 
 
-def test_a_server_that_ends_is_told_with_its_last_lines(
+def test_a_server_that_exits_is_reported_with_its_last_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends = [sys.executable, "-c", "raise SystemExit('no such flag')"]
@@ -85,19 +85,17 @@ def test_every_kind_serves_the_checkpoint_in_bfloat16_on_the_port() -> None:
         pytest.param(
             ["ray::ServeReplica:app:Encoder   "], "ServeReplica:app:Encoder", id="replica"
         ),
-        pytest.param(
-            ["ray::ProxyActor.receive"], "ProxyActor", id="an actor in one of its methods"
-        ),
+        pytest.param(["ray::ProxyActor.receive"], "ProxyActor", id="an actor running a method"),
         pytest.param(["/bin/python", "-u", "/ray/monitor.py", "--x"], "monitor", id="a script"),
         pytest.param(["/ray/gcs_server", "--log_dir=/tmp"], "gcs_server", id="a program"),
         pytest.param([], "?", id="a process that has ended"),
     ],
 )
-def test_processes_have_names_that_tell_what_they_are(command: list[str], name: str) -> None:
+def test_process_names_say_what_they_are(command: list[str], name: str) -> None:
     assert servers._name(command) == name
 
 
-def test_memory_is_told_of_each_process_of_the_tree(
+def test_memory_lists_each_process_of_the_tree(
     stubborn: psutil.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "STOPPED_WITHIN_S", 0)

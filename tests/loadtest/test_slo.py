@@ -1,15 +1,15 @@
-"""SLOs are judged by what was measured, in both directions."""
+"""Runs are judged by their SLOs."""
 
 from __future__ import annotations
 
-from load.report import SLO_FILE
-from load.samples import Sample
-from load.slo import Slos, goodput, judge
-from load.traffic import KINDS
+from loadtest.load.report import SLO_FILE
+from loadtest.load.samples import Sample
+from loadtest.load.slo import Slos, goodput, judge
+from loadtest.load.traffic import KINDS
 
 
 def run(latency: float, *, failures: int = 0, ttft: float = 0.1) -> list[Sample]:
-    """A hundred captions, and as many streams."""
+    """A hundred captions and as many streams."""
     captions = [
         Sample(t, "caption", "latency", latency, 5, "wrong" if t < failures else "")
         for t in range(100)
@@ -36,13 +36,13 @@ SLOS = Slos.model_validate(
 
 
 def missed(samples: list[Sample]) -> list[str]:
-    return [verdict.name for verdict in judge(samples, SLOS) if not verdict.kept]
+    return [verdict.name for verdict in judge(samples, SLOS) if not verdict.met]
 
 
-def test_a_good_run_keeps_every_slo() -> None:
+def test_a_good_run_meets_every_slo() -> None:
     verdicts = judge(run(0.5), SLOS)
 
-    assert all(verdict.kept for verdict in verdicts)
+    assert all(verdict.met for verdict in verdicts)
     assert [verdict.name for verdict in verdicts] == [
         "caption latency p50",
         "caption latency p95",
@@ -52,7 +52,7 @@ def test_a_good_run_keeps_every_slo() -> None:
     ]
 
 
-def test_each_slo_is_missed_by_what_it_is_about() -> None:
+def test_each_slo_is_missed_for_its_own_reason() -> None:
     assert missed(run(1.5)) == ["caption latency p50"]
     assert missed(run(2.5)) == ["caption latency p50", "caption latency p95", "goodput"]
     assert missed(run(0.5, ttft=0.6)) == ["streaming chat ttft p95", "goodput"]
@@ -60,24 +60,24 @@ def test_each_slo_is_missed_by_what_it_is_about() -> None:
     assert missed(run(0.5, failures=40)) == ["error ratio", "goodput"]
 
 
-def test_goodput_counts_a_request_once_and_only_if_all_of_it_is_good() -> None:
+def test_goodput_counts_a_request_once_and_only_if_all_its_measures_are_good() -> None:
     assert goodput(run(0.5), SLOS) == 1.0
     assert goodput(run(0.5, failures=10), SLOS) == 0.95
     assert goodput(run(0.5, ttft=0.6), SLOS) == 0.5
     assert goodput(run(2.5, failures=10, ttft=0.6), SLOS) == 0.0
 
 
-def test_a_run_without_requests_has_kept_nothing() -> None:
+def test_a_run_without_requests_meets_nothing() -> None:
     (verdict,) = judge([], SLOS)
-    assert not verdict.kept
+    assert not verdict.met
 
 
-def test_a_kind_that_was_not_there_is_not_judged() -> None:
+def test_a_missing_kind_is_not_judged() -> None:
     verdicts = judge([s for s in run(0.5) if s.kind == "caption"], SLOS)
     assert not any("streaming" in verdict.name for verdict in verdicts)
 
 
-def test_the_shipped_slos_are_about_kinds_that_there_are() -> None:
+def test_the_shipped_slos_name_known_kinds() -> None:
     slos = Slos.read(SLO_FILE)
 
     assert {*slos.latency, *slos.ttft, *slos.inter_token} <= KINDS.keys()

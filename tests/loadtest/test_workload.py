@@ -1,4 +1,4 @@
-"""What the benchmark sends: never one picture twice, the same questions to every server."""
+"""Every server gets the same questions, and no picture is sent twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 
 from PIL import Image
 
-from bench.workload import LEAST_TOKENS, MOST_TOKENS, Request, Workload, lengths
+from loadtest.bench.workload import MAX_TOKENS, MIN_TOKENS, Request, Workload, lengths
 
 
 def test_no_picture_is_sent_twice_whatever_the_series_and_the_stock() -> None:
@@ -33,7 +33,7 @@ def test_equal_seeds_send_the_same_bytes() -> None:
     assert first != list(islice(Workload(seed=2).requests(0), 3))
 
 
-def test_one_series_asks_the_same_questions_about_other_pictures() -> None:
+def test_a_series_repeats_its_questions_with_other_pictures() -> None:
     workload = Workload(seed=1)
 
     first, second = (list(islice(workload.requests(2, 8), 3)) for _ in range(2))
@@ -50,22 +50,22 @@ def test_pictures_are_as_large_as_photographs() -> None:
         assert Image.open(io.BytesIO(data)).size == (640, 480)
 
 
-def test_lengths_are_uniform_and_even_in_every_few() -> None:
+def test_lengths_are_uniform_and_stratified() -> None:
     drawn = list(islice(lengths(random.Random(1)), 4900))
 
-    assert set(drawn) == set(range(LEAST_TOKENS, MOST_TOKENS + 1))
-    mean = (LEAST_TOKENS + MOST_TOKENS) / 2
+    assert set(drawn) == set(range(MIN_TOKENS, MAX_TOKENS + 1))
+    mean = (MIN_TOKENS + MAX_TOKENS) / 2
     assert all(abs(sum(drawn[i : i + 7]) / 7 - mean) <= 3 for i in range(0, 4900, 7))
 
 
-def test_a_stream_is_asked_for_its_usage() -> None:
+def test_a_stream_requests_its_usage() -> None:
     request = next(Workload(seed=1).requests(0))
 
     assert request.body("m", stream=True)["stream_options"] == {"include_usage": True}
     assert "stream" not in request.body("m", stream=False)
 
 
-def test_of_a_chat_the_picture_goes_with_the_first_question() -> None:
+def test_a_chat_sends_its_picture_with_the_first_question() -> None:
     request = Request("and now?", "data:,", 8, earlier=(("what is it?", "a dog"),))
 
     first, answer, question = request.body("m", stream=False)["messages"]
@@ -76,7 +76,7 @@ def test_of_a_chat_the_picture_goes_with_the_first_question() -> None:
     assert question == {"role": "user", "content": "and now?"}
 
 
-def test_further_fields_win_and_several_answers_are_several_times_the_tokens() -> None:
+def test_further_fields_override_the_body_and_n_multiplies_the_tokens() -> None:
     request = Request("what is it?", "data:,", 8, more={"n": 3, "temperature": 1})
 
     body = request.body("m", stream=False)

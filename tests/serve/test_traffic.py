@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from load import report
-from load.traffic import KINDS
+from loadtest.load import report
+from loadtest.load.traffic import KINDS
 from support import load
 from support.load import closed
 from support.server import App

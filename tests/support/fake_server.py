@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from bench.servers import Endpoint
+from loadtest.bench.servers import Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

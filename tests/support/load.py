@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from load import samples
-from load.samples import Sample
+from loadtest.load import samples
+from loadtest.load.samples import Sample
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 WITHIN_S = 240

@@ -29,7 +29,10 @@ Device = Annotated[str | None, Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str | None, Option(help="auto, float32, bfloat16 or float16.")]
 Quantize = Annotated[
     str | None,
-    Option(help="int8: 8-bit weights for the language model, faster for few users; x86 CPUs only."),
+    Option(
+        help="int8: 8-bit weights for the language model, faster for few users; needs a CPU "
+        "with AVX512-VNNI."
+    ),
 ]
 AllowImageUrls = Annotated[
     bool, Option("--allow-image-urls", help="Fetch images from https URLs that clients send.")

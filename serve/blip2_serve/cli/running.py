@@ -61,7 +61,7 @@ def check(launch: Launch) -> None:
         preflight.check_address(launch.address)
     # Imported late: torch and transformers take seconds, which --help should not.
     with err.status("reading the checkpoint's configuration"):
-        import blip2_serve.compute.cpu.int8  # noqa: F401
+        import blip2_serve.compute.devices  # noqa: F401
     preflight.check_model(launch.config, local=launch.address is None)
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blip2_serve import machine
-from blip2_serve.errors import StartupError
 from blip2_serve.model.decoder import Attend, OptDecoder, add_norm
 from blip2_serve.model.vision import ImageEncoder
 
@@ -73,17 +72,11 @@ class Device:
 
     # -- model ---------------------------------------------------------------------------------
 
-    def check_quantize(self, quantize: str | None) -> None:
-        """Raises StartupError if the device cannot compute with such weights ("int8" or None)."""
-        if quantize:
-            raise StartupError(
-                f"--quantize {quantize} is for CPUs only: drop it, or start with --device cpu"
-            )
-
     def prepare_decoder(self, decoder: OptDecoder, quantize: str | None = None) -> int:
         """Replaces the layers this device computes faster, with quantized weights if asked.
 
-        Returns the multiple that a step's tokens should be padded to for its linear layers.
+        `quantize` must have passed `devices.check_quantize`. Returns the multiple that a step's
+        tokens should be padded to, for the sake of its linear layers.
         """
         return 1
 

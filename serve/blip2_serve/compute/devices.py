@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from blip2_serve.compute.base import Device
+from blip2_serve.errors import StartupError
 
 
 def open_device(name: str) -> Device:
@@ -19,3 +20,20 @@ def open_device(name: str) -> Device:
 
         return CpuDevice(place)
     return Device(place)
+
+
+def check_quantize(place: torch.device, quantize: str | None) -> None:
+    """Raises StartupError unless that device can compute with such weights ("int8" or None)."""
+    if quantize is None:
+        return
+    if place.type != "cpu":
+        raise StartupError(
+            f"--quantize {quantize} is for CPUs only: leave it out, or start with --device cpu"
+        )
+    from blip2_serve.compute.cpu import int8_product
+
+    if not int8_product.available():
+        raise StartupError(
+            f"--quantize {quantize} needs a CPU with AVX512-VNNI, which this machine's lacks: "
+            "leave it out"
+        )

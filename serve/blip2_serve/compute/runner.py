@@ -46,7 +46,7 @@ class Runner:
             dtype=weight.dtype,
             device=weight.device,
         )
-        self._decode = device.prepare_decode(
+        self.decode = device.prepare_decode(
             self._decode_step, decoder, max_num_seqs=max_num_seqs, max_len=max_len
         )
 
@@ -57,7 +57,7 @@ class Runner:
         The next run may overwrite them.
         """
         if all(c.sequence.output and c.end - c.start == 1 for c in chunks):
-            return self._decode(self._decode_inputs(chunks))[: len(chunks)]
+            return self.decode(self._decode_inputs(chunks))[: len(chunks)]
         singles = [c for c in chunks if c.end - c.start == 1]
         # Prompts of one length are neighbours: they attend in one call.
         others = sorted((c for c in chunks if c.end - c.start > 1), key=lambda c: (c.start, c.end))

@@ -3,7 +3,8 @@
 A token depends only on its own logits, the request's parameters and the position: greedy takes the
 largest logit, and sampling uses a random number keyed by (seed, sample, position). Neither the rest
 of the batch nor the replica matters. The steps and their order are those of transformers:
-repetition penalty, minimum length, temperature, top-k, top-p.
+repetition penalty, minimum length, temperature, top-k, top-p,
+min-p.
 """
 
 from __future__ import annotations
@@ -135,6 +136,9 @@ def _draw(row: Tensor, sequence: Sequence) -> int:
         dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
         dropped[0] = False
         scores[order[dropped]] = -torch.inf
+    if params.min_p > 0:
+        probabilities = scores.softmax(-1)
+        scores[probabilities < params.min_p * probabilities.max()] = -torch.inf
     cumulative = scores.softmax(-1).cumsum(-1)
     number = uniform(params.seed, len(sequence.output), sequence.index)
     token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))

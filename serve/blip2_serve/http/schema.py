@@ -46,6 +46,7 @@ _PASSED_ON = {
     "min_tokens",
     "temperature",
     "top_p",
+    "min_p",
     "repetition_penalty",
     "ignore_eos",
     "n",
@@ -99,6 +100,13 @@ class GenerationFields(Strict):
         ge=-1,
         description="Samples only from the `top_k` likeliest tokens. 0 and -1 keep every token. "
         "Needs `temperature` above 0.",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Samples only from tokens at least `min_p` times as likely as the likeliest "
+        "one. 0 keeps every token. Needs `temperature` above 0.",
     )
     seed: int | None = Field(
         None,
@@ -209,8 +217,13 @@ class GenerationFields(Strict):
 
     def _check(self, params: SamplingParams) -> None:
         sampled, beams = params.temperature > 0, params.num_beams > 1
-        if not sampled and (params.top_k > 1 or params.top_p < 1):
-            name = "top_k" if params.top_k > 1 else "top_p"
+        narrowing = {
+            "top_k": params.top_k > 1,
+            "top_p": params.top_p < 1,
+            "min_p": params.min_p > 0,
+        }
+        if not sampled and any(narrowing.values()):
+            name = next(name for name, given in narrowing.items() if given)
             raise InvalidRequest(f"{name} needs temperature > 0; without it nothing is drawn", name)
         if sampled and beams:
             raise InvalidRequest(

@@ -20,7 +20,7 @@ from torch import Tensor
 from blip2_serve import __version__
 from blip2_serve.compute.assembly import EngineLimits, assemble
 from blip2_serve.compute.base import Device, set_threads
-from blip2_serve.compute.devices import open_device
+from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
@@ -180,7 +180,7 @@ def _load(config: AppConfig, device: Device) -> tuple[Engine, Tokenizer, int, Lo
     """The engine, the tokenizer, the longest sequence in tokens, and what loading took."""
     own = config.generator
     set_threads(own.threads)
-    device.check_quantize(own.quantize)
+    check_quantize(device.place, own.quantize)
     checkpoint = open_checkpoint(config.model, config.revision)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
     dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)

@@ -1,4 +1,4 @@
-"""The compiled product in bfloat16 against float64's."""
+"""The compiled bfloat16 product against float64's."""
 
 from __future__ import annotations
 
@@ -15,24 +15,36 @@ pytestmark = pytest.mark.skipif(
 OUTPUTS, INPUTS = 3 * dot_product.BLOCK, 70  # blocks that two threads do not share evenly
 
 
-def random_layer() -> tuple[Tensor, Tensor]:
+def random_layer(outputs: int = OUTPUTS, inputs: int = INPUTS) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
-    return torch.randn(OUTPUTS, INPUTS).bfloat16(), torch.randn(OUTPUTS)
+    return torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs)
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "with a relu"])
-@pytest.mark.parametrize("rows", [*range(1, 2 * dot_product.TILE_ROWS + 2), 45, 300])
-def test_it_is_the_product(rows: int, relu: bool) -> None:
-    weight, bias = random_layer()
-    x = torch.randn(rows, INPUTS).bfloat16()
+def check(rows: int, outputs: int = OUTPUTS, inputs: int = INPUTS, *, relu: bool = False) -> None:
+    weight, bias = random_layer(outputs, inputs)
+    x = torch.randn(rows, inputs).bfloat16()
     expected = x.double() @ weight.double().T + bias.double()
     expected = expected.relu() if relu else expected
     result = dot_product.linear(x, dot_product.packed(weight), bias, relu=relu)
 
     assert result.dtype == torch.bfloat16
+    assert result.shape == expected.shape
     # Rounded once, to 8 bits; the float32 sum before that is off by far less.
     size = x.double().abs() @ weight.double().abs().T + 1
     assert ((result.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "with a relu"])
+@pytest.mark.parametrize("rows", [*range(1, 2 * dot_product.TILE_ROWS + 2), 45, 300])
+def test_it_is_the_product(rows: int, relu: bool) -> None:
+    check(rows, relu=relu)
+
+
+@pytest.mark.parametrize("rows", [1, dot_product.TILE_ROWS + 1])
+@pytest.mark.parametrize("outputs", [dot_product.BLOCK, 5 * dot_product.BLOCK])
+@pytest.mark.parametrize("inputs", [2, 34, 802])
+def test_it_takes_every_shape_that_fits(rows: int, outputs: int, inputs: int) -> None:
+    check(rows, outputs, inputs)
 
 
 @pytest.mark.usefixtures("threads")
@@ -47,7 +59,7 @@ def test_a_row_gives_the_same_bits_in_any_company() -> None:
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["plain", "with a relu"])
-def test_numbers_that_are_none_are_not_hidden(relu: bool) -> None:
+def test_nan_stays_nan(relu: bool) -> None:
     weight, bias = random_layer()
     x = torch.randn(3, INPUTS).bfloat16()
     x[1, 5] = torch.nan
@@ -57,7 +69,7 @@ def test_numbers_that_are_none_are_not_hidden(relu: bool) -> None:
     assert result[::2].isfinite().all()
 
 
-def test_rows_that_do_not_follow_each_other_are_read_as_they_lie() -> None:
+def test_rows_that_are_not_contiguous_are_read_as_they_lie() -> None:
     weight, bias = random_layer()
     packed = dot_product.packed(weight)
     x = torch.randn(INPUTS, 5).bfloat16().T
@@ -76,12 +88,12 @@ def test_no_rows_give_none() -> None:
 @pytest.mark.parametrize(
     ("features", "available"),
     [
-        pytest.param({}, False, id="none of the instructions"),
+        pytest.param({}, False, id="neither instruction"),
         pytest.param({"avx512bf16": True}, True, id="products of pairs"),
-        pytest.param({"avx512bf16": True, "amx-bf16": True}, False, id="of whole tiles besides"),
+        pytest.param({"avx512bf16": True, "amx-bf16": True}, False, id="whole tiles too"),
     ],
 )
-def test_it_is_for_cpus_that_have_nothing_better(
+def test_it_is_for_cpus_without_amx(
     monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], available: bool
 ) -> None:
     binding = dot_product.llvmlite.binding

@@ -39,8 +39,8 @@ def chat(**fields: Any) -> ChatRequest:
         pytest.param({"top_k": -1}, SamplingParams(top_k=0), id="top_k -1"),
         pytest.param({"top_k": 1}, SamplingParams(top_k=1), id="top_k 1 is greedy anyway"),
         pytest.param(
-            {"temperature": 1, "top_k": 5, "top_p": 0.5},
-            SamplingParams(temperature=1.0, top_k=5, top_p=0.5),
+            {"temperature": 1, "top_k": 5, "top_p": 0.5, "min_p": 0.1},
+            SamplingParams(temperature=1.0, top_k=5, top_p=0.5, min_p=0.1),
             id="sampling",
         ),
         pytest.param(
@@ -104,6 +104,7 @@ def test_a_missing_seed_is_drawn() -> None:
     [
         pytest.param({"top_p": 0.9}, "top_p", id="top_p without temperature"),
         pytest.param({"top_k": 2, "temperature": 0}, "top_k", id="top_k with temperature 0"),
+        pytest.param({"min_p": 0.1}, "min_p", id="min_p without temperature"),
         pytest.param({"min_tokens": 3, "max_tokens": 2}, "min_tokens", id="min above max"),
         pytest.param({"num_beams": 2, "temperature": 0.1}, "temperature", id="sampled beams"),
         pytest.param({"num_beams": 2, "top_p": 0.9}, "top_p", id="top_p with beams"),
@@ -151,6 +152,8 @@ def test_contradicting_parameters_are_refused(fields: dict[str, Any], param: str
         pytest.param({"seed": 1 << 63}, id="a seed beyond 64 bits"),
         pytest.param({"top_k": -2}, id="top_k below -1"),
         pytest.param({"top_p": 1.1}, id="top_p above 1"),
+        pytest.param({"min_p": 1.1}, id="min_p above 1"),
+        pytest.param({"min_p": -0.1}, id="min_p below 0"),
         pytest.param({"stop": ["x"] * 17}, id="seventeen stop strings"),
         pytest.param({"stop": "x" * 257}, id="a stop string that is too long"),
         pytest.param({"repetition_penalty": 11}, id="repetition penalty too high"),

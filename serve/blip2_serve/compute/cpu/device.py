@@ -6,7 +6,7 @@ from torch import Tensor
 
 from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode
 from blip2_serve.compute.cpu import linear, paged_attention
-from blip2_serve.compute.cpu.int8 import check_int8, quantize_decoder
+from blip2_serve.compute.cpu.int8 import quantize_decoder
 from blip2_serve.compute.cpu.vision import pack_vision
 from blip2_serve.model.decoder import Attend, OptDecoder
 from blip2_serve.model.vision import ImageEncoder
@@ -18,10 +18,6 @@ class CpuDevice(Device):
     def typical_len(self, max_len: int) -> int:
         """Main memory is shared with others, so no more than sequences usually need."""
         return min(max_len, self.USUAL_LEN)
-
-    def check_quantize(self, quantize: str | None) -> None:
-        if quantize:
-            check_int8(self.place)
 
     def prepare_decoder(self, decoder: OptDecoder, quantize: str | None = None) -> int:
         if quantize:

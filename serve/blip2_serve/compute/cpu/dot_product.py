@@ -1,57 +1,50 @@
 """Linear layers in bfloat16 by AVX512's dot products (vdpbf16ps), for any number of rows.
 
-A decode step has few rows, and reads every weight once for all of them: memory is what it takes
-time for. This kernel reads as fast as memory gives, where oneDNN's reaches two thirds of that, and
-with many rows it computes as fast as oneDNN does (DESIGN.md). It needs no plan for each number of
-rows.
+A decode step has few rows and reads every weight once for all of them, so memory sets its time.
+This kernel reads as fast as the memory delivers, where oneDNN reaches two thirds of that; with many
+rows it computes as fast as oneDNN (DESIGN.md).
 
-A tile is up to TILE_ROWS rows of activations by BLOCK outputs: that many sums fit into registers.
-Weights lie as tiles want them, for each block of outputs two inputs of each one after the other:
-[blocks, inputs / 2, BLOCK, 2].
+A tile is up to TILE_ROWS rows of activations by BLOCK outputs: as many sums as fit into registers.
+Weights lie in the order in which tiles read them: for each block of outputs, two inputs of each
+output side by side, [blocks, inputs / 2, BLOCK, 2].
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import llvmlite.binding
 import numba
 import torch
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 
-from blip2_serve.compute.cpu.compiler import BFloat16Type, compiled, threads
-from blip2_serve.compute.cpu.vectors import (
+from blip2_serve.compute.cpu.compiler import compiled, part, threads
+from blip2_serve.compute.cpu.formats import aligned, format_of
+from blip2_serve.compute.cpu.simd import (
     BYTES,
-    FLOATS,
     LANES,
-    WORD,
-    aligned,
-    at,
+    F32x16,
+    add_f32,
     at_least,
-    everywhere,
-    instruction,
-    load,
-    loop,
-    number,
-    one_of,
-    store,
-    zeros,
+    broadcast_f32,
+    broadcast_pair,
+    dot_bf16,
+    load_bf16,
+    load_f32,
+    registers,
 )
 
 TILE_ROWS = 8
-BLOCK = 2 * LANES
+BLOCK = 2 * LANES  # outputs; in a tile, a row's sums are two vectors
 
-_PAIRS = ir.VectorType(BFloat16Type(), 2 * LANES)
-_RESULTS = ir.VectorType(BFloat16Type(), LANES)
+# (rows, x, weight, bias, out, pairs of inputs, bytes from a row of `out` to the next, least result)
+Tile = tuple[int, int, int, int, int, int, float]
 
 
 def available() -> bool:
-    """Whether this CPU has the instruction, and has no better one: AMX multiplies whole tiles."""
+    """Whether this CPU has the instruction, and no better one: AMX multiplies whole tiles."""
     features = llvmlite.binding.get_host_cpu_features()
     return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
@@ -63,7 +56,7 @@ def fits(weight: Tensor) -> bool:
 
 
 def packed(weight: Tensor) -> Tensor:
-    """bfloat16 [outputs, inputs], of a shape that fits -> the same as the kernel reads it."""
+    """Reorders a weight that fits, bfloat16 [outputs, inputs], for the kernel."""
     outputs, inputs = weight.shape
     tiles = aligned((outputs // BLOCK, inputs // 2, BLOCK, 2), torch.bfloat16)
     return tiles.copy_(weight.view(outputs // BLOCK, BLOCK, inputs // 2, 2).transpose(1, 2))
@@ -92,8 +85,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = False) -> Te
 
 
 @functools.cache
-def kernel() -> Callable[..., None]:
-    """The compiled product; arguments are addresses, since numpy has no bfloat16."""
+def kernel() -> Callable[[int, int, int, int, int, int, int, float, int], None]:
+    """The compiled product. Tensors are addresses, since numpy has no bfloat16."""
+    multiply_tile = _tiles()
 
     def multiply(
         x: int,
@@ -106,87 +100,75 @@ def kernel() -> Callable[..., None]:
         least: float,
         threads: int,
     ) -> None:
-        x_row, out_row, weight_block = pairs * 4, blocks * BLOCK * 2, pairs * BLOCK * 4
+        x_row, weight_block = 4 * pairs, 4 * pairs * BLOCK  # bytes
+        bias_block, out_block, out_row = 4 * BLOCK, 2 * BLOCK, 2 * BLOCK * blocks
         tiles = -(-rows // TILE_ROWS)
         for thread in numba.prange(threads):
             for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
                 for tile in range(tiles):
                     first, last = rows * tile // tiles, rows * (tile + 1) // tiles
-                    _tile(
+                    multiply_tile(
                         last - first,
-                        x + first * x_row,
-                        weight + block * weight_block,
-                        bias + block * BLOCK * 4,
-                        out + first * out_row + block * BLOCK * 2,
-                        pairs,
-                        out_row,
-                        least,
+                        (
+                            x + first * x_row,
+                            weight + block * weight_block,
+                            bias + block * bias_block,
+                            out + first * out_row + block * out_block,
+                            pairs,
+                            out_row,
+                            least,
+                        ),
                     )
 
-    signature = types.void(*[types.int64] * 7, types.float32, types.int64)
-    return compiled(multiply, signature)
+    return compiled(multiply, types.void(*[types.int64] * 7, types.float32, types.int64))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _tile(
-    _context: Any,
-    rows: Any,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    pairs: Any,
-    stride: Any,
-    least: Any,
-) -> Any:
-    """For use in a kernel: 1 to TILE_ROWS rows by one block.
+def _tiles() -> Callable[[int, Tile], None]:
+    """For kernels: multiplies a tile of 1 to TILE_ROWS rows."""
+    one, two, three, four, five, six, seven, eight = map(_tile_of, range(1, TILE_ROWS + 1))
 
-    Arguments: the number of rows; addresses of the first row of activations, the block's weights,
-    biases and first results; the number of pairs of inputs, the bytes from one row of results to
-    the next, and the least result.
-    """
+    def multiply_tile(rows: int, tile: Tile) -> None:
+        if rows == 1:
+            one(*tile)
+        elif rows == 2:
+            two(*tile)
+        elif rows == 3:
+            three(*tile)
+        elif rows == 4:
+            four(*tile)
+        elif rows == 5:
+            five(*tile)
+        elif rows == 6:
+            six(*tile)
+        elif rows == 7:
+            seven(*tile)
+        else:
+            eight(*tile)
 
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        one_of(builder, args[0], TILE_ROWS, lambda count: _rows(builder, count, *args[1:]))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 7, types.float32), generate
+    return part(multiply_tile)
 
 
-def _rows(
-    builder: Any,
-    rows: int,
-    x: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    pairs: Any,
-    stride: Any,
-    least: Any,
-) -> None:
-    dot = instruction(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [FLOATS, _PAIRS, _PAIRS])
-    vectors = range(BLOCK // LANES)
-    x_rows = [at(builder, x, builder.mul(pairs, number(4 * row))) for row in range(rows)]
+def _tile_of(rows: int) -> Callable[[int, int, int, int, int, int, float], None]:
+    """For kernels: multiplies a tile of so many rows."""
+    zeros, get, put = registers(2 * rows, F32x16)
+    store = format_of(torch.bfloat16).store
 
-    def add_pair(pair: Any, sums: list[Any]) -> list[Any]:
-        line = at(builder, weight, builder.mul(pair, number(4 * BLOCK)))
-        weights = [
-            load(builder, _PAIRS, at(builder, line, number(BYTES * v)), BYTES) for v in vectors
-        ]
-        offset = builder.mul(pair, number(4))
-        new: list[Any] = []
-        for row in range(rows):
-            two = everywhere(builder, load(builder, WORD, at(builder, x_rows[row], offset), 4))
-            two = builder.bitcast(two, _PAIRS)
-            new += [builder.call(dot, [sums[len(new) + v], two, weights[v]]) for v in vectors]
-        return new
+    def multiply_tile(
+        x: int, weight: int, bias: int, out: int, pairs: int, out_row: int, least: float
+    ) -> None:
+        sums = zeros()
+        for pair in range(pairs):
+            left = load_bf16(weight + 2 * BYTES * pair)
+            right = load_bf16(weight + 2 * BYTES * pair + BYTES)
+            for row in range(rows):
+                inputs = broadcast_pair(x + 4 * (pairs * row + pair))
+                put(sums, 2 * row, dot_bf16(get(sums, 2 * row), inputs, left))
+                put(sums, 2 * row + 1, dot_bf16(get(sums, 2 * row + 1), inputs, right))
+        floor = broadcast_f32(least)
+        for half in range(2):
+            offsets = load_f32(bias + BYTES * half)
+            for row in range(rows):
+                result = at_least(add_f32(get(sums, 2 * row + half), offsets), floor)
+                store(result, out + out_row * row + 2 * LANES * half)
 
-    sums = loop(builder, pairs, [zeros(FLOATS)] * rows * len(vectors), add_pair)
-    floor = everywhere(builder, least)
-    for v in vectors:
-        offset = load(builder, FLOATS, at(builder, bias, number(BYTES * v)), 4)
-        for row in range(rows):
-            result = builder.fadd(sums[row * len(vectors) + v], offset)
-            result = builder.fptrunc(at_least(builder, result, floor), _RESULTS)
-            place = at(builder, out, builder.mul(stride, number(row)), number(2 * LANES * v))
-            store(builder, result, place, 2)
+    return part(multiply_tile)

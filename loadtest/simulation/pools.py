@@ -1,7 +1,7 @@
-"""Replicas that compute requests, and the pool of a stage's replicas.
+"""Replicas that serve requests, and the pool of a stage's replicas.
 
-A pool routes as Serve does: to the less busy of two replicas drawn at random, and where every
-replica has as much as it may, into a queue at the callers.
+A pool routes as Serve does: to the less busy of two random replicas, or into a queue at the callers
+while every replica is full.
 """
 
 from __future__ import annotations
@@ -10,31 +10,29 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from blip2_serve.observe.meter import BatchMeter, EngineMeter
 from blip2_serve.scaling import Signals
-from simulation.events import Events
-from simulation.profile import MAX_ONGOING, EngineProfile, PoolProfile
+from loadtest.simulation.events import Events
+from loadtest.simulation.profile import MAX_ONGOING, EngineProfile, PoolProfile, StageProfile
 
-NOISE = 0.1  # of measured seconds, at most, up or down
+NOISE = 0.1  # at most, up or down, as a share of the measured seconds
 
 
+@dataclass(slots=True, eq=False)
 class Request:
-    __slots__ = ("answer_tokens", "arrived", "entered", "work")
-
-    def __init__(self, arrived: float, work: float, answer_tokens: int) -> None:
-        self.arrived = arrived
-        self.entered = arrived  # the stage that it is in
-        self.work = work  # decoding takes so many times as long as usual
-        self.answer_tokens = answer_tokens
+    arrived: float
+    work: float  # decoding time relative to the mean
+    answer_tokens: int
 
 
 Finished = Callable[["Replica", Request], None]
 
 
 class Replica(ABC):
-    """Computes what it accepts and says so to `finished`."""
+    """Serves the requests it accepts, and calls `finished` for each."""
 
     def __init__(self, events: Events, rng: random.Random, finished: Finished) -> None:
         self.ongoing = 0
@@ -54,7 +52,7 @@ class Replica(ABC):
 
 
 class BatchReplica(Replica):
-    """Preprocessor and encoder: each thread takes what waits, up to the limit."""
+    """Preprocessor and encoder: each free thread takes the waiting items, up to the limit."""
 
     def __init__(
         self, profile: PoolProfile, events: Events, rng: random.Random, finished: Finished
@@ -96,10 +94,10 @@ class BatchReplica(Replica):
 
 
 class EngineReplica(Replica):
-    """Generator: all running sequences get a token in each step; a prompt holds the others up.
+    """Generator: each step adds a token to all running sequences; prompts delay them.
 
-    `_clock` counts steps, so a sequence ends when the clock has gone on by its tokens, whatever
-    steps cost meanwhile: an event for each beginning and end, and none for a step.
+    `_clock` counts steps. A sequence ends once the clock has advanced by its tokens, however long
+    the steps took, so only beginnings and ends are events.
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class EngineReplica(Replica):
         super().__init__(events, rng, finished)
         self._profile = profile
         self._waiting: deque[Request] = deque()
-        self._running: list[tuple[float, int, Request]] = []  # a heap, by the clock at their ends
+        self._running: list[tuple[float, int, Request]] = []  # heap by the clock at the end
         self._clock = self._updated = self._prompts_until = 0.0
         self._admitted = self._plan = 0
         self._meter = EngineMeter(profile.max_num_seqs, lambda: events.now, lambda: profile.start_s)
@@ -126,7 +124,7 @@ class EngineReplica(Replica):
         return self._meter.signals(running, len(self._waiting), kv_share)
 
     def _go_on(self) -> None:
-        """Moves the clock, ends what is over, admits what waits, plans the next end."""
+        """Advances the clock, ends and admits requests, plans the next end."""
         profile, running, now = self._profile, self._running, self._events.now
         begin = max(self._updated, self._prompts_until)
         if running and now > begin:
@@ -155,36 +153,35 @@ class EngineReplica(Replica):
             self._finished(self, request)
 
     def _planned(self, plan: int) -> None:
-        if plan == self._plan:  # nothing has come in between
+        if plan == self._plan:  # nothing has changed since
             self._go_on()
 
 
 class Pool:
-    """The replicas of one stage: routing, starting, draining, and what they cost."""
+    """The replicas of one stage: routing, starting, draining, replica-seconds."""
 
     def __init__(
         self,
         name: str,
-        profile: PoolProfile | EngineProfile,
+        profile: StageProfile,
         events: Events,
         rng: random.Random,
         pass_on: Callable[[Request], None],
     ) -> None:
         self.name = name
         self.profile = profile
-        self.replicas: list[Replica] = []  # that take requests
+        self.replicas: list[Replica] = []  # neither starting nor draining
         self.target = 0
-        self.ongoing = 0  # requests, those at callers included
+        self.ongoing = 0  # requests, including those at callers
         self.queue: deque[Request] = deque()  # at callers
         self.changes: list[tuple[float, int]] = []  # of the target
-        self.late = self.passed = 0  # requests that took longer than `slo_s` here; all
-        self.slo_s = float("inf")
+        self.passed = 0  # requests
         self._events = events
         self._rng = rng
         self._pass_on = pass_on
         self._starting: list[object] = []
         self._draining: set[Replica] = set()
-        self._room = 0  # for requests at replicas
+        self._room = 0  # requests that the replicas can still take
         self._replica_s = self._counted_at = 0.0
 
     @property
@@ -193,14 +190,13 @@ class Pool:
         return len(self.replicas) + len(self._starting) + len(self._draining)
 
     def replica_seconds(self) -> float:
-        """Until now."""
+        """The total so far."""
         now = self._events.now
         self._replica_s += self.alive * (now - self._counted_at)
         self._counted_at = now
         return self._replica_s
 
     def submit(self, request: Request) -> None:
-        request.entered = self._events.now
         self.ongoing += 1
         if self._room:
             self._give(self._choose(), request)
@@ -208,7 +204,7 @@ class Pool:
             self.queue.append(request)
 
     def set_target(self, target: int, at_once: bool = False) -> None:
-        """Starts or stops replicas; those that are starting are stopped first, as Serve does."""
+        """Starts or stops replicas; like Serve, it first stops those that are starting."""
         if target == self.target:
             return
         self.replica_seconds()
@@ -260,7 +256,6 @@ class Pool:
         self.ongoing -= 1
         replica.ongoing -= 1
         self.passed += 1
-        self.late += self._events.now - request.entered > self.slo_s
         if replica in self._draining:
             if not replica.ongoing:
                 self.replica_seconds()

@@ -1,9 +1,9 @@
-"""A server that answers at once, and rightly, without computing anything.
+"""A server that answers at once and correctly without computing anything.
 
-    python loadtest/null_server.py [--port 8001] [--delay 0.0] [--stall-at 5 --stall-for 2]
+    python tests/loadtest/null_server.py [--port 8001] [--delay 0.0] [--stall-at 5 --stall-for 2]
 
-For finding out what a load generator can do, and what it makes of a server that stops for a while.
-The stall begins so many seconds after the first request. Prints its URL once it listens.
+Run a load test against it to learn how much the load generator can send, and what it reports about
+a server that stalls (`--stall-at` seconds after the first request). Prints its URL once it listens.
 """
 
 from __future__ import annotations
@@ -37,29 +37,27 @@ class NullServer:
                 lines = head.lower().split(b"\r\n")
                 length = next((int(x[15:]) for x in lines if x.startswith(b"content-length:")), 0)
                 body = await reader.readexactly(length)
-                is_models = b"/v1/models" in lines[0]
-                await asyncio.sleep(0.0 if is_models else self._wait())
-                if b'"stream": true' in body:
-                    writer.write(_stream())
+                if b"/v1/models" in lines[0]:
+                    writer.write(_json(MODELS))
                 else:
-                    writer.write(_response(MODELS if is_models else ANSWER))
+                    await asyncio.sleep(self._wait_s())
+                    writer.write(_stream() if b'"stream": true' in body else _json(ANSWER))
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
-            pass  # the client has gone
+            pass  # the client has disconnected
         finally:
             writer.close()
 
-    def _wait(self) -> float:
-        """Seconds: the delay, and what is left of the stall."""
+    def _wait_s(self) -> float:
+        """The delay and the rest of the stall."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = now
+        self._first = self._first or now
         begin, end = self._stall
         second = now - self._first
         return self._delay_s + (end - second if begin <= second < end else 0.0)
 
 
-def _response(answer: dict[str, object]) -> bytes:
+def _json(answer: dict[str, object]) -> bytes:
     return _message("application/json", json.dumps(answer))
 
 
@@ -76,11 +74,13 @@ def _message(kind: str, body: str) -> bytes:
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="0: any that is free")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
-    parser.add_argument("--stall-at", type=float, default=math.inf)
-    parser.add_argument("--stall-for", type=float, default=2.0)
+    parser.add_argument("--stall-at", type=float, default=math.inf, help="seconds")
+    parser.add_argument("--stall-for", type=float, default=2.0, help="seconds")
     args = parser.parse_args()
     server = NullServer(args.delay, args.stall_at, args.stall_for)
     async with await asyncio.start_server(server.serve, "127.0.0.1", args.port) as listening:

@@ -1,0 +1,1 @@
+"""Load tests (`load`), benchmarks (`bench`) and a simulation of autoscaling (`simulation`)."""
