@@ -12,12 +12,12 @@ from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig, ChatConfig
 from blip2_serve.demo import scenes
 from blip2_serve.engine.sequence import Request
-from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.model.source import DEMO_FOLDER
 from blip2_serve.stages import generator
 from blip2_serve.types import SamplingParams
-from support.server import encode
+from support.checkpoints import load_encoder
+from support.images import encode
 
 pytestmark = pytest.mark.skipif(
     not int8_product.available(), reason="this CPU lacks AVX512-VNNI, which int8 weights need"
@@ -68,9 +68,7 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(dtype: str) -> No
 
 def _features(drawn: list[scenes.Scene], dtype: torch.dtype) -> torch.Tensor:
     """Returns the scenes' image features [scenes, queries, hidden]."""
-    checkpoint = open_checkpoint("demo")
-    processor = ImageProcessor.load(checkpoint.folder)
-    encoder = ImageEncoder.load(checkpoint, processor, torch.device("cpu"), dtype)
+    processor = ImageProcessor.load(DEMO_FOLDER)
     pixels = np.stack([processor.pixels(encode(scene.image)) for scene in drawn])
-    features: torch.Tensor = encoder(torch.from_numpy(pixels))
+    features: torch.Tensor = load_encoder(DEMO_FOLDER, dtype)(torch.from_numpy(pixels))
     return features

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import threading
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from support.manifests import K8S
+from support.manifests import K8S, load_module
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights"}
 SUMS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
@@ -18,12 +17,7 @@ SUMS = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
 
 @pytest.fixture(scope="module")
 def weights() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("weights", K8S / "weights.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(K8S / "weights.py")
 
 
 class Hub:

@@ -12,7 +12,7 @@ import pytest
 from loadtest.load import report, samples, server_series
 from loadtest.load.samples import Sample
 from loadtest.load.server_series import Point
-from support.browser import shown
+from support.browser import render
 
 START = 1_800_000_000.0
 SCENARIO = {"about": "a test of <everything>", "arrivals": "closed"}
@@ -128,7 +128,7 @@ def test_a_browser_shows_both_plots_without_other_requests(tmp_path: Path) -> No
     probed = tmp_path / "probed.html"
     probed.write_text(page.read_text().replace("</html>", probe + "</html>"))
 
-    document = shown(probed.as_uri(), tmp_path, width=400)
+    document = render(probed.as_uri(), tmp_path, width=400)
 
     assert 'data-shown="true,true"' in document
     assert "All SLOs met" in document

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from blip2_serve.demo import scenes
-from support.server import App, data_url, encode, image_message
+from support.images import data_url, encode, image_message
+from support.server import App
 
 SCENE = scenes.sample(4_001).image
 GOOD = data_url(SCENE)

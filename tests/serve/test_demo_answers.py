@@ -5,7 +5,8 @@ from __future__ import annotations
 import httpx
 
 from blip2_serve.demo import scenes
-from support.server import App, data_url, gather_at_most, image_message
+from support.images import data_url, image_message
+from support.server import App, gather_at_most
 
 HELD_OUT = range(1_000, 1_060)
 IN_FLIGHT = 16

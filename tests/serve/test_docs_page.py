@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from support.browser import shown
+from support.browser import render
 from support.server import App
 
 
@@ -17,7 +17,7 @@ def test_the_page_shows_the_routes_without_internet(path: str, demo: App, tmp_pa
     page = httpx.get(demo.url + path, timeout=30).text
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
 
-    document = shown(demo.url + path, tmp_path)
+    document = render(demo.url + path, tmp_path)
     for route in ("/v1/chat/completions", "/v1/generate", "/v1/caption"):
         assert route not in page
         assert route in document.replace("\u200b", "").replace("<wbr>", "")

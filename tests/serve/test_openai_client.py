@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from blip2_serve.demo import scenes
-from support.server import App, image_message
+from support.images import image_message
+from support.server import App
 
 
 @pytest.fixture

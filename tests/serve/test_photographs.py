@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
+from support.images import data_url, encode
 from support.oracle import Oracle
-from support.server import App, data_url, encode
+from support.server import App
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.server
 import re
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from PIL import Image
 from blip2_serve.demo import scenes
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Histogram
+from support.background import serving
+from support.images import data_url, image_message
 from support.monitoring import (
     Prometheus,
     dashboard_expressions,
@@ -26,7 +27,7 @@ from support.monitoring import (
     prometheus,
     rule_groups,
 )
-from support.server import App, data_url, image_message, start_app
+from support.server import App, start_app
 
 GPU_FIXTURE = Path(__file__).with_name("gpu.prom")
 CHAT = "/v1/chat/completions"
@@ -87,14 +88,8 @@ def gpu_page() -> Iterator[str]:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with serving(server):
         yield f"127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

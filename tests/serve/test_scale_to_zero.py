@@ -13,8 +13,9 @@ from ray import serve
 from blip2_serve.app import build
 from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
+from support.images import data_url
 from support.monitoring import needs, prometheus, rule_groups
-from support.server import App, data_url, start_app, wait_until
+from support.server import App, start_app, wait_until
 
 pytestmark = pytest.mark.long
 

@@ -12,7 +12,8 @@ import pytest
 import ray
 
 from blip2_serve.demo import scenes
-from support.server import data_url, wait_until
+from support.images import data_url
+from support.server import wait_until
 
 SERVE = Path(sys.executable).with_name("serve")
 SCENE = scenes.sample(5_001)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from blip2_serve.demo import scenes
-from support.server import App, data_url, image_message
+from support.images import data_url, image_message
+from support.server import App
 
 LONG = {"max_tokens": 400, "ignore_eos": True}
 

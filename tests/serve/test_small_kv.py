@@ -11,7 +11,8 @@ import pytest
 from ray import serve
 
 from blip2_serve.demo import scenes
-from support.server import App, data_url, start_app
+from support.images import data_url
+from support.server import App, start_app
 
 REQUESTS = 300
 PROMPT_TOKENS, ANSWER_TOKENS = 20, 30  # per typical request

@@ -17,8 +17,9 @@ from skimage import data as photographs
 
 from blip2_serve.demo import scenes
 from support.checkpoints import Recipe, write_checkpoint
+from support.images import data_url
 from support.oracle import Oracle
-from support.server import App, data_url, start_app
+from support.server import App, start_app
 
 REQUESTS = 64
 ARRIVAL_SPREAD_S = 1.0

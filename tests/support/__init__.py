@@ -1,1 +1,1 @@
-"""What several test modules need: checkpoints, the oracle, a server, pictures."""
+"""Helpers that several test modules share."""

@@ -1,4 +1,4 @@
-"""A page as a person's browser shows it."""
+"""Renders pages in a browser."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 
-def shown(url: str, folder: Path, *, width: int = 1000) -> str:
-    """The page's document once its scripts have run; hosts other than this one are not found."""
+def render(url: str, folder: Path, *, width: int = 1000) -> str:
+    """Returns a page's DOM after its scripts have run, without access to other hosts."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
-        pytest.skip("no chromium on this machine (apt-get install chromium): no page is looked at")
+        pytest.skip("chromium is not installed (apt-get install chromium)")
     return subprocess.run(
         [
             browser,

@@ -1,4 +1,4 @@
-"""Random BLIP-2 checkpoints that see: the image changes the answer."""
+"""Random BLIP-2 checkpoints whose answers depend on the image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_serve.demo import scenes
+from blip2_serve.model.checkpoint import open_checkpoint
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.vision import ImageEncoder
 from training.tokenizer import make_tokenizer
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One random checkpoint. `layout` is how its files lie on disk."""
+    """Describes a random checkpoint. `layout` is the format of its weights on disk."""
 
     name: str
     seed: int
@@ -39,14 +42,14 @@ class Recipe:
     vocabulary: int = 320
     positions: int = 256
     tied: bool = True
-    eos: int | list[int] | None = None  # by default the newline token
+    eos: int | list[int] | None = None  # None: the newline token
     layout: Literal["single", "sharded", "bin"] = "single"
     shard_size: str = "200KB"
     text: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
-    """Writes model and processor as transformers does; equal recipes give equal files."""
+    """Writes model and processor in transformers' format; equal recipes give equal files."""
     folder.mkdir(parents=True, exist_ok=True)
     captions = [scenes.sample(seed).caption for seed in range(200)]
     tokenizer = make_tokenizer(captions, vocabulary=recipe.vocabulary - 1, min_frequency=0)
@@ -65,6 +68,12 @@ def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
             _save_as_bin(model, folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """Loads the image encoder of a checkpoint on the CPU."""
+    checkpoint = open_checkpoint(str(folder))
+    return ImageEncoder.load(checkpoint, ImageProcessor.load(folder), torch.device("cpu"), dtype)
 
 
 def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalGeneration:
@@ -88,7 +97,7 @@ def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalG
         },
         text_config={
             "model_type": "opt",
-            # A few ids beyond the tokenizer's, as the real checkpoints have.
+            # Like the real checkpoints, it has more ids than the tokenizer has tokens.
             "vocab_size": math.ceil((len(tokenizer) + 2) / 8) * 8,
             "hidden_size": recipe.width,
             "word_embed_proj_dim": recipe.width,
@@ -107,7 +116,8 @@ def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalG
     )
     torch.manual_seed(recipe.seed)
     model = Blip2ForConditionalGeneration(config).eval()
-    # As transformers draws it, BLIP-2 is blind: the ViT has std 1e-10, the queries are zero.
+    # With transformers' initialisation, answers would not depend on the image: the ViT has a std of
+    # 1e-10, and the query tokens are zero.
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, std=_std(name, parameter))
         if "norm" in name.lower() and name.endswith("weight"):
@@ -124,7 +134,7 @@ def _std(name: str, parameter: Tensor) -> float:
 
 
 def _save_as_bin(model: Blip2ForConditionalGeneration, folder: Path) -> None:
-    """Two pytorch_model-*.bin and their index, as older checkpoints have them."""
+    """Writes two pytorch_model-*.bin and their index, the format of older checkpoints."""
     model.config.save_pretrained(folder)
     tensors = {name: t.clone() for name, t in model.state_dict().items()}
     names = sorted(tensors)

@@ -1,4 +1,4 @@
-"""Several Ray nodes on this machine, and Ray Serve deployed on them as KubeRay does it."""
+"""Runs several Ray nodes on this machine and deploys on them as KubeRay does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from support.server import free_port, wait_until
+from support.server import free_port, is_successful, wait_until
 
 READY_WITHIN_S = 120
 SERVE = Path(sys.executable).with_name("serve")
@@ -27,7 +27,7 @@ SERVE = Path(sys.executable).with_name("serve")
 
 @dataclass(frozen=True)
 class RayNodes:
-    """A head that runs no replicas, and the workers that are added."""
+    """A head without replicas, and the workers that a test adds."""
 
     cluster: Cluster
     dashboard: str
@@ -37,13 +37,13 @@ class RayNodes:
         return self.cluster.add_node(num_cpus=num_cpus, resources=dict(resources))
 
     def lose(self, node: Node) -> None:
-        """Ends a node as if its machine had gone, without a goodbye."""
+        """Kills a node, as if its machine had failed."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """Runs `serve deploy` with a serveConfigV2, which KubeRay's operator sends the same way.
+        """Deploys a serveConfigV2 through the dashboard, as KubeRay's operator does.
 
-        Only the head listens for HTTP, on a free port: nodes on one machine cannot share a port.
+        Only the head listens for HTTP, on a free port, as nodes on one machine cannot share a port.
         """
         port = int(self.url.rpartition(":")[2])
         http_options = {**config.get("http_options", {}), "host": "127.0.0.1", "port": port}
@@ -56,7 +56,7 @@ class RayNodes:
             )
 
     def until_ready(self) -> None:
-        wait_until(self._is_ready, READY_WITHIN_S)
+        wait_until(lambda: is_successful(f"{self.url}/ready"), READY_WITHIN_S)
 
     def replicas(self, deployment: str) -> list[dict[str, Any]]:
         """Returns the running replicas of a deployment, each with its node_id, pid and more."""
@@ -69,21 +69,15 @@ class RayNodes:
     def _applications(self) -> str:
         return f"{self.dashboard}/api/serve/applications/"
 
-    def _is_ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/ready", timeout=30).status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
-
 
 @contextmanager
 def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
-    """Runs a cluster with a head for the block. All nodes have this environment.
+    """Runs a cluster with a head during the block. All nodes have this environment.
 
-    It has its own folder for temporary files, where Ray notes which cluster the next driver on this
-    machine should connect to.
+    The cluster has its own folder for temporary files, because Ray writes its address there for the
+    next driver to connect to.
     """
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path, as sockets lie deep in it
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as paths of sockets are limited
     own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     port = free_port()
     with mock.patch.dict(os.environ, {**environment, **own}):
@@ -94,15 +88,8 @@ def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
         try:
             dashboard = f"http://127.0.0.1:{port}"
             nodes = RayNodes(cluster, dashboard, f"http://127.0.0.1:{free_port()}")
-            wait_until(lambda: _answers(nodes._applications), READY_WITHIN_S)
+            wait_until(lambda: is_successful(nodes._applications), READY_WITHIN_S)
             yield nodes
         finally:
             cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=30).is_success
-    except httpx.TransportError:
-        return False

@@ -1,15 +1,16 @@
-"""A collector of OpenTelemetry spans, and what tests ask of the spans."""
+"""Collects OpenTelemetry spans."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
 import http.server
-import threading
 from collections.abc import Iterator
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+
+from support.background import serving
 
 
 class Collector:
@@ -38,27 +39,22 @@ class Collector:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def of(self, trace: str) -> list[Span]:
+        """Returns the spans of a trace, given its id in hex."""
         return [span for span in self.spans if span.trace_id.hex() == trace]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
+        with serving(self._server):
             yield
-        finally:
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
 
 
 def stages_of(spans: list[Span]) -> set[str]:
-    """Names of the stages' spans, without the prefix that Serve gives them."""
+    """Returns the stages that have spans: the names of Serve's spans without their prefix."""
     prefix = "replica_handle_request "
     return {span.name.removeprefix(prefix) for span in spans if span.name.startswith(prefix)}
 
 
 def orphans(spans: list[Span], parent: str) -> list[str]:
-    """Names of spans whose parent is neither another of the spans nor `parent`."""
+    """Returns the names of spans whose parent is neither among the spans nor `parent`."""
     known = {parent, *(span.span_id.hex() for span in spans)}
     return [span.name for span in spans if span.parent_span_id.hex() not in known]

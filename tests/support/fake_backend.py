@@ -1,9 +1,8 @@
-"""The real routes over a fake backend, and helpers for requests and answers."""
+"""A fake backend behind the real routes, and helpers for requests and responses."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,6 +22,7 @@ from blip2_serve.types import (
     TokenEvent,
     TokenLogprob,
 )
+from support.images import data_url
 from support.recorder import FakeRecorder
 
 PROMPT_TOKENS = 9
@@ -34,15 +34,15 @@ ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption")
 
 @dataclass
 class FakeBackend:
-    """Gives every image the same answer; `failures` are raised for the images they belong to.
+    """Answers every image with its content and TEXT; raises `failures` for the images in it.
 
-    Of n answers, the first is the usual one; the others end with their number.
+    The second of n answers ends with " 1", the third with " 2", and so on.
     """
 
     is_ready: bool = True
     failures: dict[bytes, Exception] = field(default_factory=dict)
     generation_failure: Exception | None = None
-    stream_fails_after: int | None = None  # events; None: never
+    stream_fails_after: int | None = None  # tokens; None: never
     stream_failure: Exception = field(default_factory=lambda: Unavailable("a replica was lost"))
     endless: bool = False
     encoded: list[bytes] = field(default_factory=list)
@@ -50,9 +50,9 @@ class FakeBackend:
     params: list[SamplingParams] = field(default_factory=list)
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
     metrics_pages: dict[str, str] = field(default_factory=dict)
-    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # images that wait for an event
-    abandoned: list[bytes] = field(default_factory=list)  # those of them whose wait was cancelled
-    together: asyncio.Barrier | None = None  # where calls of `features` wait for each other
+    held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # encoding waits for the event
+    abandoned: list[bytes] = field(default_factory=list)  # held images whose wait was cancelled
+    together: asyncio.Barrier | None = None  # makes calls of `features` wait for each other
 
     async def features(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)
@@ -137,10 +137,6 @@ async def client_of(
         yield client
 
 
-def data_url(image: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
-
-
 def image_part(image: bytes = b"picture", **more: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": data_url(image), **more}}
 
@@ -157,18 +153,18 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 def body_for(route: str, **more: Any) -> dict[str, Any]:
-    """A valid request to any of the three routes."""
+    """Returns a valid body for any of the three routes."""
     return chat(**more) if "chat" in route else {"image": data_url(b"picture"), **more}
 
 
 async def post(client: httpx.AsyncClient, route: str, body: Any) -> httpx.Response:
-    """Posts `body` as json.dumps writes it, NaN included; bytes are sent as they are."""
+    """Posts `body` as JSON, in which NaN is allowed, or as it is if it is bytes."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     return await client.post(route, content=content, headers={"content-type": "application/json"})
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error in a response, which must have OpenAI's error shape."""
+    """Returns the error in a response and asserts that it has OpenAI's shape."""
     body = response.json()
     assert body.keys() == {"error"}
     error: dict[str, Any] = body["error"]
@@ -179,7 +175,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 
 def events_of(response: httpx.Response) -> list[Any]:
-    """The server-sent events of a response, parsed; "[DONE]" stays a string."""
+    """Returns the parsed server-sent events of a response; "[DONE]" stays a string."""
     assert response.headers["content-type"].startswith("text/event-stream")
     *events, rest = response.text.split("\n\n")
     assert rest == ""

@@ -1,4 +1,4 @@
-"""A local server that answers chat completions as a test says."""
+"""A local server with a chat completions route that a test defines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @asynccontextmanager
 async def serving(handler: Handler) -> AsyncIterator[Endpoint]:
-    """A local server with this one route."""
+    """Serves `handler` as /v1/chat/completions; yields the endpoint."""
     app = web.Application()
     app.router.add_post("/v1/chat/completions", handler)
     runner = web.AppRunner(app)

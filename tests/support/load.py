@@ -1,4 +1,4 @@
-"""locust in a process of its own: it patches what it is imported into."""
+"""Runs locust in its own process, because importing it patches the standard library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WITHIN_S = 240
 
 @dataclass(frozen=True)
 class Run:
-    """A run of locust that has ended."""
+    """A finished run of locust."""
 
     code: int
     output: str
@@ -43,9 +43,9 @@ def closed(users: float, seconds: float, *kinds: str, think_s: float = 0.05) -> 
 
 
 def command(folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any]) -> list[str]:
-    """Without a window, into `folder`; JSON is YAML."""
+    """Returns a command line that runs the scenario headless and writes results to `folder`."""
     scenario_file, slo_file = folder / "scenario.yaml", folder / "slo.yaml"
-    scenario_file.write_text(json.dumps({"about": "a test", **scenario}))
+    scenario_file.write_text(json.dumps({"about": "a test", **scenario}))  # JSON is YAML
     slo_file.write_text(json.dumps(slos))
     own = ["--scenario", str(scenario_file), "--slo", str(slo_file), "--output", str(folder)]
     return [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "-H", url, *own]
@@ -54,13 +54,13 @@ def command(folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, An
 def run(
     folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any] | None = None
 ) -> Run:
-    """To its end. By default no request may fail."""
+    """Runs a scenario to its end. By default, its SLO is that no request fails."""
     asked = command(folder, url, scenario, {"error_ratio": 0} if slos is None else slos)
     return finished(folder, start(asked))
 
 
 def start(asked: list[str]) -> subprocess.Popen[str]:
-    # A company's network, whose proxy is not there: it is not for this machine.
+    # Requests to this machine must not go through a proxy; this one does not exist.
     proxies = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}
     environment = {**os.environ, **proxies, "PYTHONWARNINGS": "ignore"}
     for name in ("no_proxy", "NO_PROXY"):

@@ -1,4 +1,4 @@
-"""The manifests in k8s/ as kustomize builds them, and the pods that they become."""
+"""Builds the manifests in k8s/ with kustomize, and derives the pods that result from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod as it will be: with the labels and the containers that KubeRay adds."""
+    """A pod in the cluster, with the labels and containers that KubeRay adds."""
 
     name: str
     labels: dict[str, str]
@@ -44,7 +44,7 @@ class Pod:
 
 
 def build(overlay: str) -> list[Object]:
-    """The objects of an overlay, by its name, or of another folder of k8s/."""
+    """Builds the objects of an overlay, given its name, or of another folder in k8s/."""
     folder = K8S / "overlays" / overlay if overlay in OVERLAYS else K8S / overlay
     return copy.deepcopy(_build(folder))
 
@@ -52,7 +52,7 @@ def build(overlay: str) -> list[Object]:
 @functools.cache
 def _build(folder: Path) -> list[Object]:
     if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not here: it builds the overlays")
+        pytest.skip("kubectl is not installed, which builds the overlays")
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [*yaml.safe_load_all(done.stdout)]
@@ -68,13 +68,13 @@ def ray_service(objects: list[Object]) -> Object:
 
 
 def serve_config(overlay: str) -> Object:
-    """The RayService's serveConfigV2."""
+    """Returns the overlay's serveConfigV2, parsed."""
     config: Object = yaml.safe_load(ray_service(build(overlay))["spec"]["serveConfigV2"])
     return config
 
 
 def ray_environment(objects: list[Object]) -> dict[str, str]:
-    """The environment of Ray's pods."""
+    """Returns the environment of Ray's pods."""
     (found,) = (o for o in of_kind(objects, "ConfigMap") if "ray-environment" in name_of(o))
     environment: dict[str, str] = found["data"]
     return environment
@@ -86,7 +86,7 @@ def name_of(thing: Object) -> str:
 
 
 def pods(objects: list[Object]) -> list[Pod]:
-    """One pod of each kind that the objects make."""
+    """Returns one pod of each kind that the objects create."""
     found = []
     for thing in objects:
         if thing["kind"] in ("Job", "StatefulSet", "Deployment"):
@@ -122,23 +122,28 @@ def _ray_pods(service: Object) -> list[Pod]:
 
 
 def matches(selector: Object, labels: dict[str, str]) -> bool:
-    """Whether a label selector selects what has these labels."""
+    """Whether a label selector matches these labels."""
     for key, value in selector.get("matchLabels", {}).items():
         if labels.get(key) != value:
             return False
-    for wanted in selector.get("matchExpressions", []):
-        is_in = labels.get(wanted["key"]) in wanted["values"]
-        if wanted["operator"] not in ("In", "NotIn") or is_in != (wanted["operator"] == "In"):
+    for rule in selector.get("matchExpressions", []):
+        is_in = labels.get(rule["key"]) in rule["values"]
+        if rule["operator"] not in ("In", "NotIn") or is_in != (rule["operator"] == "In"):
             return False
     return True
 
 
 def validator() -> ModuleType:
-    """The checker of custom resources beside this checkout, with the schemas beside it."""
+    """Loads a validator of custom resources from beside this checkout; its folder has schemas."""
     script = ROOT.parent / "shared" / "k8s" / "validate.py"
     if not script.exists():
-        pytest.skip(f"no {script}: custom resources are not checked against their schemas")
-    spec = importlib.util.spec_from_file_location("validate", script)
+        pytest.skip(f"there is no {script} to validate custom resources with")
+    return load_module(script)
+
+
+def load_module(script: Path) -> ModuleType:
+    """Imports a script that is in no package."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""The alert rules and the dashboard, and a Prometheus server to evaluate them."""
+"""Reads the alert rules and the dashboard, and runs Prometheus to evaluate them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from support.server import free_port, wait_until
+from support.server import free_port, is_successful, wait_until
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "k8s/monitoring"
@@ -34,13 +34,13 @@ def rule_groups() -> list[dict[str, Any]]:
 
 
 def write_rules(path: Path) -> Path:
-    """Writes the rules as a file that Prometheus reads."""
+    """Writes the rules in Prometheus' own format."""
     path.write_text(yaml.safe_dump({"groups": rule_groups()}))
     return path
 
 
 def dashboard_expressions() -> dict[str, str]:
-    """Queries by panel title and query id."""
+    """Returns the queries of all panels, by panel title and query id."""
     dashboard = json.loads((MONITORING / "dashboards/blip2-serve.json").read_text())
     return {
         f"{panel['title']} {target['refId']}": target["expr"]
@@ -50,6 +50,8 @@ def dashboard_expressions() -> dict[str, str]:
 
 
 class Prometheus:
+    """A client for a running Prometheus."""
+
     def __init__(self, url: str) -> None:
         self._url = url
 
@@ -67,7 +69,7 @@ class Prometheus:
 
 @contextlib.contextmanager
 def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
-    """Runs a Prometheus that scrapes `targets`: by job, host:port/path."""
+    """Runs a Prometheus that scrapes `targets`, which maps jobs to host:port/path."""
     needs("prometheus")
     port = free_port()
     jobs = []
@@ -76,7 +78,7 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
         static = [{"targets": [host]}]
         jobs.append({"job_name": name, "metrics_path": f"/{path}", "static_configs": static})
     config = {
-        # A scrape times out after one interval; on two busy cores a page can take a second.
+        # A scrape times out after one interval, and on two busy cores a page can take a second.
         "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
         "rule_files": [str(write_rules(folder / "rules.yaml"))],
         "scrape_configs": jobs,
@@ -95,14 +97,8 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: _answers(f"{url}/-/ready"), 60)
+        wait_until(lambda: is_successful(f"{url}/-/ready"), 60)
         yield Prometheus(url)
     finally:
         process.terminate()
         process.wait()
-
-
-def _answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(url, timeout=10).status_code == httpx.codes.OK
-    return False

@@ -1,4 +1,4 @@
-"""transformers' `Blip2ForConditionalGeneration.generate` on the CPU in float32: what is right."""
+"""The reference for answers: transformers' `generate` on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 
 class Oracle:
+    """transformers' model and processor of a checkpoint folder."""
+
     def __init__(self, folder: Path) -> None:
         self.processor = Blip2Processor.from_pretrained(folder)
         self.model = Blip2ForConditionalGeneration.from_pretrained(
@@ -21,7 +23,7 @@ class Oracle:
 
     @torch.inference_mode()
     def tokens(self, image: Image.Image, prompt: str, **generate: Any) -> list[int]:
-        """New token ids, greedy unless asked otherwise, without the final eos."""
+        """Generates greedily and returns the new token ids without the final eos."""
         inputs = self.processor(images=image, text=prompt, return_tensors="pt")
         ids = self.model.generate(**inputs, do_sample=False, **generate)
         return self.without_eos(ids[0, inputs["input_ids"].shape[1] :].tolist())

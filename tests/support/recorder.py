@@ -1,4 +1,4 @@
-"""A `Recorder` that keeps what it is given."""
+"""A `Recorder` that keeps its values."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from blip2_serve.observe.metrics import Counter, Gauge, Histogram, Metric
 
 
 class FakeRecorder:
-    """Keeps values by the metric's name and the values of its labels, in the metric's order.
+    """Keeps values by metric name and label values, in the order of the metric's labels.
 
-    `report` is what would be called once per second.
+    `report` is the function to call every second, which nothing does.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Replicas without a cluster."""
+"""Creates replicas without a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def replica(deployment: Any, *args: Any) -> Any:
-    """Makes an instance as Serve does; returns it and the result of `__init__`, maybe awaitable."""
+    """Creates an instance as Serve does; returns it and the result of `__init__`."""
     cls = deployment.func_or_class
     instance = object.__new__(cls)
     return instance, cls.__init__(instance, *args)

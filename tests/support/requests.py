@@ -1,4 +1,4 @@
-"""Requests as the engine takes them."""
+"""Requests for the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_request(
     max_tokens: int = 1,
     **params: Any,
 ) -> Request:
-    """`prompt`: its tokens, or how many. The other names are those of SamplingParams."""
+    """Makes a request. `prompt` is its tokens or their number; `params` are SamplingParams."""
     tokens = [7] * prompt if isinstance(prompt, int) else prompt
     sampling = SamplingParams(max_tokens=max_tokens, **params)
     return Request(name, tokens, image, digest, sampling)

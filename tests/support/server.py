@@ -1,10 +1,8 @@
-"""The application on a real Ray Serve, and helpers to talk to it over HTTP."""
+"""Runs the application on Ray Serve and talks to it over HTTP."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -12,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
-from PIL import Image
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -27,13 +24,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class App:
-    """One running application."""
+    """A running application."""
 
     name: str
     url: str
 
     async def stats(self, deployment: str) -> dict[str, Any]:
-        """Returns the `stats` of a stage."""
+        """Returns what the stage's method `stats` returns."""
         stats: dict[str, Any] = await serve.get_deployment_handle(
             deployment, self.name
         ).stats.remote()
@@ -58,7 +55,7 @@ class App:
 def start_app(base_url: str, name: str, config: dict[str, Any]) -> App:
     """Deploys an application at /name on the running Ray Serve, and waits until it is ready."""
     stages = ("ingress", "preprocessor", "encoder", "generator")
-    # Several applications share two cores here, so none may reserve any.
+    # Nothing is reserved, because several applications share two cores.
     light = {stage: {**config.get(stage, {}), "num_cpus": 0} for stage in stages}
     application = build(AppConfig.model_validate({**config, **light}))
     quiet = LoggingConfig(log_level="WARNING")
@@ -69,14 +66,15 @@ def start_app(base_url: str, name: str, config: dict[str, Any]) -> App:
 
 
 def wait_until(condition: Callable[[], bool], within_s: float = STARTED_WITHIN_S) -> None:
+    """Polls the condition until it is true; fails the test after `within_s` seconds."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
+        assert time.monotonic() < deadline, f"the condition was not met within {within_s} s"
         time.sleep(0.05)
 
 
 async def gather_at_most(at_once: int, calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Returns all results in order; runs at most so many calls concurrently."""
+    """Returns all results in order; runs at most `at_once` calls concurrently."""
     gate = asyncio.Semaphore(at_once)
 
     async def gated(call: Coroutine[Any, Any, T]) -> T:
@@ -93,20 +91,9 @@ def free_port() -> int:
         return port
 
 
-def encode(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def data_url(image: Image.Image | bytes, media_type: str = "image/png") -> str:
-    data = image if isinstance(image, bytes) else encode(image)
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def image_message(image: Image.Image | bytes, text: str | None = None) -> dict[str, Any]:
-    """Returns a user message with an image and an optional question."""
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}}]
-    if text is not None:
-        content.append({"type": "text", "text": text})
-    return {"role": "user", "content": content}
+def is_successful(url: str) -> bool:
+    """Whether a GET request to the URL succeeds; False while nothing listens."""
+    try:
+        return httpx.get(url, timeout=30).is_success
+    except httpx.TransportError:
+        return False

@@ -1,4 +1,4 @@
-"""`blip2-serve up` as an operator runs it: behind a proxy, from a folder with a blank."""
+"""Runs `blip2-serve up` behind a proxy and from a path with a space."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 import socketserver
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,30 +14,31 @@ from pathlib import Path
 
 import psutil
 
+from support.background import serving
 from support.server import free_port, wait_until
 
 
 @dataclass(frozen=True)
 class Up:
-    """A server that is ready. `asked_of_proxy`: the first lines of its requests to a proxy."""
+    """A server that is ready. `proxy_requests` has the request lines that a proxy received."""
 
     process: subprocess.Popen[bytes]
     url: str
     log: Path
-    asked_of_proxy: list[str]
+    proxy_requests: list[str]
 
     @property
     def proxied(self) -> list[str]:
-        """Requests to the proxy for this machine; Ray also asks clouds for their metadata."""
+        """Requests to the proxy for this machine; Ray also queries metadata services of clouds."""
         addresses = [a.address for found in psutil.net_if_addrs().values() for a in found]
         own = ("localhost", *addresses)
-        return [line for line in self.asked_of_proxy if any(name in line for name in own)]
+        return [line for line in self.proxy_requests if any(name in line for name in own)]
 
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def stop(self, how: signal.Signals) -> None:
-        """Asks the server to stop, and waits until all of its processes have ended in order."""
+        """Stops the server with a signal and waits until all of its processes have exited."""
         family = self.family()
         assert family
         if how == signal.SIGINT:
@@ -51,7 +51,7 @@ class Up:
 
 @contextmanager
 def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator[Up]:
-    """Runs a server with these flags on a free port; the block begins when it is ready."""
+    """Runs a server with these flags on a free port; enters the block once it is ready."""
     log, port = folder / "log", free_port()
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     with _proxy() as (proxy, asked):
@@ -64,7 +64,7 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=own,
-                # As in a terminal, and so that Ray finds no other cluster through the session.
+                # A terminal also does this, and it hides other clusters from Ray.
                 start_new_session=True,
             )
         try:
@@ -72,14 +72,14 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
             assert "is ready" in log.read_text()
             yield Up(process, f"http://127.0.0.1:{port}", log, asked)
         finally:
-            if process.poll() is None:  # SIGKILL would leave its children behind
+            if process.poll() is None:  # not SIGKILL, which would leave its children running
                 process.terminate()
                 process.wait(timeout=60)
             print(log.read_text())
 
 
 def _python(folder: Path) -> Path:
-    """Returns this interpreter, with all its packages, under a path with a blank."""
+    """Returns this interpreter, with all its packages, under a path with a space."""
     environment = folder / "my dir"
     (environment / "bin").mkdir(parents=True)
     python = environment / "bin" / "python3"
@@ -91,7 +91,7 @@ def _python(folder: Path) -> Path:
 
 @contextmanager
 def _proxy() -> Iterator[tuple[str, list[str]]]:
-    """Runs a proxy that refuses everything; yields its URL and the first lines of its requests."""
+    """Runs a proxy that rejects everything; yields its URL and the request lines it received."""
     asked: list[str] = []
 
     class Handler(socketserver.StreamRequestHandler):
@@ -99,14 +99,9 @@ def _proxy() -> Iterator[tuple[str, list[str]]]:
             asked.append(self.rfile.readline().decode())
             self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n")
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}", asked
-        finally:
-            server.shutdown()
-            thread.join()
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    with serving(server):
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -7,8 +7,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 
 from blip2_serve.demo import scenes
 from support.cluster import ray_nodes
+from support.images import data_url
 from support.manifests import build, ray_environment, ray_service, serve_config
-from support.server import data_url
 
 SCENE = scenes.sample(9_001)
 

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from blip2_serve.demo import scenes
-from support.server import data_url, encode, image_message
+from support.images import data_url, encode, image_message
 from support.up import Up, running_up
 
 SCENE = scenes.sample(6_001)

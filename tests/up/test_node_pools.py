@@ -15,8 +15,9 @@ from ray._private.node import Node
 
 from blip2_serve.demo import scenes
 from support.cluster import RayNodes, ray_nodes
+from support.images import data_url
 from support.manifests import build, ray_environment
-from support.server import data_url, wait_until
+from support.server import wait_until
 
 pytestmark = pytest.mark.long
 

@@ -10,7 +10,8 @@ import pytest
 
 from blip2_serve.demo import scenes
 from support.collector import Collector, orphans, stages_of
-from support.server import data_url, image_message, wait_until
+from support.images import data_url, image_message
+from support.server import wait_until
 from support.up import Up, running_up
 
 SCENE = scenes.sample(5_001)

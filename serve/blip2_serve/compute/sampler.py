@@ -3,8 +3,7 @@
 A token depends only on its own logits, the request's parameters and the position: greedy takes the
 largest logit, and sampling uses a random number keyed by (seed, sample, position). Neither the rest
 of the batch nor the replica matters. The steps and their order are those of transformers:
-repetition penalty, minimum length, temperature, top-k, top-p,
-min-p.
+repetition penalty, minimum length, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations

@@ -19,12 +19,9 @@ from blip2_serve.compute.cpu.linear import (
     packable,
 )
 from blip2_serve.compute.cpu.vision import PackedPatches, pack_vision
-from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.packing import replace_with_activation
-from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.vision import ImageEncoder
-from support.checkpoints import Recipe, write_checkpoint
+from support.checkpoints import Recipe, load_encoder, write_checkpoint
 
 pytestmark = pytest.mark.skipif(
     not packable(torch.empty(1, dtype=torch.bfloat16)),
@@ -37,17 +34,11 @@ def error(result: Tensor, exact: Tensor) -> float:
     return float((result.float() - exact).norm() / exact.norm())
 
 
-def encoder(folder: Path, dtype: torch.dtype) -> ImageEncoder:
-    checkpoint = open_checkpoint(str(folder), None)
-    processor = ImageProcessor.load(folder)
-    return ImageEncoder.load(checkpoint, processor, torch.device("cpu"), dtype)
-
-
 def test_a_packed_encoder_is_about_as_accurate_as_a_plain_one(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, Recipe("seeing", seed=1))
+    write_checkpoint(tmp_path, Recipe("vision", seed=1))
     images = torch.randint(0, 256, (3, 3, 56, 56), dtype=torch.uint8)
-    exact = encoder(tmp_path, torch.float32)(images)
-    plain, packed = (encoder(tmp_path, torch.bfloat16) for _ in range(2))
+    exact = load_encoder(tmp_path, torch.float32)(images)
+    plain, packed = (load_encoder(tmp_path, torch.bfloat16) for _ in range(2))
     pack_vision(packed)
 
     assert not any(isinstance(m, nn.Linear | nn.Conv2d) for m in packed.modules())
@@ -55,17 +46,17 @@ def test_a_packed_encoder_is_about_as_accurate_as_a_plain_one(tmp_path: Path) ->
 
 
 def test_packing_does_not_change_float32(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, Recipe("seeing", seed=1))
+    write_checkpoint(tmp_path, Recipe("vision", seed=1))
     images = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
-    packed = encoder(tmp_path, torch.float32)
+    packed = load_encoder(tmp_path, torch.float32)
     expected = packed(images)
     pack_vision(packed)
     assert torch.equal(packed(images), expected)
 
 
 def test_features_do_not_depend_on_the_batch(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, Recipe("seeing", seed=1))
-    packed = encoder(tmp_path, torch.bfloat16)
+    write_checkpoint(tmp_path, Recipe("vision", seed=1))
+    packed = load_encoder(tmp_path, torch.bfloat16)
     pack_vision(packed)
     images = torch.randint(0, 256, (4, 3, 56, 56), dtype=torch.uint8)
     together = packed(images)

@@ -10,21 +10,12 @@ from hypothesis import strategies as st
 
 from blip2_serve.engine.answer import Answer
 from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
+from support.byte_tokens import EOS, decode, tokens
 from support.requests import make_request
-
-EOS = 256  # all other tokens are bytes
-
-
-def decode(ids: list[int]) -> str:
-    return bytes(i for i in ids if i < EOS).decode("utf-8", errors="replace")
 
 
 def answer(**params: Any) -> Answer:
     return Answer(make_request("a", 4, n=3, **params), 2, decode)
-
-
-def tokens(text: str, *more: int) -> list[int]:
-    return [*text.encode(), *more]
 
 
 def add(

@@ -15,9 +15,8 @@ from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from blip2_serve.types import TokenEvent, TokenLogprob
+from support.byte_tokens import EOS, OTHER_EOS, decode, tokens
 from support.requests import make_request
-
-EOS, OTHER_EOS = 256, 257  # all other tokens are bytes
 
 Script = str | list[int]
 
@@ -73,10 +72,6 @@ class ScriptedSampler:
     def _logprob(self, sequence: Sequence, token: int) -> TokenLogprob | None:
         asked = sequence.request.params.top_logprobs is not None
         return TokenLogprob(token, -float(len(sequence.output))) if asked else None
-
-
-def decode(ids: list[int]) -> str:
-    return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
 
 class Bench:
@@ -147,10 +142,6 @@ def run(script: Script, **params: Any) -> tuple[list[int], str, str | None]:
     bench.add("a", script, **params)
     bench.finish()
     return bench.answer("a")
-
-
-def tokens(text: str, *more: int) -> list[int]:
-    return [*text.encode(), *more]
 
 
 @pytest.mark.parametrize("eos", [EOS, OTHER_EOS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,7 @@ from blip2_serve.model.checkpoint import (
 )
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.vision import ImageEncoder
-from support.checkpoints import Recipe, write_checkpoint
+from support.checkpoints import Recipe, load_encoder, write_checkpoint
 from support.oracle import Oracle
 
 CPU = torch.device("cpu")
@@ -31,10 +31,6 @@ RECIPE = Recipe("unit", seed=5)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("unit"), RECIPE)
-
-
-def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    return ImageEncoder.load(open_checkpoint(str(folder)), ImageProcessor.load(folder), CPU, dtype)
 
 
 def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> OptDecoder:
@@ -102,22 +98,22 @@ def test_image_features_equal_those_of_transformers(dtype: torch.dtype, folder: 
     torch.testing.assert_close(features, expected.view_as(features))
 
 
+def copy_with_more(folder: Path, target: Path, key: str, more: int) -> None:
+    """Copies a checkpoint and increases a number in its text config."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    config = json.loads((target / "config.json").read_text())
+    config["text_config"][key] += more
+    (target / "config.json").write_text(json.dumps(config))
+
+
 def test_a_missing_tensor_is_named_in_a_startup_error(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] += 1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    copy_with_more(folder, tmp_path, "num_hidden_layers", 1)
     with pytest.raises(StartupError, match=r"layers\.2"):
         load_decoder(tmp_path)
 
 
 def test_a_tensor_of_another_shape_is_a_startup_error(folder: Path, tmp_path: Path) -> None:
-    for file in folder.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["text_config"]["ffn_dim"] += 8
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    copy_with_more(folder, tmp_path, "ffn_dim", 8)
     with pytest.raises(StartupError, match="fc1"):
         load_decoder(tmp_path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import threading
 import warnings
@@ -19,6 +18,7 @@ from blip2_serve.errors import InvalidImage, StartupError
 from blip2_serve.model import processor as module
 from blip2_serve.model.processor import DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE, ImageProcessor
 from blip2_serve.model.source import DEMO_FOLDER
+from support.images import encode
 
 NORMALISED_TOLERANCE = 1e-6
 
@@ -26,12 +26,6 @@ NORMALISED_TOLERANCE = 1e-6
 def processor(size: int = 224) -> ImageProcessor:
     loaded = ImageProcessor.load(DEMO_FOLDER)
     return ImageProcessor((size, size), loaded.mean, loaded.std, loaded.rescale, loaded.resample)
-
-
-def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 PHOTOGRAPHS = {
@@ -47,7 +41,7 @@ PHOTOGRAPHS = {
 def test_normalised_pixels_equal_those_of_transformers(name: str, size: int) -> None:
     image = Image.fromarray(PHOTOGRAPHS[name])
     own = processor(size)
-    pixels = own.pixels(file_of(image))
+    pixels = own.pixels(encode(image))
     assert pixels.shape == (3, size, size)
     assert pixels.dtype == np.uint8
     mean, std = (np.float32(v).reshape(3, 1, 1) for v in (own.mean, own.std))
@@ -73,7 +67,7 @@ def test_the_exif_orientation_is_applied(orientation: int) -> None:
         8: lambda i: i.transpose(Image.Transpose.ROTATE_90),
     }[orientation](stored)
     assert np.array_equal(
-        processor().pixels(file_of(stored, exif=exif)), processor().pixels(file_of(upright))
+        processor().pixels(encode(stored, exif=exif)), processor().pixels(encode(upright))
     )
 
 
@@ -88,14 +82,14 @@ def test_transparent_pixels_become_white(mode: str) -> None:
         alpha.paste(255, (32, 0, 64, 64))
         image = grey.convert("RGB" if mode == "RGBA" else "L")
         image.putalpha(alpha)
-        data = file_of(image)
+        data = encode(image)
     else:
         grey.paste(200, (0, 0, 32, 64))
         rgb = grey.convert("RGB")
         data = (
-            file_of(rgb, transparency=(200, 200, 200))
+            encode(rgb, transparency=(200, 200, 200))
             if mode.startswith("RGB")
-            else file_of(rgb.quantize(2), transparency=_index_of(rgb.quantize(2), 200))
+            else encode(rgb.quantize(2), transparency=_index_of(rgb.quantize(2), 200))
         )
     pixels = processor(64).pixels(data)
     assert pixels[:, 32, 8].tolist() == [255, 255, 255]
@@ -113,7 +107,7 @@ def test_16_bit_grey_is_scaled_to_8_bits(format: str) -> None:
     grey = (
         np.array([[0, 257 * 100], [257 * 200, 65535]], dtype=np.uint16).repeat(16, 0).repeat(16, 1)
     )
-    pixels = processor(32).pixels(file_of(Image.fromarray(grey), format))
+    pixels = processor(32).pixels(encode(Image.fromarray(grey), format))
     corners = pixels[0, [4, 4, 28, 28], [4, 28, 4, 28]]
     assert corners.tolist() == [0, 100, 200, 255]
 
@@ -126,7 +120,7 @@ def test_draft_decoding_of_large_jpegs_stays_within_tolerance(
 ) -> None:
     photo = Image.fromarray(PHOTOGRAPHS[name])
     large = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.LANCZOS)
-    data = file_of(large, "JPEG", quality=90)
+    data = encode(large, "JPEG", quality=90)
     drafted = processor(size).pixels(data).astype(int)
     monkeypatch.setattr(module, "DRAFT_OVERSAMPLING", 1_000)  # never
     whole = processor(size).pixels(data).astype(int)
@@ -138,8 +132,8 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.M
     decoded: list[tuple[int, int]] = []
     original = module._to_rgb
     monkeypatch.setattr(module, "_to_rgb", lambda i: decoded.append(i.size) or original(i))
-    processor(224).pixels(file_of(Image.new("RGB", (4000, 3000)), "JPEG"))
-    processor(224).pixels(file_of(Image.new("RGB", (800, 600)), "JPEG"))
+    processor(224).pixels(encode(Image.new("RGB", (4000, 3000)), "JPEG"))
+    processor(224).pixels(encode(Image.new("RGB", (800, 600)), "JPEG"))
     assert decoded == [(2000, 1500), (800, 600)]
 
 
@@ -149,10 +143,10 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.M
         pytest.param(b"", id="no bytes"),
         pytest.param(b"I am a PNG", id="text"),
         pytest.param(b"%PDF-1.7 ...", id="a PDF"),
-        pytest.param(file_of(Image.new("RGB", (99, 99)), "PPM"), id="an unsupported format"),
+        pytest.param(encode(Image.new("RGB", (99, 99)), "PPM"), id="an unsupported format"),
         *(
             pytest.param(
-                file_of(Image.fromarray(PHOTOGRAPHS["cat"]), kind)[:3000], id=f"half a {kind}"
+                encode(Image.fromarray(PHOTOGRAPHS["cat"]), kind)[:3000], id=f"half a {kind}"
             )
             for kind in ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")
         ),
@@ -164,7 +158,7 @@ def test_incomplete_and_unsupported_files_are_invalid(data: bytes) -> None:
 
 
 def test_an_image_with_too_many_pixels_is_rejected_before_decoding() -> None:
-    bomb = file_of(Image.new("1", (20_000, 20_000)))
+    bomb = encode(Image.new("1", (20_000, 20_000)))
     assert len(bomb) < 100_000
     with pytest.raises(InvalidImage, match="pixels"):
         processor().pixels(bomb)
@@ -189,7 +183,7 @@ def test_a_processor_with_other_steps_is_rejected(config: dict[str, bool], tmp_p
 def test_concurrent_decoding_does_not_change_warning_filters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    data, own, before = file_of(Image.new("RGB", (8, 8))), processor(), [*warnings.filters]
+    data, own, before = encode(Image.new("RGB", (8, 8))), processor(), [*warnings.filters]
     first_is_in, second_is_in = threading.Event(), threading.Event()
     opened = Image.open
 

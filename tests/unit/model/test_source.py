@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from blip2_serve.model.source import DEMO_FOLDER
+from support.background import serving
 
 MODEL = "Salesforce/blip2-opt-2.7b-coco"
 COMMIT = hashlib.sha1(b"").hexdigest()
@@ -78,14 +78,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def hub(request: Any) -> Iterator[Hub]:
     weights: set[str] = WEIGHTS[request.param]
     hub = Hub(CONFIGURATION | weights | OTHERS)
-    thread = threading.Thread(target=hub.serve_forever, args=(0.01,))
-    thread.start()
-    try:
+    with serving(hub):
         yield hub
-    finally:
-        hub.shutdown()
-        hub.server_close()
-        thread.join()
 
 
 def run(code: str, hub: Hub, folder: Path) -> None:

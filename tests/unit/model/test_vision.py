@@ -8,18 +8,14 @@ from torch import Tensor
 
 from blip2_serve.compute.base import Device
 from blip2_serve.compute.cuda.graphs import EncoderGraphs
-from blip2_serve.model.checkpoint import open_checkpoint
-from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
 from support.capturing import run_again
-from support.checkpoints import Recipe, write_checkpoint
+from support.checkpoints import Recipe, load_encoder, write_checkpoint
 
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> ImageEncoder:
-    checkpoint = open_checkpoint(str(write_checkpoint(tmp_path, Recipe("seeing", seed=1))))
-    processor = ImageProcessor.load(tmp_path)
-    return ImageEncoder.load(checkpoint, processor, torch.device("cpu"), torch.float32)
+    return load_encoder(write_checkpoint(tmp_path, Recipe("vision", seed=1)))
 
 
 def pixels(images: int) -> Tensor:
