@@ -37,12 +37,12 @@ def speak(
         embedded = torch.cat([features, embed(ids)], dim=1)
         # No attention mask: padding comes last, and causal attention only looks back.
         hidden = model.language_model.model(inputs_embeds=embedded).last_hidden_state
-        hidden, wanted = hidden[:, QUERIES:-1], targets[:, 1:]
-        counted = wanted != IGNORE
+        hidden, expected = hidden[:, QUERIES:-1], targets[:, 1:]
+        counted = expected != IGNORE
         logits = model.language_model.lm_head(hidden[counted])
-        loss = cross_entropy(logits, wanted[counted])
+        loss = cross_entropy(logits, expected[counted])
         wrong = torch.zeros_like(counted)
-        wrong[counted] = logits.argmax(1) != wanted[counted]
+        wrong[counted] = logits.argmax(1) != expected[counted]
         return loss, 1 - wrong.any(1).float().mean().item()
 
     parameters = [*model.language_projection.parameters(), *model.language_model.parameters()]

@@ -55,18 +55,18 @@ def run(
     folder: Path, url: str, scenario: dict[str, Any], slos: dict[str, Any] | None = None
 ) -> Run:
     """Runs a scenario to its end. By default, its SLO is that no request fails."""
-    asked = command(folder, url, scenario, {"error_ratio": 0} if slos is None else slos)
-    return finished(folder, start(asked))
+    arguments = command(folder, url, scenario, {"error_ratio": 0} if slos is None else slos)
+    return finished(folder, start(arguments))
 
 
-def start(asked: list[str]) -> subprocess.Popen[str]:
+def start(arguments: list[str]) -> subprocess.Popen[str]:
     # Requests to this machine must not go through a proxy; this one does not exist.
     proxies = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}
     environment = {**os.environ, **proxies, "PYTHONWARNINGS": "ignore"}
     for name in ("no_proxy", "NO_PROXY"):
         environment.pop(name, None)
     return subprocess.Popen(
-        asked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
 
 

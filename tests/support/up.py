@@ -54,7 +54,7 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
     """Runs a server with these flags on a free port; enters the block once it is ready."""
     log, port = folder / "log", free_port()
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with _proxy() as (proxy, asked):
+    with _proxy() as (proxy, requests):
         own |= {f"{kind}_proxy": proxy for kind in ("http", "https", "all")} | environment
         for name in ("no_proxy", "NO_PROXY"):
             own.pop(name, None)
@@ -70,7 +70,7 @@ def running_up(folder: Path, *flags: str | Path, **environment: str) -> Iterator
         try:
             wait_until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None)
             assert "is ready" in log.read_text()
-            yield Up(process, f"http://127.0.0.1:{port}", log, asked)
+            yield Up(process, f"http://127.0.0.1:{port}", log, requests)
         finally:
             if process.poll() is None:  # not SIGKILL, which would leave its children running
                 process.terminate()
@@ -92,16 +92,16 @@ def _python(folder: Path) -> Path:
 @contextmanager
 def _proxy() -> Iterator[tuple[str, list[str]]]:
     """Runs a proxy that rejects everything; yields its URL and the request lines it received."""
-    asked: list[str] = []
+    requests: list[str] = []
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            asked.append(self.rfile.readline().decode())
+            requests.append(self.rfile.readline().decode())
             self.wfile.write(b"HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n")
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     with serving(server):
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        yield f"http://127.0.0.1:{server.server_address[1]}", requests
 
 
 def _is_alive(process: psutil.Process) -> bool:

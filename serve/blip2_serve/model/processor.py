@@ -64,15 +64,15 @@ class ImageProcessor:
             StartupError: Neither exists, or it has steps other than resize, rescale and normalise.
         """
         config = _read_config(folder)
-        for step, wanted in (
+        for step, required in (
             ("do_resize", True),
             ("do_rescale", True),
             ("do_normalize", True),
             ("do_center_crop", False),
         ):
-            if config.get(step, wanted) != wanted:
+            if config.get(step, required) != required:
                 raise StartupError(
-                    f"{folder}: image processors with {step}={not wanted} are not supported"
+                    f"{folder}: image processors with {step}={not required} are not supported"
                 )
         size = config.get("size", 384)  # defaults are BlipImageProcessor's
         if isinstance(size, int):

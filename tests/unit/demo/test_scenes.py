@@ -87,9 +87,9 @@ def test_every_answer_is_true_of_the_scene(sampled: list[Scene]) -> None:
 
 
 def test_every_kind_of_question_is_asked(sampled: list[Scene]) -> None:
-    asked = {q for scene in sampled for q, _ in scene.questions}
+    questions = {q for scene in sampled for q, _ in scene.questions}
 
-    assert {kind for kind in KINDS if any(re.fullmatch(kind, q) for q in asked)} == set(KINDS)
+    assert {kind for kind in KINDS if any(re.fullmatch(kind, q) for q in questions)} == set(KINDS)
 
 
 def test_yes_and_no_are_both_common(sampled: list[Scene]) -> None:
@@ -130,8 +130,10 @@ KINDS = (
 def truth(scene: Scene, question: str) -> str:
     """Answers a question from the scene's shapes; fails if there is more than one answer."""
 
-    def the(**wanted: str) -> Thing:
-        (thing,) = (t for t in scene.things if all(getattr(t, k) == v for k, v in wanted.items()))
+    def the(**attributes: str) -> Thing:
+        (thing,) = (
+            t for t in scene.things if all(getattr(t, k) == v for k, v in attributes.items())
+        )
         return thing
 
     match question.removesuffix("?").split():

@@ -161,19 +161,19 @@ def test_dropped_tokens_have_no_log_probabilities() -> None:
 def test_the_answer_does_not_depend_on_how_tokens_are_grouped(
     text: str, cuts: set[int], stop: tuple[str, ...], min_tokens: int, ends: bool
 ) -> None:
-    line = tokens(text, EOS) if ends or not text else tokens(text)
-    last: FinishReason = "stop" if line[-1] == EOS else "length"
+    whole = tokens(text, EOS) if ends or not text else tokens(text)
+    last: FinishReason = "stop" if whole[-1] == EOS else "length"
 
     def read(borders: list[int]) -> tuple[list[int], str, str | None]:
         a = answer(stop=stop, min_tokens=min_tokens)
         ids: list[int] = []
         text_so_far = ""
         reason = None
-        for start, end in zip([0, *borders], [*borders, len(line)], strict=True):
-            new, piece, reason = add(a, line[start:end], last if end == len(line) else None)
+        for start, end in zip([0, *borders], [*borders, len(whole)], strict=True):
+            new, piece, reason = add(a, whole[start:end], last if end == len(whole) else None)
             ids, text_so_far = ids + new, text_so_far + piece
             if reason:
                 break
         return ids, text_so_far, reason
 
-    assert read(sorted(cut for cut in cuts if cut < len(line))) == read([])
+    assert read(sorted(cut for cut in cuts if cut < len(whole))) == read([])

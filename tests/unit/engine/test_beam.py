@@ -194,11 +194,11 @@ def test_log_probabilities_stay_with_their_tokens() -> None:
     ending = [candidate(1, EOS, -2.5), candidate(1, 7, -3), candidate(0, 8, -4)]
     search.beams = search.search.step(ending)
     (answer,) = search.search.hypotheses
-    for line, logprobs in [
+    for tokens, logprobs in [
         (answer.tokens, answer.logprobs),
         *((beam.output, beam.logprobs) for beam in search.beams),
     ]:
-        assert [logprob.token_id for logprob in logprobs] == line
+        assert [logprob.token_id for logprob in logprobs] == tokens
 
 
 # -- agreed tokens ---------------------------------------------------------------------------------
@@ -255,8 +255,8 @@ class Language:
             before = [*search.agreed]
             search.step(*candidates[: search.search.candidates])
             assert search.agreed[: len(before)] == before
-            lines = [beam.output for beam in search.beams] + search.answers()[:1]
-            assert all(line[: len(search.agreed)] == search.agreed for line in lines)
+            outputs = [beam.output for beam in search.beams] + search.answers()[:1]
+            assert all(output[: len(search.agreed)] == search.agreed for output in outputs)
 
     def all_answers(self, max_tokens: int, length_penalty: float) -> list[tuple[float, list[int]]]:
         """Returns every possible answer and its score, best first."""
@@ -265,9 +265,9 @@ class Language:
             for tokens in product(range(self.vocabulary), repeat=length):
                 whole = tokens[-1] == EOS or length == max_tokens
                 if whole and EOS not in tokens[:-1]:
-                    line = [*tokens]
-                    total = sum(self.logprobs(line[:i])[token] for i, token in enumerate(line))
-                    answers.append((total / length**length_penalty, line))
+                    answer = [*tokens]
+                    total = sum(self.logprobs(answer[:i])[token] for i, token in enumerate(answer))
+                    answers.append((total / length**length_penalty, answer))
         return sorted(answers, reverse=True)
 
 

@@ -70,8 +70,8 @@ class ScriptedSampler:
         ]
 
     def _logprob(self, sequence: Sequence, token: int) -> TokenLogprob | None:
-        asked = sequence.request.params.top_logprobs is not None
-        return TokenLogprob(token, -float(len(sequence.output))) if asked else None
+        requested = sequence.request.params.top_logprobs is not None
+        return TokenLogprob(token, -float(len(sequence.output))) if requested else None
 
 
 class Bench:
@@ -376,15 +376,15 @@ def test_tokens_have_log_probabilities_if_requested(
     scripts: list[Script], params: dict[str, int]
 ) -> None:
     bench = Bench()
-    bench.add("asked", *scripts, top_logprobs=0, **params)
-    bench.add("not", *scripts, **params)
+    bench.add("with", *scripts, top_logprobs=0, **params)
+    bench.add("without", *scripts, **params)
     bench.finish()
-    for event in bench.events["asked"]:
+    for event in bench.events["with"]:
         assert [logprob.token_id for logprob in event.logprobs] == [*event.token_ids]
     for index in range(params.get("n", 1)):
-        events = [e for e in bench.events["asked"] if e.index == index]
+        events = [e for e in bench.events["with"] if e.index == index]
         assert [o.logprob for e in events for o in e.logprobs] == [-0.0, -1.0, -2.0]
-    assert not any(event.logprobs for event in bench.events["not"])
+    assert not any(event.logprobs for event in bench.events["without"])
 
 
 # -- prefix caching --------------------------------------------------------------------------------
@@ -462,8 +462,8 @@ def test_requests_join_and_leave_at_every_step(prefix_caching: bool) -> None:
 
     assert len(aborted) > 5
     assert len(texts) > 100
-    for name, wanted in texts.items():
+    for name, expected in texts.items():
         if name not in aborted:
-            assert bench.texts(name) == wanted
-            for index, text in enumerate(wanted):
+            assert bench.texts(name) == expected
+            for index, text in enumerate(expected):
                 assert bench.answer(name, index) == (tokens(text, EOS), text, "stop")
