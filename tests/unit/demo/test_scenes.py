@@ -130,10 +130,8 @@ KINDS = (
 def truth(scene: Scene, question: str) -> str:
     """Answers a question from the scene's shapes; fails if there is more than one answer."""
 
-    def the(**attributes: str) -> Thing:
-        (thing,) = (
-            t for t in scene.things if all(getattr(t, k) == v for k, v in attributes.items())
-        )
+    def the(**given: str) -> Thing:
+        (thing,) = (t for t in scene.things if all(getattr(t, k) == v for k, v in given.items()))
         return thing
 
     match question.removesuffix("?").split():

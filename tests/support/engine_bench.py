@@ -1,0 +1,137 @@
+"""An engine without a model: the answers are scripted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from blip2_serve.compute.sampler import Choice
+from blip2_serve.engine.beam import Candidate
+from blip2_serve.engine.engine import Engine
+from blip2_serve.engine.scheduler import Scheduler
+from blip2_serve.engine.sequence import Chunk, Request, Sequence
+from blip2_serve.engine.slots import KvSlots
+from blip2_serve.types import TokenEvent, TokenLogprob
+from support.byte_tokens import EOS, OTHER_EOS, decode, tokens
+from support.requests import make_request
+
+Script = str | list[int]
+
+
+class FakeRunner:
+    """Computes nothing and counts the tokens it was given."""
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    def run(self, chunks: list[Chunk]) -> str:
+        assert chunks
+        self.computed += sum(chunk.end - chunk.start for chunk in chunks)
+        return "logits"
+
+
+class ScriptedSampler:
+    """Chooses the tokens of a script.
+
+    A request has one script per sample. For a beam search, the scripts are all possible answers,
+    best first, and a beam's score is that of the best answer that starts with it.
+    """
+
+    def __init__(self, scripts: dict[str, list[list[int]]]) -> None:
+        self.scripts = scripts
+
+    def choose(self, logits: Any, rows: list[int], sequences: list[Sequence]) -> Iterator[Choice]:
+        assert logits == "logits"
+        assert len(rows) == len(sequences)
+        for sequence in sequences:
+            token = self.scripts[sequence.request.id][sequence.index][len(sequence.output)]
+            yield Choice(token, self._logprob(sequence, token))
+
+    def expand(
+        self, logits: Any, rows: list[int], beams: list[Sequence], count: int
+    ) -> list[Candidate]:
+        assert logits == "logits"
+        assert len(rows) == len(beams)
+        found: dict[tuple[int, int], float] = {}
+        for rank, script in enumerate(self.scripts[beams[0].request.id]):
+            for i, beam in enumerate(beams):
+                length = len(beam.output)
+                if script[:length] == beam.output and length < len(script):
+                    found.setdefault((i, script[length]), -1.0 - rank)
+        for junk in range(count):
+            found.setdefault((0, junk), -100.0 - junk)
+        best = sorted(found.items(), key=lambda item: -item[1])[:count]
+        return [
+            Candidate(beams[i], token, score, self._logprob(beams[i], token))
+            for (i, token), score in best
+        ]
+
+    def _logprob(self, sequence: Sequence, token: int) -> TokenLogprob | None:
+        requested = sequence.request.params.top_logprobs is not None
+        return TokenLogprob(token, -float(len(sequence.output))) if requested else None
+
+
+class Bench:
+    """An engine with a `FakeRunner` and a `ScriptedSampler`, which collects its events."""
+
+    def __init__(
+        self,
+        slots: int = 200,
+        max_num_seqs: int = 4,
+        max_waiting: int = 1000,
+        step: int = 16,
+        prefix_caching: bool = False,
+    ) -> None:
+        self.scripts: dict[str, list[list[int]]] = {}
+        self.runner = FakeRunner()
+        scheduler = Scheduler(
+            KvSlots(slots),
+            max_num_seqs=max_num_seqs,
+            max_waiting=max_waiting,
+            max_num_batched_tokens=step,
+            prefix_caching=prefix_caching,
+        )
+        self.engine = Engine(
+            self.runner,
+            scheduler,
+            ScriptedSampler(self.scripts),
+            decode=decode,
+            eos_token_ids=(EOS, OTHER_EOS),
+        )
+        self.events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
+
+    def add(
+        self, name: str, *scripts: Script, prompt: int | list[int] = 3, **params: Any
+    ) -> Request:
+        self.scripts[name] = [s if isinstance(s, list) else tokens(s) for s in scripts]
+        longest = max(map(len, self.scripts[name]))
+        request = make_request(name, prompt, **{"max_tokens": longest, **params})
+        self.engine.add(request)
+        return request
+
+    def step(self) -> None:
+        for name, event in self.engine.step().events:
+            self.events[name].append(event)
+        self.engine.check_integrity()
+
+    def finish(self) -> None:
+        while self.engine.has_work:
+            self.step()
+        self.engine.check_idle()
+
+    def answer(self, name: str, index: int = 0) -> tuple[list[int], str, str | None]:
+        """Returns token ids, text and finish reason of one of a request's answers."""
+        events = [e for e in self.events[name] if e.index == index]
+        assert all(e.finish_reason is None for e in events[:-1])
+        ids = [token for e in events for token in e.token_ids]
+        return ids, "".join(e.text for e in events), events[-1].finish_reason
+
+    def texts(self, name: str) -> list[str]:
+        """Returns the texts of all answers of a finished request."""
+        assert [e.last for e in self.events[name]] == [False] * (len(self.events[name]) - 1) + [
+            True
+        ]
+        indices = {e.index for e in self.events[name]}
+        assert indices == {*range(len(indices))}
+        return [self.answer(name, index)[1] for index in sorted(indices)]
