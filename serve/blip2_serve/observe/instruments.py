@@ -228,10 +228,16 @@ class GeneratorInstruments(Instruments):
         except (asyncio.CancelledError, GeneratorExit):
             cancelled = True
             raise
+        else:
+            self._request_ended(answers.tokens)
         finally:
             # Beams beyond the n best, which are in no answer, took as many tokens each.
             tokens = answers.tokens * request.width // request.params.n
             self._request_left(tokens, time.perf_counter() - arrived, cancelled)
+
+    @harmless
+    def _request_ended(self, answer_tokens: int) -> None:
+        self._recorder.observe(metrics.REQUEST_GENERATED_TOKENS, answer_tokens)
 
     @harmless
     def _request_left(self, tokens: int, seconds: float, cancelled: bool) -> None:
