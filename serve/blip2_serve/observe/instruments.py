@@ -1,8 +1,7 @@
 """What each stage measures about itself, in one place.
 
-A stage has one `Instruments` and tells it events. Out of them come its metrics, its signals for
-the autoscaling policy, and the totals of its `stats()`. To add a metric, define it in the catalogue
-(`observe/metrics.py`) and record it in the method of its event here.
+A stage has one `Instruments` and reports events to it. They feed its metrics, its signals for the
+autoscaling policy, and the totals of its `stats()`.
 
 Measuring never raises into the work. Needs neither Ray nor torch.
 """
