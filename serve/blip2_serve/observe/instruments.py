@@ -1,8 +1,7 @@
 """What each stage measures about itself, in one place.
 
-A stage has one `Instruments` and tells it events. Out of them come its metrics, its signals for
-the autoscaling policy, and the totals of its `stats()`. To add a metric, define it in the catalogue
-(`observe/metrics.py`) and record it in the method of its event here.
+A stage has one `Instruments` and reports events to it. They feed its metrics, its signals for the
+autoscaling policy, and the totals of its `stats()`.
 
 Measuring never raises into the work. Needs neither Ray nor torch.
 """
@@ -228,10 +227,16 @@ class GeneratorInstruments(Instruments):
         except (asyncio.CancelledError, GeneratorExit):
             cancelled = True
             raise
+        else:
+            self._request_ended(answers.tokens)
         finally:
             # Beams beyond the n best, which are in no answer, took as many tokens each.
             tokens = answers.tokens * request.width // request.params.n
             self._request_left(tokens, time.perf_counter() - arrived, cancelled)
+
+    @harmless
+    def _request_ended(self, answer_tokens: int) -> None:
+        self._recorder.observe(metrics.REQUEST_GENERATED_TOKENS, answer_tokens)
 
     @harmless
     def _request_left(self, tokens: int, seconds: float, cancelled: bool) -> None:

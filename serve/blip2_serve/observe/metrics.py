@@ -96,6 +96,7 @@ def harmless(measure: Callable[P, object]) -> Callable[P, None]:
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_TOKENS = tuple(1 << power for power in range(11))  # 1 to 1024
 _BYTES = tuple(float(1 << power) for power in range(14, 27, 2))  # 16 KiB to 64 MiB
 
 # -- what clients see ------------------------------------------------------------------------------
@@ -190,6 +191,12 @@ PROMPT_TOKENS = Counter(
 )
 GENERATED_TOKENS = Counter(
     "blip2_generated_tokens_total", "Generated tokens, over all answers to a request."
+)
+REQUEST_GENERATED_TOKENS = Histogram(
+    "blip2_request_generated_tokens",
+    "Generated tokens of a request that ended normally, over all its answers.",
+    (),
+    _TOKENS,
 )
 CACHED_PROMPT_TOKENS = Counter(
     "blip2_cached_prompt_tokens_total",

@@ -168,6 +168,21 @@ def test_the_seconds_of_requests_add_up_unless_they_were_cancelled(recorder: Fak
     assert instruments.signals().finished == 4 / 0.5
 
 
+def test_the_answer_tokens_of_requests_that_end_normally_are_observed(
+    recorder: FakeRecorder,
+) -> None:
+    instruments = generator(recorder)
+    with instruments.request(request(num_beams=4, n=2)) as count:
+        count.tokens += 3
+        count.tokens += 4
+    for error in (ArithmeticError(), asyncio.CancelledError(), GeneratorExit()):
+        with suppress(BaseException), instruments.request(request()) as count:
+            count.tokens += 5
+            raise error
+
+    assert recorder.observed["blip2_request_generated_tokens",] == [7]
+
+
 def test_beams_that_are_in_no_answer_count_for_the_capacity(recorder: FakeRecorder) -> None:
     """Four beams, one answer of 3 tokens: 12 tokens were generated."""
     idle = replace(ENGINE, running=0, waiting=0, kv_slots_used=0)
