@@ -125,7 +125,8 @@ def prepare_replica() -> None:
     What counts is how a thread waits for the others. A thread that sleeps takes as long to wake as
     a small layer takes to compute; one that spins takes the core from another replica. Intel's
     OpenMP spins for a given time and yields the core to any other thread meanwhile. torch's own
-    (libgomp) can only sleep or spin, and sleeping is the better of the two. DESIGN.md has figures.
+    (libgomp) can only sleep or spin, and sleeping is the better of the two. Figures are in
+    docs/lab/2026-11-threads-and-memory.md.
     """
     if "BLIP2_SERVE_REPLICA" not in os.environ:
         return

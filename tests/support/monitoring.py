@@ -42,11 +42,13 @@ def write_rules(path: Path) -> Path:
 def dashboard_expressions() -> dict[str, str]:
     """Returns the queries of all panels, by panel title and query id."""
     dashboard = json.loads((MONITORING / "dashboards/blip2-serve.json").read_text())
-    return {
-        f"{panel['title']} {target['refId']}": target["expr"]
+    queries = [
+        (f"{panel['title']} {target['refId']}", target["expr"])
         for panel in dashboard["panels"]
         for target in panel.get("targets", ())
-    }
+    ]
+    assert len({name for name, _ in queries}) == len(queries), "two panels have the same title"
+    return dict(queries)
 
 
 class Prometheus:

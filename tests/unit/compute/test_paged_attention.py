@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from blip2_serve.compute.cpu.paged_attention import kernel, last_tokens
+from blip2_serve.compute.cpu.paged_attention import attend_decode, kernel
 
 LAYERS, HEADS, SLOTS = 2, 5, 300
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
@@ -53,7 +53,7 @@ def test_it_is_attention(dtype: torch.dtype, lengths: list[int]) -> None:
     kv, sequences = random_kv(dtype, 24), random_slots(lengths)
     before = kv.clone()
     qkv = torch.randn(LAYERS, len(sequences), 3, HEADS, 24).to(dtype)
-    attend = last_tokens(sequences, kv)
+    attend = attend_decode(sequences, kv)
     for layer in range(LAYERS):
         attended = attend(layer, qkv[layer])
         for i, slots in enumerate(sequences):
@@ -75,16 +75,16 @@ def test_a_sequence_has_the_same_result_in_any_company() -> None:
     torch.manual_seed(0)
     kv, sequences = random_kv(torch.float32, 24), random_slots([50, 3, 8, 64, 20])
     qkv = torch.randn(len(sequences), 3, HEADS, 24)
-    together = last_tokens(sequences, kv)(0, qkv).clone()
+    together = attend_decode(sequences, kv)(0, qkv).clone()
     for i, slots in enumerate(sequences):
-        assert torch.equal(last_tokens([slots], kv)(0, qkv[i : i + 1])[0], together[i])
+        assert torch.equal(attend_decode([slots], kv)(0, qkv[i : i + 1])[0], together[i])
 
 
 def test_large_scores_do_not_overflow() -> None:
     torch.manual_seed(0)
     kv, (slots,) = random_kv(torch.float32, 24), random_slots([30])
     qkv = 1000 * torch.randn(1, 3, HEADS, 24)
-    attended = last_tokens([slots], kv)(1, qkv)[0]
+    attended = attend_decode([slots], kv)(1, qkv)[0]
     torch.testing.assert_close(attended, expected(kv, 1, slots, qkv[0]))
 
 
@@ -96,7 +96,7 @@ def test_bfloat16_is_rounded_as_torch_rounds() -> None:
     qkv[:, 0] = 0  # looks at both alike
     half = (kv[0, 1, 7].float() + qkv[0, 2].float()) / 2
     assert (half != half.bfloat16().float()).any()
-    assert torch.equal(last_tokens([slots], kv)(0, qkv)[0], half.bfloat16())
+    assert torch.equal(attend_decode([slots], kv)(0, qkv)[0], half.bfloat16())
 
 
 def test_products_inside_torchs_own_attention_start_no_threads() -> None:

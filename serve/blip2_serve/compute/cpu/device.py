@@ -40,5 +40,5 @@ class CpuDevice(Device):
 
     def attend_decode(self, kv: Tensor, slots: Tensor, positions: Tensor) -> Attend:
         lengths = (positions + 1).tolist()
-        tables = [row[:length] for row, length in zip(slots.numpy(), lengths, strict=True)]
-        return paged_attention.last_tokens(tables, kv)
+        own = [row[:length] for row, length in zip(slots.numpy(), lengths, strict=True)]
+        return paged_attention.attend_decode(own, kv)

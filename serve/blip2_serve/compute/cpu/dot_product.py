@@ -2,7 +2,7 @@
 
 A decode step has few rows and reads every weight once for all of them, so memory sets its time.
 This kernel reads as fast as the memory delivers, where oneDNN reaches two thirds of that; with many
-rows it computes as fast as oneDNN (DESIGN.md).
+rows it computes as fast as oneDNN (docs/lab/2026-11-cpu-linear-kernels.md).
 
 A tile is up to TILE_ROWS rows of activations by BLOCK outputs: as many sums as fit into registers.
 Weights lie in the order in which tiles read them: for each block of outputs, two inputs of each

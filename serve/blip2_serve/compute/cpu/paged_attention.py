@@ -2,14 +2,13 @@
 
 A step reads every slot of its sequences once, and little else, so memory sets its time. torch has
 no product that follows a list of slots, and gathering them first costs more than attention itself
-(DESIGN.md).
+(docs/lab/2026-11-cpu-kernels.md).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from array import array
 from collections.abc import Callable, Sequence
 
 import numba
@@ -25,7 +24,7 @@ from blip2_serve.compute.cpu.formats import Bits, bits, format_of
 Slots = NDArray[np.int64]
 
 
-def last_tokens(slots: Sequence[array[int]], kv: Tensor) -> Callable[[int, Tensor], Tensor]:
+def attend_decode(slots: Sequence[Slots], kv: Tensor) -> Callable[[int, Tensor], Tensor]:
     """Prepares a step for the last token of each sequence, given each sequence's slots.
 
     `kv` is [layers, 2 (keys, values), slots, heads, head_dim]. The returned function computes one
@@ -35,7 +34,7 @@ def last_tokens(slots: Sequence[array[int]], kv: Tensor) -> Callable[[int, Tenso
     """
     attend_layer = kernel(kv.dtype, kv.shape[4])
     ends = np.cumsum([0, *map(len, slots)])
-    joined = np.concatenate([np.frombuffer(own, np.int64) for own in slots])
+    joined = np.concatenate(slots)
     layers = bits(kv)
     out = torch.empty((len(slots), *kv.shape[3:]), dtype=kv.dtype)
     out_bits = bits(out)

@@ -1,7 +1,7 @@
 """Adds two tensors and layer-normalises the sum in one GPU kernel, written in Triton.
 
-For few rows, torch's two kernels take 7 µs together, three quarters of it in the norm (DESIGN.md),
-and a decode step runs them 64 times.
+For few rows, torch's two kernels take 7 µs together, three quarters of it in the norm,
+and a decode step runs them 64 times (docs/lab/2026-11-gpu.md).
 """
 
 from __future__ import annotations

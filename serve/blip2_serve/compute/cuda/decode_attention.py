@@ -3,7 +3,7 @@
 Each program computes one head of one sequence: it writes the new token's key and value into its KV
 slot and reads every earlier key and value once, in place. It loads the sequence's length from GPU
 memory, so one CUDA graph fits sequences of any length. torch's attention cannot follow slot
-numbers and takes two to five times as long for a single query (DESIGN.md).
+numbers and takes two to five times as long for a single query (docs/lab/2026-11-gpu.md).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# (keys per block, warps per program, pipeline stages), as measured (DESIGN.md)
+# (keys per block, warps per program, pipeline stages), as measured
 FOR_FEW = (64, 4, 2)
 FOR_MANY = (16, 1, 2)
 MANY = 512  # programs that keep a GPU's memory busy even if each is small
