@@ -1,6 +1,7 @@
 """The Ray Serve application: three stages behind one ingress, each scaled by itself."""
 
 # No `from __future__ import annotations`: Ray Serve needs the annotation of `build` as a class.
+
 from typing import Any
 
 import ray
@@ -51,14 +52,15 @@ def visible_gpus() -> float:
     return torch.cuda.device_count()
 
 
-def _place(deployment: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deployment:
-    """Gives the deployment its number of replicas, its limits and its resources."""
+def _place(cls: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deployment:
+    """Makes a deployment of a stage's class, with its replicas, limits and resources."""
     asked = stage.num_gpus if isinstance(stage, ComputeConfig) else None
     scaling = (
         {"autoscaling_config": stage.autoscaling_config}
         if stage.autoscaling
         else {"num_replicas": stage.num_replicas}
     )
+    deployment: Any = serve.deployment(cls)
     placed: serve.Deployment = deployment.options(
         **scaling,
         max_ongoing_requests=stage.max_ongoing_requests,

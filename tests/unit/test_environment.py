@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray import cloudpickle, serve
 
 from blip2_serve import environment
 from blip2_serve.config import AppConfig
 from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
+from blip2_serve.stages.encoder import Encoder
+from blip2_serve.stages.generator import Generator
 
 
 def test_the_operators_values_win_over_defaults_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +65,11 @@ def test_a_message_may_hold_the_largest_body_and_the_largest_image() -> None:
     assert limit(images={"max_bytes": 100 << 20}) > 100 << 20
 
 
-# KMP_VERSION has Intel's OpenMP print its name as soon as it is used.
+# What a replica does before it computes: Ray unpickles the class of its stage.
 COMPUTES = """
-import blip2_serve.stages.batching, torch  # the package comes first, whatever is imported
+import pickle, sys
+pickle.loads(bytes.fromhex(sys.argv[1]))
+import torch
 torch.set_num_threads(2)
 torch.randn(1000, 1000) @ torch.randn(1000, 1000)
 """
@@ -75,9 +80,9 @@ needs_intel_openmp = pytest.mark.skipif(
 )
 
 
-def stderr_of(code: str, **more: str) -> str:
+def stderr_of(code: str, *args: str, **more: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *args],
         env=os.environ | environment.REPLICA | more,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,8 +92,11 @@ def stderr_of(code: str, **more: str) -> str:
 
 
 @needs_intel_openmp
-def test_a_replica_computes_with_the_openmp_that_gives_way() -> None:
-    printed = stderr_of(COMPUTES, KMP_VERSION="1", KMP_SETTINGS="1")
+@pytest.mark.parametrize("stage", [Encoder, Generator])
+def test_a_replica_computes_with_the_openmp_that_gives_way(stage: Any) -> None:
+    pickled = cloudpickle.dumps(serve.deployment(stage).func_or_class).hex()
+    # With KMP_VERSION, Intel's OpenMP prints its name as soon as it is used.
+    printed = stderr_of(COMPUTES, pickled, KMP_VERSION="1", KMP_SETTINGS="1")
     assert "Intel(R) OMP" in printed
     assert "KMP_BLOCKTIME=100us" in printed
 
@@ -126,6 +134,8 @@ from pathlib import Path
 from blip2_serve import environment
 from blip2_serve.config import AppConfig
 from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
+from blip2_serve.stages.encoder import Encoder
+from blip2_serve.stages.generator import Generator
 environment._intel_openmp = lambda: Path({str(copy)!r})
 environment.prepare_replica()
 assert {str(copy)!r} in open("/proc/self/maps").read()

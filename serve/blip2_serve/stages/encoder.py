@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray import serve
 
 from blip2_serve.compute.base import Device, set_threads
 from blip2_serve.compute.devices import open_device
@@ -26,7 +25,6 @@ from blip2_serve.types import ImageFeatures
 _Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImageFeatures
 
 
-@serve.deployment
 class Encoder:
     """Encodes whatever is waiting, up to a limit, in one forward pass; never waits for more."""
 

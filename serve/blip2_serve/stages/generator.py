@@ -14,7 +14,6 @@ from typing import Any
 import ray
 import torch
 import transformers
-from ray import serve
 from torch import Tensor
 
 from blip2_serve import __version__
@@ -50,7 +49,6 @@ from blip2_serve.types import (
 )
 
 
-@serve.deployment
 class Generator:
     """Tokenises, submits requests to the engine, returns its events, cancels, reports health."""
 

@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 WARM_UP_RETRY_S = 1.0
 
 
-@serve.deployment
 @serve.ingress()
 class Ingress:
     """The `Backend` of the routes: first the image's features, then the answer."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import serve
 
 from blip2_serve.config import AppConfig
 from blip2_serve.model.processor import ImageProcessor
@@ -19,7 +18,6 @@ from blip2_serve.observe.instruments import PreprocessorInstruments
 from blip2_serve.observe.recorder import RayRecorder
 
 
-@serve.deployment
 class Preprocessor:
     """Decodes in threads: Pillow releases the interpreter while it decodes and resizes."""
 

@@ -93,8 +93,7 @@ PREPROCESSOR = """
 import sys
 from blip2_serve.config import AppConfig
 from blip2_serve.stages.preprocessor import Preprocessor
-cls = Preprocessor.func_or_class
-cls.__init__(object.__new__(cls), AppConfig(model=sys.argv[1]))
+Preprocessor(AppConfig(model=sys.argv[1]))
 """
 
 
