@@ -152,7 +152,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Started by the command line of `make serve`, but for the port."""
     shown = subprocess.run(
-        ["make", "-n", "serve"], cwd=folder, capture_output=True, text=True, check=True
+        ["make", "-n", "serve", "--no-print-directory"],  # under another make, it is on
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     program, up, *flags = shlex.split(shown.stdout.splitlines()[-1])
     assert (program, up) == (".venv/bin/blip2-serve", "up")
