@@ -22,14 +22,15 @@ settings.register_profile("short", max_examples=300, deadline=None)
 settings.register_profile("long", max_examples=3000, deadline=None)
 settings.load_profile("usual")
 
-# The folder whose tests share one Ray cluster (see its conftest.py), and the folder whose modules
+# The tests of this folder share one Ray cluster (see its conftest.py); the modules of the other two
 # start servers of their own. They take longest, so they start first.
-SHARED_RAY, OWN_SERVERS = "tests/serve/", "tests/up/"
+SHARED_RAY = "tests/serve/"
+FIRST = (SHARED_RAY, "tests/up/", "tests/docs/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        starts = [item.nodeid.startswith(folder) for folder in (SHARED_RAY, OWN_SERVERS)]
+        starts = [item.nodeid.startswith(folder) for folder in FIRST]
         return starts.index(True) if any(starts) else len(starts)
 
     items.sort(key=place)
