@@ -99,7 +99,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blip2_serve.compute.cuda import add_norm, decode_attention
+from blip2_serve.compute.cuda import add_norm, decode_attention, ragged_attention
 
 number = "*" + sys.argv[1]
 block, _, stages = decode_attention.FOR_MANY
@@ -108,6 +108,18 @@ for kernel, types, constants in (
         decode_attention._kernel,
         [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
         {"heads": 32, "dim": 80, "padded_dim": 128, "block": block, "stages": stages},
+    ),
+    (
+        ragged_attention._kernel,
+        [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
+        {
+            "heads": 32,
+            "dim": 80,
+            "padded_dim": 128,
+            "queries": ragged_attention.QUERIES,
+            "block": ragged_attention.SHAPE[0],
+            "stages": ragged_attention.SHAPE[2],
+        },
     ),
     (add_norm._kernel, [number] * 6 + ["fp32"], {"width": 2560, "padded_width": 4096}),
 ):

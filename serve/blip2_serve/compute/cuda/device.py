@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode
+from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode, MixedStep
 from blip2_serve.compute.cuda import add_norm, decode_attention
-from blip2_serve.compute.cuda.capture import cuda_capture
+from blip2_serve.compute.cuda.capture import Capture, cuda_capture
 from blip2_serve.compute.cuda.graphs import DecodeGraphs, EncoderGraphs
+from blip2_serve.compute.cuda.mixed_graphs import MixedGraphs
 from blip2_serve.model.decoder import Attend, OptDecoder
 from blip2_serve.model.vision import ImageEncoder
 
@@ -29,6 +30,12 @@ class CudaDevice(Device):
     to keep a tensor alive.
     """
 
+    asynchronous = True
+
+    def __init__(self, place: torch.device) -> None:
+        super().__init__(place)
+        self._decoding: Capture | None = None
+
     def upload(self, tensor: Tensor) -> Tensor:
         pinned = tensor if tensor.is_cuda else tensor.pin_memory()
         return pinned.to(self.place, non_blocking=True)
@@ -40,7 +47,7 @@ class CudaDevice(Device):
         return host
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
 
     def free_memory(self) -> int:
         return torch.cuda.mem_get_info(self.place)[0]
@@ -53,19 +60,43 @@ class CudaDevice(Device):
         with sdpa_kernel(IMAGE_ATTENTION, set_priority=True):
             return EncoderGraphs(encoder, self, max_batch_size, cuda_capture()).run
 
+    @property
+    def _capture(self) -> Capture:
+        """For all steps of a decoder: they run one at a time."""
+        self._decoding = self._decoding or cuda_capture(priority=-1)
+        return self._decoding
+
     def prepare_decode(
         self, step: DecodeStep, decoder: OptDecoder, *, max_num_seqs: int, max_len: int
     ) -> Decode:
-        # cuDNN plans for each new shape, and prompts come in any length. torch has this switch for
-        # the whole process only.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         graphs = DecodeGraphs(
             step,
             self,
             max_num_seqs=max_num_seqs,
             max_len=max_len,
             vocabulary=decoder.config.vocab_size,
-            capture=cuda_capture(priority=-1),
+            capture=self._capture,
+        )
+        return graphs.run
+
+    def prepare_mixed(
+        self,
+        decoder: OptDecoder,
+        kv: Tensor,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_len: int,
+        pad_to: int,  # noqa: ARG002 (graphs have sizes of their own)
+    ) -> MixedStep:
+        graphs = MixedGraphs(
+            decoder,
+            self,
+            kv,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_len=max_len,
+            capture=self._capture,
         )
         return graphs.run
 
