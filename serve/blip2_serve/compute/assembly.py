@@ -68,7 +68,11 @@ def assemble(
         pad_to=pad_to,
     )
     return Engine(
-        runner, scheduler, Sampler(eos_token_ids), decode=decode, eos_token_ids=eos_token_ids
+        runner,
+        scheduler,
+        Sampler(eos_token_ids, device),
+        decode=decode,
+        eos_token_ids=eos_token_ids,
     )
 
 

@@ -6,7 +6,7 @@ HTTP, nor of torch: logits pass from the runner to the sampler unseen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,10 +34,10 @@ class Choice(Protocol):
 class Sampler(Protocol):
     def choose(
         self, logits: Any, rows: list[int], sequences: list[Sequence]
-    ) -> Iterable[Choice]: ...
+    ) -> Callable[[], Iterable[Choice]]: ...
     def expand(
         self, logits: Any, rows: list[int], beams: list[Sequence], count: int
-    ) -> list[Candidate]: ...
+    ) -> Callable[[], list[Candidate]]: ...
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Engine:
         if not sequences:
             return
         for sequence, choice in zip(
-            sequences, self._sampler.choose(logits, rows, sequences), strict=True
+            sequences, self._sampler.choose(logits, rows, sequences)(), strict=True
         ):
             yield sequence.request.id, self._append(sequence, choice)
 
@@ -207,7 +207,7 @@ class Engine:
             live = self._live[request_id]
             assert live.search is not None
             beams = [ready[row] for row in rows]
-            candidates = self._sampler.expand(logits, rows, beams, live.search.candidates)
+            candidates = self._sampler.expand(logits, rows, beams, live.search.candidates)()
             live.request.sequences = live.search.step(candidates)
             for event in self._beam_events(live, live.search):
                 yield request_id, event
