@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from blip2_serve.compute.cuda import overlap as overlapping
 
 WARPS = 16
 
@@ -32,6 +35,7 @@ def add_norm(x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tenso
         width=width,
         padded_width=triton.next_power_of_2(width),
         num_warps=WARPS,
+        **overlapping.options(x.device),
     )
     return total, normed
 
@@ -46,7 +50,11 @@ def _add_and_normalise(  # type: ignore[no-untyped-def]  # Triton reads annotati
     eps,
     width: tl.constexpr,
     padded_width: tl.constexpr,
+    overlap: tl.constexpr,
 ):
+    if overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     columns = tl.arange(0, padded_width)
     inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode, MixedStep
-from blip2_serve.compute.cuda import add_norm, decode_attention
+from blip2_serve.compute.cuda import add_norm, decode_attention, linear
 from blip2_serve.compute.cuda.capture import Capture, cuda_capture
 from blip2_serve.compute.cuda.graphs import DecodeGraphs, EncoderGraphs
 from blip2_serve.compute.cuda.mixed_graphs import MixedGraphs
@@ -65,6 +65,10 @@ class CudaDevice(Device):
     def gpu_memory(self) -> tuple[int, int] | None:
         free, capacity = torch.cuda.mem_get_info(self.place)
         return capacity - free, capacity
+
+    def prepare_decoder(self, decoder: OptDecoder, quantize: str | None = None) -> int:
+        decoder.replace_linears(linear.for_few_rows(decoder.lm_head))
+        return super().prepare_decoder(decoder, quantize)
 
     def prepare_encoder(self, encoder: ImageEncoder, max_batch_size: int) -> Encode:
         with sdpa_kernel(IMAGE_ATTENTION, set_priority=True):
