@@ -94,9 +94,9 @@ class _Embedding:
         step = ALIGNMENT // weight.element_size()
         self._weight = pad(weight, (0, -self._columns % step))
         # What is added to each token, that of the class first: its patch's product is zero.
-        added = embeddings.position_embedding[0].float()
-        added[0] += embeddings.class_embedding[0, 0]
-        added[1:] += convolution.bias
+        positions = embeddings.position_embedding[0].float()
+        others = positions[1:] + convolution.bias
+        added = torch.cat([positions[:1] + embeddings.class_embedding[0], others])
         self._added = added.to(weight.dtype)
         self._scale = encoder.rescale / encoder.std
         self._shift = -encoder.mean / encoder.std
