@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from blip2_serve.compute.cuda.add_norm import sum_and_norm
 from blip2_serve.compute.cuda.vision import Products
+from blip2_serve.errors import StartupError
 
 FP8 = torch.float8_e4m3fn
+STEP = 16  # torch multiplies only widths that are multiples of it
 LARGEST: tl.constexpr = tl.constexpr(448.0)  # of e4m3
 SMALLEST: tl.constexpr = tl.constexpr(1e-12)  # a row of zeros must not divide by zero
 NORM_WARPS, GELU_WARPS = 4, 8
@@ -35,12 +37,19 @@ class Fp8Linear(NamedTuple):
 
 
 class Fp8Products(Products):
-    """For bfloat16 models whose widths are multiples of 16."""
+    """Products come in bfloat16, whatever the model's dtype is."""
 
     def weights(self, layer: nn.Linear) -> Fp8Linear:
+        if any(width % STEP for width in layer.weight.shape):
+            raise StartupError(
+                "encoder.quantize: fp8 needs an image encoder whose widths are multiples of "
+                f"{STEP}, and this checkpoint's are {layer.in_features} and {layer.out_features}: "
+                "leave it out"
+            )
         weight = layer.weight.float()
         scales = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448
-        return Fp8Linear(Quantized((weight / scales).to(FP8), scales), layer.bias)
+        values = Quantized((weight / scales).to(FP8), scales)
+        return Fp8Linear(values, None if layer.bias is None else layer.bias.bfloat16())
 
     def add_norm(self, x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Quantized]:
         total, rows = torch.empty_like(x), empty(x)
@@ -78,9 +87,7 @@ class Fp8Products(Products):
 
 def empty(x: Tensor) -> Quantized:
     """Room for x, quantized."""
-    return Quantized(
-        torch.empty_like(x, dtype=FP8), x.new_empty((len(x), 1), dtype=torch.float32)
-    )
+    return Quantized(torch.empty_like(x, dtype=FP8), x.new_empty((len(x), 1), dtype=torch.float32))
 
 
 def quantize(x: Tensor, gelu: bool = False) -> Quantized:

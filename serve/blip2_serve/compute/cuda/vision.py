@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad, scaled_dot_product_attention
-from transformers import Blip2QFormerModel
+from transformers.models.blip_2 import modeling_blip_2 as blip2
 
 from blip2_serve.compute.cuda.add_norm import add_norm
 from blip2_serve.model.vision import ImageEncoder
@@ -78,8 +78,8 @@ class FusedEncoder:
             x, more = layer(x, more, len(pixels))
         _, patches = add_norm(x, more, self._norm)
         seen = self._qformer(patches, len(pixels)).to(self._dtype)
-        features: Tensor = self._projection(seen)
-        return features.unflatten(0, (len(pixels), -1))
+        features: Tensor = self._projection(seen).unflatten(0, (len(pixels), -1))
+        return features
 
 
 class _Embedding:
@@ -114,7 +114,7 @@ class _Embedding:
 
 
 class _VisionLayer:
-    def __init__(self, layer: nn.Module, products: Products) -> None:
+    def __init__(self, layer: blip2.Blip2EncoderLayer, products: Products) -> None:
         attention = layer.self_attn
         self._heads = attention.num_heads
         self._products = products
@@ -142,43 +142,49 @@ class _Weights(NamedTuple):
     bias: Tensor
 
 
+class _QFormerLayer:
+    def __init__(self, layer: blip2.Blip2QFormerLayer) -> None:
+        own = layer.attention.attention
+        self.qkv = _joined(own.query, own.key, own.value)
+        self.output = layer.attention.output
+        self.look = layer.crossattention.attention.query if layer.has_cross_attention else None
+        self.look_output = layer.crossattention.output if layer.has_cross_attention else None
+        self.fc1 = layer.intermediate_query.dense
+        self.fc2 = layer.output_query
+
+
 class _QFormer:
     """The Q-Former with no other input than an image. Computes in the dtype of its weights."""
 
-    def __init__(self, qformer: Blip2QFormerModel, query_tokens: Tensor) -> None:
-        self._layers = [*qformer.encoder.layer]
+    def __init__(self, qformer: blip2.Blip2QFormerModel, query_tokens: Tensor) -> None:
+        layers = [*qformer.encoder.layer]
+        self._layers = [_QFormerLayer(layer) for layer in layers]
         self._heads = qformer.config.num_attention_heads
         self._dtype = qformer.layernorm.weight.dtype
         queries = qformer.layernorm(query_tokens.to(self._dtype))
-        self._start: Tensor = self._layers[0].attention(queries)[0]
-        own = [layer.attention.attention for layer in self._layers]
-        self._qkv = [_joined(part.query, part.key, part.value) for part in own]
-        looks = [
-            layer.crossattention.attention for layer in self._layers if layer.has_cross_attention
-        ]
+        self._start: Tensor = layers[0].attention(queries)[0]
+        looks = [layer.crossattention.attention for layer in layers if layer.has_cross_attention]
         self._looks = len(looks)
         self._patches = _joined(*(part for look in looks for part in (look.key, look.value)))
 
     def __call__(self, patches: Tensor, count: int) -> Tensor:
         """The patches' rows of `count` images -> the queries' rows."""
         seen = linear(patches.to(self._dtype), *self._patches).unflatten(0, (count, -1))
-        keys_and_values = _by_head(seen, 2 * self._looks, self._heads).split(2)
-        looks = iter(keys_and_values)
+        keys_and_values = iter(_by_head(seen, 2 * self._looks, self._heads).split(2))
         x = self._start.repeat(count, 1)
         for number, layer in enumerate(self._layers):
             if number > 0:
-                qkv = linear(x, *self._qkv[number]).unflatten(0, (count, -1))
-                x = _close(layer.attention.output, attend(*_by_head(qkv, 3, self._heads)), x)
-            if layer.has_cross_attention:
-                query = layer.crossattention.attention.query(x).unflatten(0, (count, -1))
-                attended = attend(*_by_head(query, 1, self._heads), *next(looks))
-                x = _close(layer.crossattention.output, attended, x)
-            dense = layer.intermediate_query.dense
-            x = _close(layer.output_query, linear_gelu(x, dense.weight, dense.bias), x)
+                qkv = linear(x, *layer.qkv).unflatten(0, (count, -1))
+                x = _close(layer.output, attend(*_by_head(qkv, 3, self._heads)), x)
+            if layer.look:
+                query = layer.look(x).unflatten(0, (count, -1))
+                attended = attend(*_by_head(query, 1, self._heads), *next(keys_and_values))
+                x = _close(layer.look_output, attended, x)
+            x = _close(layer.fc2, linear_gelu(x, layer.fc1.weight, layer.fc1.bias), x)
         return x
 
 
-def _close(part: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
+def _close(part: blip2.Blip2QFormerSelfOutput, rows: Tensor, x: Tensor) -> Tensor:
     """A product, added to `x`, and the norm of the sum: how each part of a Q-Former layer ends."""
     return add_norm(part.dense(rows), x, part.LayerNorm)[1]
 
@@ -191,7 +197,8 @@ def _joined(*layers: nn.Linear) -> _Weights:
 
 def _by_head(rows: Tensor, parts: int, heads: int) -> Tensor:
     """[B, tokens, parts * heads * head_dim] -> a view, [parts, B, heads, tokens, head_dim]."""
-    return rows.unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+    by_head: Tensor = rows.unflatten(2, (parts, heads, -1))
+    return by_head.permute(2, 0, 3, 1, 4)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
