@@ -94,8 +94,13 @@ class Device:
         """
         return 1
 
-    def prepare_encoder(self, encoder: ImageEncoder, max_batch_size: int) -> Encode:
-        """Makes the encoder fast for batches of 1 to `max_batch_size` and returns how to run it."""
+    def prepare_encoder(
+        self, encoder: ImageEncoder, max_batch_size: int, quantize: str | None = None
+    ) -> Encode:
+        """Makes the encoder fast for batches of 1 to `max_batch_size` and returns how to run it.
+
+        `quantize` must have passed `devices.check_quantize`.
+        """
         return lambda pixels: encoder(self.upload(pixels))
 
     def prepare_decode(

@@ -14,7 +14,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blip2_serve.compute.cuda import overlap as overlapping
 
-WARPS = 16
+
+def warps(rows: int) -> int:
+    """How many warps share a row: many rows fill a GPU anyhow."""
+    return 16 if rows < 512 else 4
 
 
 def add_norm(x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -34,13 +37,41 @@ def add_norm(x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tenso
         norm.eps,
         width=width,
         padded_width=triton.next_power_of_2(width),
-        num_warps=WARPS,
+        num_warps=warps(rows),
         **overlapping.options(x.device),
     )
     return total, normed
 
 
-def _add_and_normalise(  # type: ignore[no-untyped-def]  # Triton reads annotations
+def _sum_and_norm(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    total,
+    x,
+    more,
+    weight,
+    bias,
+    eps,
+    width: tl.constexpr,
+    padded_width: tl.constexpr,
+):
+    """Stores the sum of this program's row and returns its norm, padded with zeros."""
+    columns = tl.arange(0, padded_width)
+    inside = columns < width
+    places = tl.program_id(0).to(tl.int64) * width + columns
+    # torch also rounds the sum to its dtype before the norm.
+    added = tl.load(x + places, inside, 0).to(tl.float32) + tl.load(more + places, inside, 0)
+    rounded = added.to(total.dtype.element_ty)
+    tl.store(total + places, rounded, inside)
+    values = rounded.to(tl.float32)
+    centred = tl.where(inside, values - tl.sum(values) / width, 0.0)
+    scale = 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
+    scaled = centred * scale * tl.load(weight + columns, inside, 0).to(tl.float32)
+    return scaled + tl.load(bias + columns, inside, 0)
+
+
+sum_and_norm = triton.jit(_sum_and_norm)
+
+
+def _add_and_normalise(  # type: ignore[no-untyped-def]
     total,
     normed,
     x,
@@ -55,18 +86,10 @@ def _add_and_normalise(  # type: ignore[no-untyped-def]  # Triton reads annotati
     if overlap:
         gdc_launch_dependents()
         gdc_wait()
+    values = sum_and_norm(total, x, more, weight, bias, eps, width, padded_width)
     columns = tl.arange(0, padded_width)
-    inside = columns < width
     places = tl.program_id(0).to(tl.int64) * width + columns
-    # torch also rounds the sum to its dtype before the norm.
-    added = tl.load(x + places, inside, 0).to(tl.float32) + tl.load(more + places, inside, 0)
-    rounded = added.to(total.dtype.element_ty)
-    tl.store(total + places, rounded, inside)
-    values = rounded.to(tl.float32)
-    centred = tl.where(inside, values - tl.sum(values) / width, 0.0)
-    scale = 1 / tl.sqrt(tl.sum(centred * centred) / width + eps)
-    scaled = centred * scale * tl.load(weight + columns, inside, 0).to(tl.float32)
-    tl.store(normed + places, scaled + tl.load(bias + columns, inside, 0), inside)
+    tl.store(normed + places, values, columns < width)
 
 
 _kernel = triton.jit(_add_and_normalise)

@@ -11,8 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode, MixedStep
 from blip2_serve.compute.cuda import add_norm, decode_attention, linear
 from blip2_serve.compute.cuda.capture import Capture, cuda_capture
+from blip2_serve.compute.cuda.fp8 import Fp8Products
 from blip2_serve.compute.cuda.graphs import DecodeGraphs, EncoderGraphs
 from blip2_serve.compute.cuda.mixed_graphs import MixedGraphs
+from blip2_serve.compute.cuda.vision import FusedEncoder, Products, supported
+from blip2_serve.errors import StartupError
 from blip2_serve.model.decoder import Attend, OptDecoder
 from blip2_serve.model.vision import ImageEncoder
 
@@ -70,9 +73,13 @@ class CudaDevice(Device):
         decoder.replace_linears(linear.for_few_rows(decoder.lm_head))
         return super().prepare_decoder(decoder, quantize)
 
-    def prepare_encoder(self, encoder: ImageEncoder, max_batch_size: int) -> Encode:
+    def prepare_encoder(
+        self, encoder: ImageEncoder, max_batch_size: int, quantize: str | None = None
+    ) -> Encode:
+        encode = fast_forward(encoder, quantize)
+        size = encoder.vision_model.config.image_size
         with sdpa_kernel(IMAGE_ATTENTION, set_priority=True):
-            return EncoderGraphs(encoder, self, max_batch_size, cuda_capture()).run
+            return EncoderGraphs(encode, size, self, max_batch_size, cuda_capture()).run
 
     @property
     def _capture(self) -> Capture:
@@ -121,3 +128,15 @@ class CudaDevice(Device):
 
     def attend_decode(self, kv: Tensor, slots: Tensor, positions: Tensor) -> Attend:
         return lambda layer, qkv: decode_attention.attend(qkv, kv[layer], slots, positions)
+
+
+def fast_forward(encoder: ImageEncoder, quantize: str | None) -> Encode:
+    """The encoder's forward in few kernels, or the encoder itself where it is unusual."""
+    if supported(encoder):
+        return FusedEncoder(encoder, Fp8Products() if quantize else Products())
+    if quantize:
+        raise StartupError(
+            f"encoder.quantize: {quantize} is not supported for this checkpoint, whose image "
+            "encoder has another activation than GELU: leave it out"
+        )
+    return encoder
