@@ -151,9 +151,7 @@ def measure(args: argparse.Namespace) -> bool:
         with run.phase("checkpoint"), processes(1) as pool:
             made = pool.submit(make_checkpoint, run.checkpoint, args.shape, args.device).result()
             run.report |= made
-        print(
-            ", ".join(map(str, about.values())), f"{os.cpu_count()} cores", args.shape, args.dtype
-        )
+        print(", ".join([*made.values(), f"{os.cpu_count()} cores", args.shape, args.dtype]))
         if not args.gpu:
             print("NOT A GPU: the figures only show that the script runs")
         with run.phase("pictures"):
@@ -310,7 +308,6 @@ def kill_generator(endpoint: Endpoint, clients: Clients) -> dict[str, Any]:
         "lost": sum(outcome.failures.values()),
         "reasons": dict(outcome.failures),
         "answers_again_after_s": min(later) - killed if later else None,
-        "requests_per_s_then": len(later) / AGAIN_S,
     }
 
 
@@ -349,3 +346,7 @@ def compare(run: Run, bare: list[dict[str, Any]]) -> None:
     print(f"{equal} of {CHECKED} answers are equal; {different} of them differ by picture")
     if run.args.dtype == "float32" and app and equal < CHECKED:
         run.failed("in float32 all answers must be equal")
+
+
+if __name__ == "__main__":
+    main()

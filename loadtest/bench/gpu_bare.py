@@ -161,19 +161,18 @@ class Bare:
     def __init__(self, config: AppConfig, pixels_file: Path, pictures: int, tokens: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pictures, self._tokens = pictures, tokens
-        self._inbox, features = context.Queue(), context.Queue()
-        self._results: Any = context.Queue()
+        self._inbox, self._features, self._results = (context.Queue() for _ in range(3))
         self._next = 0
         self._started: dict[int, float] = {}  # requests under way
         self._answers: list[Answer] = []
         self._processes = {
             "encoder": context.Process(
                 target=encode,
-                args=(config, pixels_file, self._inbox, features, self._results),
+                args=(config, pixels_file, self._inbox, self._features, self._results),
                 daemon=True,
             ),
             "generator": context.Process(
-                target=generate, args=(config, tokens, features, self._results), daemon=True
+                target=generate, args=(config, tokens, self._features, self._results), daemon=True
             ),
         }
 

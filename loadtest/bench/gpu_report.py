@@ -76,7 +76,9 @@ def lines(row: Row) -> str:
     name = f"{row['server']} {row['users']}{' stream' if row['stream'] else ''}"
     cells = "".join(f"{_cell(row, path, spec):>{WIDTH}}" for _, path, spec in COLUMNS)
     spent = row["cpu_ms_per_request"]
-    listed = [f"{name} {ms:.1f}" for name, ms in [*spent.items()][:LISTED_PROCESSES]]
+    listed = [
+        f"{name.rpartition(':')[2]} {ms:.1f}" for name, ms in [*spent.items()][:LISTED_PROCESSES]
+    ]
     cpu = f"CPU ms per request: {', '.join(listed)}; together {sum(spent.values()):.1f}"
     return f"{name:<{NAME_WIDTH}}{cells}\n  {cpu}"
 
