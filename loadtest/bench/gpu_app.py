@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 
 from blip2_serve.model.processor import ImageProcessor
 from loadtest.bench import script, servers
+from loadtest.bench.gpu_bare import Bare, BareFailed
 from loadtest.bench.gpu_clients import Clients, ClientsFailed, Span
 from loadtest.bench.gpu_report import Row, asked, head, lines, row_of
 from loadtest.bench.gpu_server import QUICK_METRICS, Meters, Size, configuration, usage
@@ -316,8 +317,6 @@ def kill_generator(endpoint: Endpoint, clients: Clients) -> dict[str, Any]:
 
 def measure_bare(run: Run) -> None:
     """Starts them, compares their answers with the server's, measures all loads, ends them."""
-    from loadtest.bench.gpu_bare import Bare, BareFailed  # imports torch
-
     try:
         with contextlib.ExitStack() as stack:
             with run.phase("bare processes start"):
