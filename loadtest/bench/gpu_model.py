@@ -115,7 +115,7 @@ def _tokenizer() -> Tokenizer:
 
 def decode_text(ids: list[int]) -> str:
     """Text of the shipped checkpoint's tokenizer: making it takes as long as real text does."""
-    return _tokenizer().decode([id % DEMO_TOKENS for id in ids])
+    return _tokenizer().decode([token % DEMO_TOKENS for token in ids])
 
 
 def add(

@@ -102,15 +102,15 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
             moved = step_bytes(models.decoder, batch, tokens)
             yield f"decode step of {batch} at {tokens} tokens", ms, flops, moved
 
-
     yield mixed_prompts(models, max(batches))
 
 
 def mixed_prompts(models: Models, batch: int) -> Measured:
     """Times a step with prompts of many lengths."""
     random = Random(0)
-    longer = [[random.randrange(4, 30) for _ in range(random.randrange(1, 60))] for _ in range(batch)]
-    tokens = batch * len(models.prompt) + sum(map(len, longer))
+    lengths = [random.randrange(1, 60) for _ in range(batch)]
+    longer = [[random.randrange(4, 30) for _ in range(length)] for length in lengths]
+    tokens = batch * len(models.prompt) + sum(lengths)
     engine = make_engine(models, batch, len(models.prompt) + 60)
     features = models.encode(random_pixels(models, batch))
     prompts, _ = decode_times(models, engine, features, 1, longer)

@@ -39,7 +39,12 @@ class CapturingMixed(Capturing):
     """With mixed steps as well. Needs Triton."""
 
     def prepare_mixed(
-        self, decoder: OptDecoder, kv: Tensor, *, pad_to: int, **limits: Any
+        self,
+        decoder: OptDecoder,
+        kv: Tensor,
+        *,
+        pad_to: int,  # noqa: ARG002
+        **limits: Any,
     ) -> MixedStep:
         from blip2_serve.compute.cuda.mixed_graphs import MixedGraphs
 

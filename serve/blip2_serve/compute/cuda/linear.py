@@ -69,6 +69,8 @@ class FewRowsLinear(nn.Module):
         """[rows, in_features] -> [rows, out_features]."""
         if how := choose(len(x), self.weight):
             return linear(x, self.weight, self.bias, how, relu=self._relu, dtype=self._out_dtype)
+        if self._relu and self.bias is not None:
+            return torch._addmm_activation(self.bias, x, self.weight.T)
         y = torch_linear(x, self.weight, self.bias)
         return y.relu_() if self._relu else y
 

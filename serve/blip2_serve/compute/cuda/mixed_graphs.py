@@ -50,7 +50,7 @@ class Layout:
         return 2 * self.tokens + BLOCK_FIELDS * self.blocks + self.logits
 
     def split(self, ints: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token ids, positions, blocks [blocks, BLOCK_FIELDS] and tokens whose logits are wanted."""
+        """Token ids, positions, blocks [blocks, BLOCK_FIELDS], tokens whose logits are wanted."""
         parts = [self.tokens, self.tokens, BLOCK_FIELDS * self.blocks, self.logits]
         ids, positions, blocks, last = ints[: self.length].split(parts)
         return ids, positions, blocks.view(-1, BLOCK_FIELDS), last
