@@ -52,21 +52,31 @@ def test_few_rows_match_torch(how: object, dtype: torch.dtype, tolerance: float,
         torch.testing.assert_close(unrounded, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_each_table_entry_computes_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of both widths, and one row more than the table has."""
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float32, 1e-5, id="float32"),
+        pytest.param(torch.float16, 2e-3, id="float16"),
+    ],
+)
+def test_any_number_of_rows_is_computed(
+    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By each entry of the table, for narrow layers and wide ones, and by none."""
     monkeypatch.setattr(linear, "NARROW", 24)
     for outputs in (24, 32):
-        layer = nn.Linear(600, outputs, device=DEVICE, dtype=torch.float16).requires_grad_(False)
+        layer = nn.Linear(600, outputs, device=DEVICE, dtype=dtype).requires_grad_(False)
         few = linear.FewRowsLinear(layer, relu=True)
-        for rows in (1, 2, 3, 5, 8, 9):
-            x = randn(rows, 600).to(DEVICE, torch.float16)
-            torch.testing.assert_close(few(x), layer(x).relu(), atol=2e-3, rtol=2e-3)
-    assert max(linear.FEW_ROWS) <= linear.MOST_ROWS
+        for rows in (0, 1, 2, 3, 5, 8, 9):
+            x = randn(rows, 600).to(DEVICE, dtype)
+            torch.testing.assert_close(few(x), layer(x).relu(), atol=tolerance, rtol=tolerance)
 
 
-def test_no_rows() -> None:
-    layer = nn.Linear(16, 8, device=DEVICE).requires_grad_(False)
-    assert linear.FewRowsLinear(layer, relu=True)(torch.empty(0, 16, device=DEVICE)).shape == (0, 8)
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_table_goes_by_width(wide: bool) -> None:
+    weight = torch.empty(linear.NARROW + wide, 1, dtype=torch.float16)
+    for rows, hows in linear.FEW_ROWS.items():
+        assert linear.choose(rows, weight) is hows[wide]
 
 
 def decoder(activation: str = "relu", *, tied: bool = True, bias: bool = True) -> OptDecoder:

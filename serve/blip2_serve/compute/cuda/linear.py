@@ -92,7 +92,7 @@ def choose(rows: int, weight: Tensor) -> Sums | Dots | None:
     for limit, (narrow, wide) in FEW_ROWS.items():
         if 0 < rows <= limit:
             how = narrow if len(weight) <= NARROW else wide
-            # In float32, Dots would take twice the shared memory, which not all GPUs have.
+            # Tensor cores would round float32.
             fits = isinstance(how, Sums) or weight.element_size() == 2
             return how if fits else None
     return None
@@ -135,6 +135,7 @@ def linear(
         _sums_kernel[grid](*arguments, padded_rows=padded_rows, vector=vector, **constants)
     else:
         assert rows <= MOST_ROWS
+        assert x.element_size() == 2
         _dots_kernel[grid](*arguments, padded_rows=MOST_ROWS, stages=how.stages, **constants)
     return out
 
@@ -229,7 +230,7 @@ def _dots(  # type: ignore[no-untyped-def]  # Triton reads annotations
             row_weight + (start + step)[None, :], (column < outputs)[:, None] & left, 0
         )
         values = tl.load(row_x + start, (row < rows)[:, None] & left, 0)
-        total = tl.dot(weights, tl.trans(values), total, input_precision="ieee")
+        total = tl.dot(weights, tl.trans(values), total)
     if bias is not None:
         total += tl.load(bias + column, column < outputs, 0).to(tl.float32)[:, None]
     if relu:
