@@ -108,7 +108,14 @@ kernels = [
     (
         decode_attention._kernel,
         [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
-        {"heads": 32, "dim": 80, "padded_dim": 128, "block": block, "stages": stages},
+        {
+            "heads": 32,
+            "dim": 80,
+            "padded_dim": 128,
+            "block": block,
+            "stages": stages,
+            **overlap,
+        },
         1,
     ),
     (
@@ -128,21 +135,14 @@ kernels = [
         add_norm._kernel,
         [number] * 6 + ["fp32"],
         {"width": 2560, "padded_width": 4096, **overlap},
-        add_norm.WARPS,
+        add_norm.warps(1),
     ),
 ]
-for rows, hows in linear.FEW_ROWS.items():
-    for how in hows:
-        constants = {"columns": how.columns, "depth": how.depth, "relu": True, **overlap}
-        if isinstance(how, linear.Sums):
-            kernel = linear._sums_kernel
-            constants |= {"padded_rows": rows, "vector": 4 if number == "*fp32" else 8}
-        elif number == "*fp32":
-            continue
-        else:
-            kernel = linear._dots_kernel
-            constants |= {"padded_rows": linear.MOST_ROWS, "stages": how.stages}
-        kernels.append((kernel, [number] * 4 + ["i32"] * 3, constants, how.warps))
+for rows, shapes in linear.SHAPES.items():
+    for _, shape in shapes:
+        constants = {"columns": shape.columns, "depth": shape.depth, "relu": True, **overlap}
+        constants |= {"padded_rows": rows, "vector": 4 if number == "*fp32" else 8}
+        kernels.append((linear._kernel, [number] * 4 + ["i32"] * 3, constants, shape.warps))
 for kernel, types, constants, warps in kernels:
     names = kernel.arg_names[: len(types)]
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
@@ -156,7 +156,7 @@ for kernel, types, constants, warps in kernels:
     options = {"num_warps": warps}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
-    if kernel is linear._sums_kernel:
+    if kernel is linear._kernel:
         ptx = compiled.asm["ptx"]
         loads = [line for line in ptx.splitlines() if "evict_first" in line and "ld.global" in line]
         assert loads and all("v4.b32" in line for line in loads), loads  # 16 bytes each

@@ -10,6 +10,7 @@ Weights stay where torch has them, [out_features, in_features]: a tied head stay
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,34 +25,20 @@ from blip2_serve.model.packing import MakeLinear
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Multiplies and adds, element by element: for one row or a few."""
+class Shape:
+    """How a program sums: element by element, for one row or a few."""
 
     columns: int  # output features per program
     depth: int  # input features at a time: 16 bytes for each thread, so that none are exchanged
     warps: int
 
 
-@dataclass(frozen=True)
-class Dots:
-    """Tensor cores, which take 8 rows in the time of one."""
-
-    columns: int
-    depth: int
-    warps: int
-    stages: int  # blocks of weights on their way or in use
-
-
-# For up to so many rows: how to compute layers of up to NARROW output features, and wider ones.
-# More rows are left to cuBLAS.
-NARROW = 4096
-FEW_ROWS: dict[int, tuple[Sums | Dots, Sums | Dots]] = {
-    1: (Sums(8, 1024, 4), Sums(8, 512, 2)),
-    2: (Sums(8, 1024, 4), Sums(8, 512, 2)),
-    4: (Sums(4, 1024, 4), Dots(64, 128, 4, 4)),
-    8: (Dots(16, 512, 2, 4), Dots(64, 128, 4, 4)),
+# By the number of rows: shapes for layers of up to so many output features, as measured on an H200.
+# Three rows and more are left to cuBLAS, which then reads as fast.
+SHAPES: dict[int, tuple[tuple[float, Shape], ...]] = {
+    1: ((4096, Shape(8, 2048, 8)), (8192, Shape(4, 1024, 4)), (math.inf, Shape(8, 1024, 4))),
+    2: ((4096, Shape(8, 1024, 4)), (8192, Shape(4, 1024, 4)), (math.inf, Shape(8, 512, 2))),
 }
-MOST_ROWS = 8  # that Dots can compute
 
 
 class FewRowsLinear(nn.Module):
@@ -67,8 +54,8 @@ class FewRowsLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, in_features] -> [rows, out_features]."""
-        if how := choose(len(x), self.weight):
-            return linear(x, self.weight, self.bias, how, relu=self._relu, dtype=self._out_dtype)
+        if shape := choose(len(x), len(self.weight)):
+            return linear(x, self.weight, self.bias, shape, relu=self._relu, dtype=self._out_dtype)
         if self._relu and self.bias is not None:
             return torch._addmm_activation(self.bias, x, self.weight.T)
         y = torch_linear(x, self.weight, self.bias)
@@ -87,22 +74,17 @@ def for_few_rows(head: nn.Linear) -> MakeLinear:
     return make
 
 
-def choose(rows: int, weight: Tensor) -> Sums | Dots | None:
-    """How to compute so many rows; None: not by these kernels."""
-    for limit, (narrow, wide) in FEW_ROWS.items():
-        if 0 < rows <= limit:
-            how = narrow if len(weight) <= NARROW else wide
-            # Tensor cores would round float32.
-            fits = isinstance(how, Sums) or weight.element_size() == 2
-            return how if fits else None
-    return None
+def choose(rows: int, outputs: int) -> Shape | None:
+    """How to compute so many rows of so many output features; None: not by this kernel."""
+    shapes = SHAPES.get(rows, ())
+    return next((shape for most, shape in shapes if outputs <= most), None)
 
 
 def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    how: Sums | Dots,
+    shape: Shape,
     *,
     relu: bool = False,
     dtype: torch.dtype | None = None,
@@ -110,7 +92,7 @@ def linear(
     """x weight^T + bias, and ReLU if asked; sums are computed in float32.
 
     Args:
-        x: [rows, in_features], few rows; for Dots up to MOST_ROWS.
+        x: [rows, in_features], few rows.
         weight: [out_features, in_features], contiguous.
         bias: [out_features] or None.
         dtype: of the result; that of `x` if not given.
@@ -120,23 +102,22 @@ def linear(
     """
     (rows, inputs), outputs = x.shape, len(weight)
     out = torch.empty((rows, outputs), dtype=dtype or x.dtype, device=x.device)
-    arguments = (out, x.contiguous(), weight, bias, rows, outputs, inputs)
-    constants = {
-        "columns": how.columns,
-        "depth": how.depth,
-        "relu": relu,
-        "num_warps": how.warps,
+    _kernel[(triton.cdiv(outputs, shape.columns),)](
+        out,
+        x.contiguous(),
+        weight,
+        bias,
+        rows,
+        outputs,
+        inputs,
+        padded_rows=triton.next_power_of_2(rows),
+        columns=shape.columns,
+        depth=shape.depth,
+        vector=16 // x.element_size(),
+        relu=relu,
+        num_warps=shape.warps,
         **overlapping.options(x.device),
-    }
-    grid = (triton.cdiv(outputs, how.columns),)
-    if isinstance(how, Sums):
-        padded_rows = triton.next_power_of_2(rows)
-        vector = 16 // x.element_size()
-        _sums_kernel[grid](*arguments, padded_rows=padded_rows, vector=vector, **constants)
-    else:
-        assert rows <= MOST_ROWS
-        assert x.element_size() == 2
-        _dots_kernel[grid](*arguments, padded_rows=MOST_ROWS, stages=how.stages, **constants)
+    )
     return out
 
 
@@ -189,56 +170,5 @@ def _sums(  # type: ignore[no-untyped-def]  # Triton reads annotations
     tl.store(out + row * outputs + column, result, (row < rows) & (column < outputs))
 
 
-def _dots(  # type: ignore[no-untyped-def]  # Triton reads annotations
-    out,
-    x,
-    weight,
-    bias,
-    rows,
-    outputs,
-    inputs,
-    padded_rows: tl.constexpr,
-    columns: tl.constexpr,
-    depth: tl.constexpr,
-    stages: tl.constexpr,
-    relu: tl.constexpr,
-    overlap: tl.constexpr,
-):
-    row = tl.arange(0, padded_rows)
-    column = tl.program_id(0) * columns + tl.arange(0, columns)
-    step = tl.arange(0, depth)
-    row_x = x + row[:, None] * inputs + step[None, :]
-    row_weight = weight + column.to(tl.int64)[:, None] * inputs
-    if overlap:
-        gdc_launch_dependents()
-        # Two blocks into the L2 cache: one address for each of its lines of 64 elements.
-        line = tl.minimum(tl.arange(0, 2 * depth // 64) * 64, inputs - 1)
-        inside = tl.minimum(column, outputs - 1).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [(weight + inside[:, None] * inputs + line[None, :]).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        gdc_wait()
-    total = tl.zeros([columns, padded_rows], tl.float32)
-    for start in tl.range(0, inputs, depth, num_stages=stages):
-        left = (start + step < inputs)[None, :]
-        weights = tl.load(
-            row_weight + (start + step)[None, :], (column < outputs)[:, None] & left, 0
-        )
-        values = tl.load(row_x + start, (row < rows)[:, None] & left, 0)
-        total = tl.dot(weights, tl.trans(values), total)
-    if bias is not None:
-        total += tl.load(bias + column, column < outputs, 0).to(tl.float32)[:, None]
-    if relu:
-        total = tl.maximum(total, 0.0)
-    place = out + row[None, :] * outputs + column[:, None]
-    tl.store(place, total, (row < rows)[None, :] & (column < outputs)[:, None])
-
-
-# The number of rows is no reason to compile again, and padding is the same for several.
-_sums_kernel = triton.jit(_sums, do_not_specialize=["rows"])
-_dots_kernel = triton.jit(_dots, do_not_specialize=["rows"])
+# The number of rows is no reason to compile again.
+_kernel = triton.jit(_sums, do_not_specialize=["rows"])
