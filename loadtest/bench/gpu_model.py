@@ -143,10 +143,10 @@ def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
 
 
 def random_pixels(models: Models, images: int) -> Tensor:
-    """uint8 [images, 3, size, size] in main memory."""
+    """uint8 [images, 3, size, size] in main memory, where the server has them too."""
     size = models.reference.config.vision_config.image_size
-    generator = torch.Generator().manual_seed(images)
-    return torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    pixels = models.device.host_tensor((images, 3, size, size), torch.uint8)
+    return pixels.random_(0, 256, generator=torch.Generator().manual_seed(images))
 
 
 def reference_answers(models: Models, pixels: Tensor, new_tokens: int) -> list[list[int]]:

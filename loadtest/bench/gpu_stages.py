@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from random import Random
 
@@ -151,14 +152,32 @@ def decode_times(
     return statistics.median(prompts), statistics.median(steps or [math.nan])
 
 
-def profile(models: Models, new_tokens: int) -> None:
-    """Prints the kernels of 10 decode steps of one sequence, by time."""
-    engine = make_engine(models, 1, len(models.prompt) + new_tokens)
-    add(models, engine, models.encode(random_pixels(models, 1))[0], new_tokens)
-    for _ in range(4):
-        engine.step()
+def profile(models: Models, batch: int, new_tokens: int) -> None:
+    """Lists the kernels of an image, of a prefill and of decode steps, by time."""
+    features = models.encode(random_pixels(models, batch))
+    one = random_pixels(models, 1)
+    _kernels("one image", lambda: models.encode(one))
+    for count in (1, batch):
+        engine = make_engine(models, count, len(models.prompt) + new_tokens)
+
+        def answer(engine: Engine, count: int, tokens: int) -> None:
+            for image in features[:count]:
+                add(models, engine, image, tokens)
+            while engine.has_work:
+                engine.step()
+
+        _kernels(f"prefill of {count}", partial(answer, engine, count, 1))
+        _kernels(f"prefill and 8 decode steps of {count}", partial(answer, engine, count, 9))
+
+
+def _kernels(name: str, call: Callable[[], object], longest: int = 12) -> None:
+    call()
     with torch.profiler.profile() as profiler:
-        for _ in range(10):
-            engine.step()
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+        call()
+        synchronize(torch.device("cuda"))
+    on_gpu = [e for e in profiler.key_averages() if e.device_type.name == "CUDA"]
+    on_gpu.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in on_gpu) / 1000
+    print(f"\n{name}: {total:.3f} ms of {sum(e.count for e in on_gpu)} kernels")
+    for e in on_gpu[:longest]:
+        print(f"{e.self_device_time_total / 1000:>9.3f} ms {e.count:>5} x {e.key[:80]}")
