@@ -41,7 +41,7 @@ class DecodeStep(Protocol):
 class Device:
     """Plain torch on any device: the reference that tests compare the others with."""
 
-    # Rows of logits to work on at once: few of them stay in a core's cache.
+    # Rows of logits that a token is drawn for at once. On a CPU, few of them stay in its cache.
     rows_at_once = 4
 
     def __init__(self, place: torch.device) -> None:
