@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blip2_serve import machine
+from blip2_serve.compute.drawing import keep_top_p
 from blip2_serve.compute.mixed import MixedParts
 from blip2_serve.engine.sequence import Chunk
 from blip2_serve.model.decoder import Attend, OptDecoder, add_norm
@@ -48,7 +49,7 @@ class Device:
     """Plain torch on any device: the reference that tests compare the others with."""
 
     asynchronous = False  # whether work is only queued, to be computed while Python goes on
-    # Rows of logits to work on at once: few of them stay in a core's cache.
+    # Rows of logits that a token is drawn for at once. On a CPU, few of them stay in its cache.
     rows_at_once = 4
 
     def __init__(self, place: torch.device) -> None:
@@ -133,6 +134,13 @@ class Device:
     def add_norm(self, x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """(x + more, its layer norm); all [tokens, hidden]."""
         return add_norm(x, more, norm)
+
+    def keep_top_p(self, weights: Tensor, scores: Tensor, top_p: Tensor) -> Tensor:
+        """Zeroes the weights of tokens that come after the likeliest `top_p` of each row.
+
+        As `drawing.keep_top_p`, exactly: weights are integers.
+        """
+        return keep_top_p(weights, scores, top_p)
 
     def attend_decode(self, kv: Tensor, slots: Tensor, positions: Tensor) -> Attend:
         """One token of each of n sequences attends to itself and all tokens before it.

@@ -1,12 +1,14 @@
 """Draws tokens from scores, many rows at once and without waiting for the device.
 
 Probabilities are integers here: multiples of a tiny share of the likeliest token's. Sums of
-integers do not depend on their order, so neither the batch nor the device can change a token.
+integers do not depend on their order, which on a GPU changes with the number of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,26 +36,35 @@ class Filters:
         return cls(top_k, top_p, params.min_p > 0, sort)
 
 
-def draw(scores: Tensor, params: Tensor, filters: Filters, largest_k: int) -> Tensor:
+# (weights, scores, top_p [n, 1]) -> weights; see `keep_top_p`
+KeepTopP = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def draw(
+    scores: Tensor, params: Tensor, filters: Filters, largest_k: int, keep: KeepTopP
+) -> Tensor:
     """Inverts the cumulative distribution of each row at its random number.
 
     Args:
         scores: float32 [n, vocabulary].
-        params: float64 [n, 5]: temperature, top_k, top_p, min_p and the random number, in [0, 1).
+        params: float64 [5, n, 1]: temperature, top_k, top_p, min_p, and the number, in [0, 1).
         filters: What drops tokens, in all rows.
         largest_k: Of the rows' top_k.
+        keep: What top_p does where there is no top_k.
 
     Returns:
         int64 [n].
     """
-    temperature, top_k, top_p, min_p, number = params.split(1, dim=1)
+    temperature, top_k, top_p, min_p, number = params.unbind()
     # Subtracting the largest score keeps the others finite at tiny temperatures.
-    shifted = scores - scores.amax(-1, keepdim=True).double()
+    shifted = scores.double().sub_(scores.amax(-1, keepdim=True))
     weights, largest = _integers(shifted.div_(temperature).exp_())
-    if filters.top_k or filters.top_p:
-        _keep_top(weights, scores, top_k.long(), top_p, filters, largest_k)
+    if filters.top_k:
+        weights = _keep_top_k(weights, scores, top_k.long(), top_p, filters, largest_k)
+    elif filters.top_p:
+        weights = keep(weights, scores, top_p)
     if filters.min_p:
-        weights.masked_fill_(weights < (min_p * largest).ceil().long(), 0)
+        weights = torch.where(weights < (min_p * largest).ceil().long(), 0, weights)
     sums = _RunningSums(weights)
     # Rounding can make the product the whole sum; it then means the last possible token.
     target = (number * sums.total).long().minimum(sums.total - 1)
@@ -61,44 +72,61 @@ def draw(scores: Tensor, params: Tensor, filters: Filters, largest_k: int) -> Te
 
 
 def _integers(shares: Tensor) -> tuple[Tensor, int]:
-    """float64 [n, columns] in [0, 1] -> int64, in the same memory, and what 1 has become.
+    """Turns float64 [n, columns], at most 1, into int64 in the same memory, and says what 1 became.
 
-    They are as large as sums of all columns allow.
+    They are as fine as sums of all columns allow.
     """
     exponent = max(1, shares.shape[1].bit_length() - 11)
-    # Adding a power of 2 above 1 rounds to multiples of its last bit, of which the sum's bits have
-    # that many more than its own.
+    # A power of 2 above 1 gives all sums its exponent. Their bits, counted from its own, are then
+    # the shares in units of its last place.
     power, bits = 2.0**exponent, (1023 + exponent) << 52
     return shares.add_(power).view(torch.int64).sub_(bits), 1 << (52 - exponent)
 
 
-def _keep_top(
+def keep_top_p(weights: Tensor, scores: Tensor, top_p: Tensor) -> Tensor:
+    """The weights, but 0 for tokens behind those that sum to `top_p` of their row's sum.
+
+    The likeliest comes first, and of equal ones that with the lowest id.
+
+    Args:
+        weights: int64 [n, vocabulary], larger where the score is; may be overwritten.
+        scores: float32 [n, vocabulary].
+        top_p: float64 [n, 1].
+    """
+    return _keep_top_p(weights, scores, scores.sort(dim=-1, descending=True), top_p)
+
+
+def _keep_top_k(
     weights: Tensor, scores: Tensor, top_k: Tensor, top_p: Tensor, filters: Filters, largest_k: int
-) -> None:
-    """Zeroes the weights of tokens that top_k, and then top_p, drops."""
+) -> Tensor:
+    """The weights, but 0 for tokens that top_k, and then top_p, drops."""
     best = scores.sort(dim=-1, descending=True) if filters.sort else scores.topk(largest_k)
-    if filters.top_k:
-        threshold = best.values.gather(1, top_k - 1)
-        weights.masked_fill_(scores < threshold, 0)
-    if not filters.top_p:
-        return
+    threshold = best.values.gather(1, top_k - 1)
+    weights = torch.where(scores < threshold, 0, weights)
+    return _keep_top_p(weights, scores, best, top_p, top_k) if filters.top_p else weights
+
+
+def _keep_top_p(
+    weights: Tensor, scores: Tensor, best: Any, top_p: Tensor, top_k: Tensor | None = None
+) -> Tensor:
+    """`best` has the likeliest `values` of the scores, in order, and their `indices`."""
     ordered = weights.gather(1, best.indices)
     sums = _RunningSums(ordered)
     # Tokens that tie with the last of the top_k stay, whether in `best` or not.
-    total = weights.sum(-1, keepdim=True) if filters.top_k else sums.total
+    total = sums.total if top_k is None else weights.sum(-1, keepdim=True)
     # A token stays if those before it sum to less than top_p; the likeliest always stays.
     last_mass = (top_p * total).ceil().long().sub_(1).clamp_(min=0)
     last = sums.first_above(last_mass)
-    if filters.top_k:
+    if top_k is not None:
         last = last.minimum(top_k - 1)
     lowest = best.values.gather(1, last)
     # Those that tie with the last one come in the order of their ids.
-    before = ordered.masked_fill(best.values <= lowest, 0).sum(-1, keepdim=True)
+    before = torch.where(best.values > lowest, ordered, 0).sum(-1, keepdim=True)
     each = ordered.gather(1, last).clamp_(min=1)
     equal = scores == lowest
     last_id = _RunningSums(equal).first_above((last_mass - before) // each)
     ids = torch.arange(scores.shape[1], device=scores.device)
-    weights.masked_fill_((scores < lowest) | (equal & (ids > last_id)), 0)
+    return torch.where((scores < lowest) | (equal & (ids > last_id)), 0, weights)
 
 
 class _RunningSums:
@@ -112,7 +140,7 @@ class _RunningSums:
         self._last = values.shape[1] - 1
         padding = -values.shape[1] % PART
         padded = pad(values, (0, padding)) if padding else values
-        self._parts = padded.unflatten(1, (-1, PART))
+        self._parts = padded.view(len(values), -1, PART)
         sums = self._parts.sum(-1)
         self._ends = sums.cumsum(-1)
         self._starts = self._ends - sums

@@ -9,10 +9,10 @@ repetition penalty, minimum length, temperature, top-k, top-p, min-p.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import TokenLogprob
 
-PLACE = (1 << 29) - 1
+PLACES = (1 << 29) - 1  # the bits of a key that are a place; see `Sampler._keys`
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Sampler:
     def __init__(self, eos_token_ids: tuple[int, ...], device: Device) -> None:
         self._eos = eos_token_ids
         self._device = device
+        self._places = torch.empty(0)
 
     @torch.inference_mode()
     def choose(
@@ -65,15 +66,18 @@ class Sampler:
         asking = [i for i, top in enumerate(tops) if top is not None]
         if not asking:
             return lambda: [Choice(token) for token in chosen().tolist()]
-        blocks = (
-            (self._rows(raw, block).log_softmax(-1), self._rows(tokens, block))
-            for block in self._blocks(asking)
-        )
-        reports = self._logprobs(blocks, [tops[i] or 0 for i in asking])
+        most = max(tops[i] or 0 for i in asking)
+        keys = []
+        for block in self._blocks(asking):
+            logprobs = self._rows(raw, block).log_softmax(-1)
+            keys.append(self._best_keys(logprobs, self._rows(tokens, block), most))
+        fetched = self._device.fetch(torch.cat(keys))
 
         def result() -> list[Choice]:
-            reported = dict(zip(asking, reports(), strict=True))
-            return [Choice(t, reported.get(i)) for i, t in enumerate(chosen().tolist())]
+            choices = [Choice(token) for token in chosen().tolist()]
+            for i, values, ids in zip(asking, *_read(fetched()), strict=True):
+                choices[i] = replace(choices[i], logprob=_logprob(values, ids, tops[i] or 0))
+            return choices
 
         return result
 
@@ -95,27 +99,32 @@ class Sampler:
         raw = self._rows(logits, rows).log_softmax(-1)
         scores = self._device.upload(torch.tensor([[beam.score] for beam in beams]))
         sums = self._penalised(raw, beams) + scores
-        values, places = _largest(sums.flatten(), count)
-        best = self._device.fetch(torch.stack([places.double(), values.double()]))
+        best = self._keys(sums.flatten()).topk(count, largest=False).values
+        fetched = self._device.fetch(best)
         top = beams[0].request.params.top_logprobs
-        reports: Callable[[], list[TokenLogprob]] | None = None
         if top is not None:
-            of_beam = raw.index_select(0, places // width)
-            reports = self._logprobs([(of_beam, places % width)], [top] * count)
+            places = best & PLACES
+            its_logprobs = raw.index_select(0, places // width)
+            lines = self._device.fetch(self._best_keys(its_logprobs, places % width, top))
 
         def result() -> list[Candidate]:
-            numbers, totals = best().tolist()
-            logprobs = reports() if reports else [None] * count
+            candidates = [
+                Candidate(beams[place // width], place % width, score)
+                for score, place in zip(*_read(fetched()), strict=True)
+            ]
+            if top is None:
+                return candidates
             return [
-                Candidate(beams[int(place) // width], int(place) % width, score, logprob)
-                for place, score, logprob in zip(numbers, totals, logprobs, strict=True)
+                replace(candidate, logprob=_logprob(values, ids, top))
+                for candidate, values, ids in zip(candidates, *_read(lines()), strict=True)
             ]
 
         return result
 
     def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
-        if rows == list(range(len(tensor))):
-            return tensor
+        first, end = rows[0], rows[0] + len(rows)
+        if rows == list(range(first, end)):
+            return tensor[first:end]
         return tensor.index_select(0, self._device.upload(torch.tensor(rows)))
 
     def _penalised(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
@@ -135,11 +144,10 @@ class Sampler:
                 forbidden += [row * width + token for token in self._eos]
         if not seen and not forbidden:
             return raw
-        scores = raw.flatten().clone()
+        scores = raw.clone().view(-1)
         if seen:
-            where, penalty = self._device.upload(
-                torch.tensor([seen, penalties], dtype=torch.float64)
-            )
+            pairs = torch.tensor([seen, penalties], dtype=torch.float64)
+            where, penalty = self._device.upload(pairs)
             where, penalty = where.long(), penalty.to(scores.dtype)
             before = scores[where]
             scores[where] = torch.where(before < 0, before * penalty, before / penalty)
@@ -157,51 +165,40 @@ class Sampler:
         if not groups:
             return scores.argmax(-1)
         blocks = [(f, rows) for f, group in groups.items() for rows in self._blocks(group)]
-        drawn = [row for _, rows in blocks for row in rows]
-        lines = [(row, *_drawing_params(sequences[row])) for row in drawn]
-        table = self._device.upload(torch.tensor(lines, dtype=torch.float64))
-        if len(drawn) < len(sequences):
-            tokens = scores.argmax(-1)
-        else:
-            tokens = torch.empty(len(drawn), dtype=torch.int64, device=table.device)
+        order = [row for _, rows in blocks for row in rows]
+        columns = [*zip(*(_drawing_params(sequences[row]) for row in order), strict=True)]
+        table = self._device.upload(torch.tensor(columns, dtype=torch.float64)[:, :, None])
+        tokens, keep = [], self._device.keep_top_p
         for filters, rows in blocks:
-            part, table = table[: len(rows)], table[len(rows) :]
-            where = part[:, 0].long()
-            own = scores if len(rows) == len(scores) else scores.index_select(0, where)
             largest_k = max(sequences[row].request.params.top_k for row in rows)
-            tokens.index_copy_(0, where, draw(own, part[:, 1:], filters, largest_k))
-        return tokens
+            own, table = table[:, : len(rows)], table[:, len(rows) :]
+            tokens.append(draw(self._rows(scores, rows), own, filters, largest_k, keep))
+        if order == list(range(len(sequences))):
+            return torch.cat(tokens)
+        where = self._device.upload(torch.tensor(order))
+        return scores.argmax(-1).index_copy_(0, where, torch.cat(tokens))
 
     def _blocks(self, rows: list[int]) -> list[list[int]]:
         size = self._device.rows_at_once
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
-    def _logprobs(
-        self, blocks: Iterable[tuple[Tensor, Tensor]], tops: list[int]
-    ) -> Callable[[], list[TokenLogprob]]:
-        """Reports a token of each row, with as many of the likeliest as asked.
+    def _best_keys(self, logprobs: Tensor, tokens: Tensor, count: int) -> Tensor:
+        """Keys of a token of each row, and of its `count` likeliest: int64 [n, 1 + count]."""
+        keys = self._keys(logprobs)
+        best = keys.topk(count, largest=False).values
+        return torch.cat([keys.gather(1, tokens[:, None]), best], 1)
 
-        Args:
-            blocks: log-probabilities [n, vocabulary] and tokens [n] of some rows.
-            tops: One per row of all blocks.
+    def _keys(self, logprobs: Tensor) -> Tensor:
+        """Numbers that are all different, the smallest for the first of the likeliest.
+
+        float32 [..., n], at most 0 -> int64 [..., n]; `_read` reads them.
         """
-        parts = []
-        for logprobs, tokens in blocks:
-            own = tokens[:, None]
-            values, ids = _largest(logprobs, max(tops))
-            parts.append(torch.cat([own.double(), ids, logprobs.gather(1, own), values], 1))
-        numbers = self._device.fetch(torch.cat(parts))
-
-        def result() -> list[TokenLogprob]:
-            reports = []
-            for line, top in zip(numbers().tolist(), tops, strict=True):
-                of_ids, of_values = line[: len(line) // 2], line[len(line) // 2 :]
-                pairs = zip(map(int, of_ids), of_values, strict=True)
-                token, *others = itertools.starmap(TokenLogprob, pairs)
-                reports.append(replace(token, top=tuple(others[:top])))
-            return reports
-
-        return result
+        count = logprobs.shape[-1]
+        if len(self._places) < count:
+            self._places = torch.arange(count, device=logprobs.device)
+        # Positive floats are in the order of their bits, of which the last 29 are 0 in those that
+        # were float32: there is room for the place.
+        return logprobs.double().neg_().view(torch.int64).add_(self._places[:count])
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
@@ -217,15 +214,13 @@ def _drawing_params(sequence: Sequence) -> tuple[float, ...]:
     return params.temperature, params.top_k, params.top_p, params.min_p, number
 
 
-def _largest(logprobs: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row and their places; of equal ones, the first ones first.
+def _read(keys: Tensor) -> tuple[list[Any], list[Any]]:
+    """Log-probabilities and their places, in lists of the shape of `keys`."""
+    places = keys & PLACES
+    return (keys - places).view(torch.float64).neg().tolist(), places.tolist()
 
-    float32, at most 0, [..., n] -> [..., count], largest first.
-    """
-    # The bits of positive floats are in the order of the floats. The last 29 bits of those that
-    # were float32 are 0: the place goes there.
-    keys = logprobs.double().neg_().view(torch.int64)
-    keys += torch.arange(logprobs.shape[-1], device=logprobs.device)
-    keys = keys.topk(count, largest=False).values
-    places = keys & PLACE
-    return (keys - places).view(torch.float64).neg().float(), places
+
+def _logprob(values: list[float], ids: list[int], top: int) -> TokenLogprob:
+    """Of a token, and the `top` likeliest behind it."""
+    token, *others = map(TokenLogprob, ids[: top + 1], values)
+    return replace(token, top=tuple(others))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blip2_serve.compute import drawing
 from blip2_serve.compute.base import Device
 from blip2_serve.model import decoder
 from support.device import DEVICE
@@ -23,6 +24,7 @@ add_norm = pytest.importorskip("blip2_serve.compute.cuda.add_norm", reason=NO_TR
 decode_attention = pytest.importorskip(
     "blip2_serve.compute.cuda.decode_attention", reason=NO_TRITON
 )
+top_p_kernel = pytest.importorskip("blip2_serve.compute.cuda.top_p", reason=NO_TRITON)
 
 SLOTS = 300
 UNWRITTEN = 250  # the first of the slots that were never written
@@ -93,13 +95,29 @@ def test_add_norm_matches_plain_torch(dtype: torch.dtype, tolerance: float) -> N
     torch.testing.assert_close(normed, norm(summed), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999])
+def test_top_p_keeps_what_a_sort_keeps(top_p: float) -> None:
+    """Scores of bfloat16 have many ties; some are infinite, or zero of either sign."""
+    width = 2 * top_p_kernel.BLOCK - 5
+    scores = (2 * randn(3, width)).bfloat16().float()
+    scores[0, ::3] = -torch.inf
+    scores[1] = torch.tensor([0.0, -0.0]).repeat(width)[:width]
+    scores[2, 7] = 30  # all of the mass
+    scores = scores.to(DEVICE)
+    shares = (scores - scores.amax(1, keepdim=True)).exp()
+    weights = (shares.double() * 2**40).long()
+    part = torch.full((3, 1), top_p, dtype=torch.float64, device=DEVICE)
+    expected = drawing.keep_top_p(weights.clone(), scores, part)
+    assert torch.equal(top_p_kernel.keep_top_p(weights, scores, part), expected)
+
+
 # Runs in its own process, because the kernels of this one may be defined for the interpreter.
 COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blip2_serve.compute.cuda import add_norm, decode_attention, linear, ragged_attention
+from blip2_serve.compute.cuda import add_norm, decode_attention, linear, ragged_attention, top_p
 
 number, capability = "*" + sys.argv[1], int(sys.argv[2])
 overlap = {"overlap": capability >= 90}
@@ -130,6 +148,12 @@ kernels = [
             "stages": ragged_attention.SHAPE[2],
         },
         ragged_attention.SHAPE[1],
+    ),
+    (
+        top_p._kernel,
+        ["*i64", "*fp32", "*fp64", "i32"],
+        {"block": top_p.BLOCK},
+        top_p.WARPS,
     ),
     (
         add_norm._kernel,

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode, MixedStep
 from blip2_serve.compute.cuda import add_norm, decode_attention, linear
+from blip2_serve.compute.cuda import top_p as top_p_kernel
 from blip2_serve.compute.cuda.capture import Capture, cuda_capture
 from blip2_serve.compute.cuda.fp8 import Fp8Products
 from blip2_serve.compute.cuda.graphs import DecodeGraphs, EncoderGraphs
@@ -36,7 +37,7 @@ class CudaDevice(Device):
     """
 
     asynchronous = True
-    # torch sorts 2 to 127 rows together, and no others.
+    # torch sorts 2 to 127 rows as if they were one; more take several times as long.
     rows_at_once = 64
 
     def __init__(self, place: torch.device) -> None:
@@ -125,6 +126,9 @@ class CudaDevice(Device):
         if norm.elementwise_affine:
             return add_norm.add_norm(x, more, norm)
         return super().add_norm(x, more, norm)
+
+    def keep_top_p(self, weights: Tensor, scores: Tensor, top_p: Tensor) -> Tensor:
+        return top_p_kernel.keep_top_p(weights, scores, top_p)
 
     def attend_decode(self, kv: Tensor, slots: Tensor, positions: Tensor) -> Attend:
         return lambda layer, qkv: decode_attention.attend(qkv, kv[layer], slots, positions)
