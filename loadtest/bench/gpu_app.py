@@ -125,10 +125,13 @@ class Run:
         try:
             yield
         finally:
-            self.report["phases"][name] = seconds = round(time.perf_counter() - start, 1)
-            print(f"[{seconds:5.1f} s] {name}", flush=True)
-            if self.args.output:
-                write_json(self.args.output, self.report)
+            self.took(name, start)
+
+    def took(self, name: str, start: float) -> None:
+        self.report["phases"][name] = seconds = round(time.perf_counter() - start, 1)
+        print(f"[{seconds:5.1f} s] {name}", flush=True)
+        if self.args.output:
+            write_json(self.args.output, self.report)
 
     def window_s(self, users: int) -> float:
         seconds: float = self.args.seconds
@@ -145,6 +148,7 @@ class Run:
 
 def measure(args: argparse.Namespace) -> bool:
     """Runs all phases. Returns whether anything failed."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(
         prefix="gpu-app-", dir=args.folder or room(args.shape)
     ) as name:
@@ -159,14 +163,16 @@ def measure(args: argparse.Namespace) -> bool:
             pictures = draw_pictures(run)
         try:
             measure_app(run, pictures)
-        except (ServerFailed, ClientsFailed) as error:
-            run.failed(f"{error}\n{servers.tail(run.log)}")
+        except ServerFailed as error:
+            run.failed(str(error))  # with the end of its log
+        except (ClientsFailed, httpx.HTTPError) as error:
+            run.failed(f"{error!r}; {servers.tail(run.log)}")
         measure_bare(run)
         run.report["asked"] = asked(run.report["loads"])
-        with run.phase("all"):
-            for row in run.report["asked"]:
-                verdict = "met" if row["met"] else "missed"
-                print(f"{row['what']}: {row['is']:.3g} (asked {row['asked']}): {verdict}")
+        for row in run.report["asked"]:
+            verdict = "met" if row["met"] else "missed"
+            print(f"{row['what']}: {row['is']:.3g} (asked {row['asked']}): {verdict}")
+        run.took("all", start)
     return bool(run.report["failed"])
 
 
@@ -237,10 +243,12 @@ def measure_app(run: Run, pictures: list[bytes]) -> None:
         with run.phase("server starts"):
             starting = servers.started(command, port, run.log, variables, run.args.ready_within)
             endpoint = stack.enter_context(starting)
+        clients = Clients(endpoint, pictures, TOKENS, run.client_processes)
+        stack.enter_context(clients)
+        meters = Meters(endpoint.url)
         with run.phase("answers, one by one"):
             run.report["app_answers"] = [answer_of(endpoint, p) for p in pictures[:CHECKED]]
-        starting_clients = Clients(endpoint, pictures, TOKENS, run.client_processes)
-        clients, meters = stack.enter_context(starting_clients), Meters(endpoint.url)
+            meters.take(images=CHECKED, tokens=CHECKED * TOKENS)
         print(head())
         for stream in (False, True):
             for users in run.args.users:
@@ -342,7 +350,7 @@ def compare(run: Run, bare: list[dict[str, Any]]) -> None:
     equal = sum(a == b for a, b in zip(app, bare, strict=False))
     different = len({tuple(answer["token_ids"]) for answer in bare})
     run.report |= {"bare_answers": bare, "equal_answers": equal}
-    print(f"{equal} of {CHECKED} answers are equal; {different} of them differ by picture")
+    print(f"{equal} of {len(app)} answers are the bare processes', which gave {different} texts")
     if run.args.dtype == "float32" and app and equal < CHECKED:
         run.failed("in float32 all answers must be equal")
 

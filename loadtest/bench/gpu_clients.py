@@ -27,7 +27,7 @@ from loadtest.bench.servers import Endpoint
 from loadtest.bench.workload import Request, data_url
 
 RETRY_S = 0.1  # after a failure
-SETTLED_S = 120  # within which each user must have had an answer or a failure
+SETTLED_S = 60  # within which each user must have had an answer or a failure
 LAST_ANSWERS_S = 20  # for those under way when the window has closed; later ones are failures
 REASON_CHARACTERS = 150
 
