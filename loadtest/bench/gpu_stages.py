@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+from random import Random
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ from loadtest.bench.gpu_model import (
 )
 
 ROUNDS = 5
+SAMPLED = {"temperature": 0.7, "top_p": 0.9}
 
 
 def synchronize(device: torch.device) -> None:
@@ -85,16 +89,33 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
         )
         features = models.encode(random_pixels(models, batch))
         prompts, steps = decode_times(models, engine, features, 2 * new_tokens)
+        _, sampled = decode_times(models, engine, features, 2 * new_tokens, **SAMPLED)
         flops = decoder_flops(config, batch * length, batch)
         yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
         flops = decoder_flops(config, batch, batch)
         moved = step_bytes(models.decoder, batch, short)
         yield f"decode step of {batch}, by the engine", steps, flops, moved
+        yield f"decode step of {batch}, sampled", sampled, flops, moved
         for tokens in (short, long):
             inputs = decode_inputs(batch, tokens)
             ms = milliseconds(lambda: runner.decode(inputs), device, 50)  # noqa: B023
             moved = step_bytes(models.decoder, batch, tokens)
             yield f"decode step of {batch} at {tokens} tokens", ms, flops, moved
+
+    yield mixed_prompts(models, max(batches))
+
+
+def mixed_prompts(models: Models, batch: int) -> Measured:
+    """Times a step with prompts of many lengths."""
+    random = Random(0)
+    lengths = [random.randrange(1, 60) for _ in range(batch)]
+    longer = [[random.randrange(4, 30) for _ in range(length)] for length in lengths]
+    tokens = batch * len(models.prompt) + sum(lengths)
+    engine = make_engine(models, batch, len(models.prompt) + 60)
+    features = models.encode(random_pixels(models, batch))
+    prompts, _ = decode_times(models, engine, features, 1, longer)
+    flops = decoder_flops(models.reference.config, tokens, batch)
+    return f"prompts, {batch} of {tokens} in all", prompts, flops, step_bytes(models.decoder, 0, 0)
 
 
 def decode_inputs(batch: int, tokens: int) -> Tensor:
@@ -105,21 +126,29 @@ def decode_inputs(batch: int, tokens: int) -> Tensor:
 
 
 def decode_times(
-    models: Models, engine: Engine, features: Tensor, new_tokens: int
+    models: Models,
+    engine: Engine,
+    features: Tensor,
+    new_tokens: int,
+    longer: Sequence[Sequence[int]] = (),
+    **sampling: float,
 ) -> tuple[float, float]:
-    """Median milliseconds of the step that computes all prompts, and of the decode steps."""
+    """Median milliseconds until all prompts have their first token, and from token to token.
+
+    `longer` has what follows each image's prompt.
+    """
     prompts, steps = [], []
     for _ in range(ROUNDS):
-        for image in features:
-            add(models, engine, image, new_tokens)
-        times = []
+        for image, more in zip_longest(features, longer, fillvalue=()):
+            add(models, engine, image, new_tokens, more, **sampling)
+        before, first = time.perf_counter(), True
         while engine.has_work:
-            start = time.perf_counter()
-            engine.step()  # returns once its tokens are on the CPU
-            times.append(1000 * (time.perf_counter() - start))
-        prompts.append(times[0])
-        steps += times[1:]
-    return statistics.median(prompts), statistics.median(steps)
+            if not engine.step().events:
+                continue  # only launched: its tokens are not on the CPU yet
+            now = time.perf_counter()
+            (prompts if first else steps).append(1000 * (now - before))
+            before, first = now, False
+    return statistics.median(prompts), statistics.median(steps or [math.nan])
 
 
 def profile(models: Models, new_tokens: int) -> None:

@@ -251,6 +251,11 @@ class EncoderConfig(ComputeConfig):
     scaling: EncoderScaling = Field(EncoderScaling(), description=HOW_IT_SCALES)
     num_cpus: NumCpus = 0.3
     max_batch_size: int = Field(8, ge=1, description="Most images in one forward pass.")
+    quantize: Literal["fp8"] | None = Field(
+        None,
+        description="Quantization of the ViT's linear layers, weights and activations: fp8, which "
+        "needs a GPU of compute capability 8.9 or higher (Ada, Hopper or later), or null for none.",
+    )
 
 
 class GeneratorScaling(ScalingConfig):

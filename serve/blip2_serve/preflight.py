@@ -34,7 +34,9 @@ def check_model(config: AppConfig, *, local: bool) -> None:
         raise StartupError("this machine has no CUDA device: use --device cpu")
     if local:
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
-        check_quantize(torch.device("cuda" if on_gpu else "cpu"), config.generator.quantize)
+        place = torch.device("cuda" if on_gpu else "cpu")
+        check_quantize(place, config.generator.quantize)
+        check_quantize(place, config.encoder.quantize)
     if not local and not Path(config.model).exists() and config.model != DEMO:
         return  # a hub id, or a path on the cluster's machines
     folder = find_folder(config.model, config.revision)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blip2_serve import machine
+from blip2_serve.compute.mixed import MixedParts
+from blip2_serve.engine.sequence import Chunk
 from blip2_serve.model.decoder import Attend, OptDecoder, add_norm
 from blip2_serve.model.vision import ImageEncoder
 
@@ -25,6 +27,10 @@ Encode = Callable[[Tensor], Tensor]
 
 # int64 [n, 2 + longest] in main memory -> float32 logits [n, vocabulary]; see `DecodeStep`
 Decode = Callable[[Tensor], Tensor]
+
+
+# The chunks of a step, some of them of prompts -> float32 logits, one row per completing chunk
+MixedStep = Callable[[list[Chunk]], Tensor]
 
 
 class DecodeStep(Protocol):
@@ -41,6 +47,10 @@ class DecodeStep(Protocol):
 class Device:
     """Plain torch on any device: the reference that tests compare the others with."""
 
+    asynchronous = False  # whether work is only queued, to be computed while Python goes on
+    # Rows of logits to work on at once: few of them stay in a core's cache.
+    rows_at_once = 4
+
     def __init__(self, place: torch.device) -> None:
         self.place = place
 
@@ -50,9 +60,13 @@ class Device:
         """The tensor on the device; work queued later sees it."""
         return tensor.to(self.place)
 
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts copying a tensor into main memory; call the result to wait for it."""
+        return lambda: tensor.cpu()
+
     def download(self, tensor: Tensor) -> Tensor:
         """The tensor in main memory, once it is computed."""
-        return tensor.cpu()
+        return self.fetch(tensor)()
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor in main memory that `upload` copies quickly."""
@@ -80,8 +94,13 @@ class Device:
         """
         return 1
 
-    def prepare_encoder(self, encoder: ImageEncoder, max_batch_size: int) -> Encode:
-        """Makes the encoder fast for batches of 1 to `max_batch_size` and returns how to run it."""
+    def prepare_encoder(
+        self, encoder: ImageEncoder, max_batch_size: int, quantize: str | None = None
+    ) -> Encode:
+        """Makes the encoder fast for batches of 1 to `max_batch_size` and returns how to run it.
+
+        `quantize` must have passed `devices.check_quantize`.
+        """
         return lambda pixels: encoder(self.upload(pixels))
 
     def prepare_decode(
@@ -92,6 +111,22 @@ class Device:
         The logits may be overwritten by the next call.
         """
         return lambda inputs: step(self.upload(inputs))
+
+    def prepare_mixed(
+        self,
+        decoder: OptDecoder,
+        kv: Tensor,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_len: int,
+        pad_to: int,
+    ) -> MixedStep:
+        """Returns how to run steps of up to so many sequences and tokens in which some prefill.
+
+        The logits may be overwritten by the next call.
+        """
+        return MixedParts(decoder, self, kv, pad_to).run
 
     # -- kernels -------------------------------------------------------------------------------
 
@@ -145,26 +180,6 @@ class Device:
             return attended[0].transpose(0, 1)
 
         return attend
-
-
-def attend_parts(parts: list[tuple[int, Attend]]) -> Attend:
-    """Joins consecutive parts of a step, (tokens, how they attend); padding behind gets zeros."""
-    together: Tensor | None = None  # reused by all layers
-
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        nonlocal together
-        if [count for count, _ in parts] == [len(qkv)]:
-            return parts[0][1](layer, qkv)
-        if together is None:
-            together = torch.zeros_like(qkv[:, 0])
-        offset = 0
-        for count, part in parts:
-            own = slice(offset, offset + count)
-            together[own] = part(layer, qkv[own])
-            offset += count
-        return together
-
-    return attend
 
 
 def set_threads(threads: int | None) -> None:

@@ -7,6 +7,8 @@ import torch
 from blip2_serve.compute.base import Device
 from blip2_serve.errors import StartupError
 
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply numbers of 8 bits in floating point
+
 
 def open_device(name: str) -> Device:
     """The device for torch's name of it: "cpu", "cuda" or "cuda:1"."""
@@ -23,8 +25,18 @@ def open_device(name: str) -> Device:
 
 
 def check_quantize(place: torch.device, quantize: str | None) -> None:
-    """Raises StartupError unless that device can compute with such weights ("int8" or None)."""
+    """Raises StartupError unless that device can compute with such weights.
+
+    `quantize` is the generator's ("int8"), the encoder's ("fp8") or None.
+    """
     if quantize is None:
+        return
+    if quantize == "fp8":
+        if place.type != "cuda" or torch.cuda.get_device_capability(place) < FP8_CAPABILITY:
+            raise StartupError(
+                "encoder.quantize: fp8 needs a GPU of compute capability 8.9 or higher (Ada, "
+                "Hopper or later): leave it out"
+            )
         return
     if place.type != "cpu":
         raise StartupError(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from blip2_serve.compute.base import Device, set_threads
-from blip2_serve.compute.devices import open_device
+from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype, tensor_bytes
 from blip2_serve.model.processor import ImageProcessor
@@ -38,7 +38,9 @@ class Encoder:
         self._instruments.ready(self._loaded, lambda: self._batching.waiting)
 
     def _load(self, config: AppConfig, device: Device) -> None:
-        set_threads(config.encoder.threads)
+        own = config.encoder
+        set_threads(own.threads)
+        check_quantize(device.place, own.quantize)
         self._device = device
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
@@ -47,7 +49,7 @@ class Encoder:
         with measured_loading("vision model") as report:
             encoder = ImageEncoder.load(checkpoint, processor, device.place, dtype)
             report.tensor_bytes = tensor_bytes(encoder)
-            self._run = device.prepare_encoder(encoder, config.encoder.max_batch_size)
+            self._run = device.prepare_encoder(encoder, own.max_batch_size, own.quantize)
         self._loaded = Model(report, device.gpu_memory)
 
     async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImageFeatures:

@@ -99,31 +99,82 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blip2_serve.compute.cuda import add_norm, decode_attention
+from blip2_serve.compute.cuda import add_norm, decode_attention, linear, ragged_attention
 
-number = "*" + sys.argv[1]
+number, capability = "*" + sys.argv[1], int(sys.argv[2])
+overlap = {"overlap": capability >= 90}
 block, _, stages = decode_attention.FOR_MANY
-for kernel, types, constants in (
+kernels = [
     (
         decode_attention._kernel,
         [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
         {"heads": 32, "dim": 80, "padded_dim": 128, "block": block, "stages": stages},
+        1,
     ),
-    (add_norm._kernel, [number] * 6 + ["fp32"], {"width": 2560, "padded_width": 4096}),
-):
+    (
+        ragged_attention._kernel,
+        [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
+        {
+            "heads": 32,
+            "dim": 80,
+            "padded_dim": 128,
+            "queries": ragged_attention.QUERIES,
+            "block": ragged_attention.SHAPE[0],
+            "stages": ragged_attention.SHAPE[2],
+        },
+        ragged_attention.SHAPE[1],
+    ),
+    (
+        add_norm._kernel,
+        [number] * 6 + ["fp32"],
+        {"width": 2560, "padded_width": 4096, **overlap},
+        add_norm.WARPS,
+    ),
+]
+for rows, hows in linear.FEW_ROWS.items():
+    for how in hows:
+        constants = {"columns": how.columns, "depth": how.depth, "relu": True, **overlap}
+        if isinstance(how, linear.Sums):
+            kernel = linear._sums_kernel
+            constants |= {"padded_rows": rows, "vector": 4 if number == "*fp32" else 8}
+        elif number == "*fp32":
+            continue
+        else:
+            kernel = linear._dots_kernel
+            constants |= {"padded_rows": linear.MOST_ROWS, "stages": how.stages}
+        kernels.append((kernel, [number] * 4 + ["i32"] * 3, constants, how.warps))
+for kernel, types, constants, warps in kernels:
     names = kernel.arg_names[: len(types)]
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    # What a launch knows of torch's memory, and of sizes that are multiples of 16.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if types[place][0] == "*" or name in ("outputs", "inputs")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
+    if kernel is linear._sums_kernel:
+        ptx = compiled.asm["ptx"]
+        loads = [line for line in ptx.splitlines() if "evict_first" in line and "ld.global" in line]
+        assert loads and all("v4.b32" in line for line in loads), loads  # 16 bytes each
+        loop = ptx[ptx.index("$L__BB") :]
+        loop = loop[: loop.index("bra")]
+        assert "ld.global" in loop and "bar.sync" not in loop, loop  # nothing is exchanged
 """
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_kernels_compile_for_an_ampere_gpu(
-    dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("bf16", 80), ("fp16", 80), ("fp32", 80), ("bf16", 90)]
+)
+def test_the_kernels_compile(
+    dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """For Ampere (A100), and for Hopper (H100), where kernels overlap."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", COMPILE, dtype], capture_output=True, text=True)
+    command = [sys.executable, "-c", COMPILE, dtype, str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.sampler import Choice, Sampler
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
+from support.device import DEVICE
 from support.requests import make_request
 
+OPENED = open_device(str(DEVICE))
 VOCABULARY = 20
 EOS = (2, 5)
 
@@ -22,11 +25,17 @@ def sequence(
     return Sequence(make_request("a", prompt or [0], **params), index, output=[1] * output)
 
 
-def choose(logits: Tensor, *sequences: Sequence, rows: list[int] | None = None) -> list[Choice]:
+def choose(
+    logits: Tensor,
+    *sequences: Sequence,
+    rows: list[int] | None = None,
+    eos: tuple[int, ...] = EOS,
+) -> list[Choice]:
     """Chooses a token per sequence; by default, each sequence has its own row."""
+    logits = OPENED.upload(logits)
     before = logits.clone()
     rows = list(range(len(sequences))) if rows is None else rows
-    choices = Sampler(EOS).choose(logits, rows, list(sequences))
+    choices = Sampler(eos, OPENED).choose(logits, rows, list(sequences))()
     assert torch.equal(logits, before), "the logits are others' too"
     return choices
 
@@ -38,9 +47,10 @@ def sample(logits: Tensor, *sequences: Sequence, rows: list[int] | None = None) 
 def expand(
     logits: Tensor, *beams: Sequence, count: int, rows: list[int] | None = None
 ) -> list[Candidate]:
+    logits = OPENED.upload(logits)
     before = logits.clone()
     rows = list(range(len(beams))) if rows is None else rows
-    candidates = Sampler(EOS).expand(logits, rows, list(beams), count)
+    candidates = Sampler(EOS, OPENED).expand(logits, rows, list(beams), count)()
     assert torch.equal(logits, before), "the logits are others' too"
     return candidates
 
@@ -153,8 +163,7 @@ def test_token_frequencies_match_their_probabilities(vary: Any) -> None:
     draws = 4000
     row = torch.tensor([[0.0, 1.0, -1.0, 0.5, -0.5]])
     sequences = [sequence(temperature=0.8, **vary(n)) for n in range(draws)]
-    choices = Sampler(()).choose(row.repeat(draws, 1), list(range(draws)), sequences)
-    tokens = [choice.token for choice in choices]
+    tokens = [choice.token for choice in choose(row.repeat(draws, 1), *sequences, eos=())]
     expected = (row[0].double() / 0.8).softmax(-1) * draws
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
     chi_square = ((counts - expected) ** 2 / expected).sum()

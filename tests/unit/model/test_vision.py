@@ -24,7 +24,7 @@ def pixels(images: int) -> Tensor:
 
 
 def captured(encoder: ImageEncoder, max_batch_size: int) -> EncoderGraphs:
-    return EncoderGraphs(encoder, Device(torch.device("cpu")), max_batch_size, run_again)
+    return EncoderGraphs(encoder, 56, Device(torch.device("cpu")), max_batch_size, run_again)
 
 
 def test_batches_of_captured_and_other_sizes_match_the_model(

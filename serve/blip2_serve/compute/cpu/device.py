@@ -27,9 +27,11 @@ class CpuDevice(Device):
         decoder.replace_linears(make)
         return pad_to
 
-    def prepare_encoder(self, encoder: ImageEncoder, max_batch_size: int) -> Encode:
+    def prepare_encoder(
+        self, encoder: ImageEncoder, max_batch_size: int, quantize: str | None = None
+    ) -> Encode:
         pack_vision(encoder)
-        return super().prepare_encoder(encoder, max_batch_size)
+        return super().prepare_encoder(encoder, max_batch_size, quantize)
 
     def prepare_decode(
         self, step: DecodeStep, decoder: OptDecoder, *, max_num_seqs: int, max_len: int

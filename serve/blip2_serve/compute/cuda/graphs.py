@@ -16,9 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from blip2_serve.compute.base import DecodeStep, Device
+from blip2_serve.compute.base import DecodeStep, Device, Encode
 from blip2_serve.compute.cuda.capture import Capture
-from blip2_serve.model.vision import ImageEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -79,22 +78,24 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 
 class EncoderGraphs:
-    """An encoder with a CUDA graph for each batch of 1 to `max_batch_size` images.
+    """`encode` with a CUDA graph for each batch of 1 to `max_batch_size` images.
+
+    `encode` maps uint8 [B, 3, size, size] on the device to image features.
 
     A small batch keeps a GPU busy for less time than Python takes to launch its kernels.
     """
 
     @torch.inference_mode()
     def __init__(
-        self, encoder: ImageEncoder, device: Device, max_batch_size: int, capture: Capture
+        self, encode: Encode, size: int, device: Device, max_batch_size: int, capture: Capture
     ) -> None:
-        self._encoder = encoder
+        self._encode = encode
         self._device = device
         start = time.monotonic()
         # The largest first: the others fit into its memory.
         self._batches = {
-            size: _EncoderGraph(encoder, device, size, capture)
-            for size in range(max_batch_size, 0, -1)
+            count: _EncoderGraph(encode, (count, 3, size, size), device, capture)
+            for count in range(max_batch_size, 0, -1)
         }
         logger.info("captured %d batches in %.1f s", max_batch_size, time.monotonic() - start)
 
@@ -103,20 +104,20 @@ class EncoderGraphs:
         """uint8 [B, 3, S, S] in main memory -> image features [B, queries, hidden]."""
         if batch := self._batches.get(len(pixels)):
             return batch.run(pixels)
-        features: Tensor = self._encoder(self._device.upload(pixels))
-        return features
+        return self._encode(self._device.upload(pixels))
 
 
 class _EncoderGraph:
     """One captured batch size, with the tensors the graph reads and writes."""
 
-    def __init__(self, encoder: ImageEncoder, device: Device, size: int, capture: Capture) -> None:
-        pixels = encoder.vision_model.config.image_size
-        self._input = torch.zeros((size, 3, pixels, pixels), dtype=torch.uint8, device=device.place)
-        self._output: Tensor = encoder(self._input)
+    def __init__(
+        self, encode: Encode, shape: tuple[int, ...], device: Device, capture: Capture
+    ) -> None:
+        self._input = torch.zeros(shape, dtype=torch.uint8, device=device.place)
+        self._output = encode(self._input)
 
         def run() -> None:
-            self._output.copy_(encoder(self._input))
+            self._output.copy_(encode(self._input))
 
         self._replay: Callable[[], None] = capture(run)
 
