@@ -4,8 +4,7 @@
     PYTHONPATH=serve python -m loadtest.bench.gpu_app --device cpu --shape small
 
 The second line only shows, in a minute or two, that the script runs. It needs what the server
-needs, and aiohttp; where blip2_serve is not installed, PYTHONPATH must name it for Ray's workers
-too, with an absolute path.
+needs, and aiohttp.
 
 Writes a checkpoint with random weights (blip2-opt-2.7b-coco at 364 x 364, bfloat16), starts
 `blip2-serve up --fast`, and lets users ask for captions of 16 tokens of 640 x 480 JPEGs, each
@@ -50,6 +49,7 @@ from loadtest.bench.servers import Endpoint, ServerFailed
 from loadtest.bench.workload import Request, data_url, picture
 from loadtest.results import machine, write_json
 
+SETTINGS = ("device", "shape", "dtype", "encoder_quantize", "seconds")
 TOKENS = 16
 CHECKED = 8  # answers that are compared
 CHECKPOINT_BYTES = {"full": 8e9, "medium": 3e8, "small": 1e7}
@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--shape", choices=[*CHECKPOINT_BYTES], help="by default full on a GPU")
     parser.add_argument("--dtype", help="by default bfloat16, or float32 if small")
+    parser.add_argument("--encoder-quantize", choices=["fp8"])
     parser.add_argument("--users", type=int, nargs="+", help="by default 1 8 64 256, or 1 8")
     parser.add_argument("--seconds", type=float, default=8, help="of a window")
     parser.add_argument("--pictures", type=int, help="in stock; by default 512, or 64")
@@ -108,11 +109,13 @@ class Run:
         self.pixels = folder / "pixels.npy"  # uint8 [pictures, 3, S, S]
         self.config_file = folder / "config.json"  # JSON is YAML
         self.log = args.output.with_suffix(".server.log") if args.output else folder / "server.log"
-        self.config = configuration(str(self.checkpoint), args.device, args.dtype, args.size)
+        self.config = configuration(
+            str(self.checkpoint), args.device, args.dtype, args.size, args.encoder_quantize
+        )
         self.client_processes = min(MOST_CLIENTS, max(1, (os.cpu_count() or 1) // 4))
         self.report: dict[str, Any] = {
             "machine": machine(),
-            **{name: getattr(args, name) for name in ("device", "shape", "dtype", "seconds")},
+            **{name: getattr(args, name) for name in SETTINGS},
             "size": vars(args.size),
             "phases": {},  # seconds
             "failed": [],

@@ -50,7 +50,10 @@ class Size:
     max_num_batched_tokens: int = 4096
 
 
-def configuration(model: str, device: str, dtype: str, size: Size) -> AppConfig:
+def configuration(
+    model: str, device: str, dtype: str, size: Size, quantize: str | None = None
+) -> AppConfig:
+    """`quantize` is the encoder's."""
     roomy = {"max_ongoing_requests": ONGOING}
     return AppConfig.model_validate(
         {
@@ -64,7 +67,11 @@ def configuration(model: str, device: str, dtype: str, size: Size) -> AppConfig:
                 "threads": size.threads,
                 **roomy,
             },
-            "encoder": {"max_batch_size": size.max_batch_size, **roomy},
+            "encoder": {
+                "max_batch_size": size.max_batch_size,
+                "quantize": quantize,
+                **roomy,
+            },
             "generator": {
                 "max_num_seqs": size.max_num_seqs,
                 "max_waiting": ONGOING,
