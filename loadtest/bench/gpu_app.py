@@ -4,8 +4,7 @@
     PYTHONPATH=serve python -m loadtest.bench.gpu_app --device cpu --shape small
 
 The second line only shows, in a minute or two, that the script runs. It needs what the server
-needs, and aiohttp; where blip2_serve is not installed, PYTHONPATH must name it for Ray's workers
-too, with an absolute path.
+needs, and aiohttp.
 
 Writes a checkpoint with random weights (blip2-opt-2.7b-coco at 364 x 364, bfloat16), starts
 `blip2-serve up --fast`, and lets users ask for captions of 16 tokens of 640 x 480 JPEGs, each
@@ -50,6 +49,7 @@ from loadtest.bench.servers import Endpoint, ServerFailed
 from loadtest.bench.workload import Request, data_url, picture
 from loadtest.results import machine, write_json
 
+SETTINGS = ("device", "shape", "dtype", "encoder_quantize", "seconds")
 TOKENS = 16
 CHECKED = 8  # answers that are compared
 CHECKPOINT_BYTES = {"full": 8e9, "medium": 3e8, "small": 1e7}
@@ -71,6 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--shape", choices=[*CHECKPOINT_BYTES], help="by default full on a GPU")
     parser.add_argument("--dtype", help="by default bfloat16, or float32 if small")
+    parser.add_argument("--encoder-quantize", choices=["fp8"])
     parser.add_argument("--users", type=int, nargs="+", help="by default 1 8 64 256, or 1 8")
     parser.add_argument("--seconds", type=float, default=8, help="of a window")
     parser.add_argument("--pictures", type=int, help="in stock; by default 512, or 64")
@@ -108,11 +109,13 @@ class Run:
         self.pixels = folder / "pixels.npy"  # uint8 [pictures, 3, S, S]
         self.config_file = folder / "config.json"  # JSON is YAML
         self.log = args.output.with_suffix(".server.log") if args.output else folder / "server.log"
-        self.config = configuration(str(self.checkpoint), args.device, args.dtype, args.size)
+        self.config = configuration(
+            str(self.checkpoint), args.device, args.dtype, args.size, args.encoder_quantize
+        )
         self.client_processes = min(MOST_CLIENTS, max(1, (os.cpu_count() or 1) // 4))
         self.report: dict[str, Any] = {
             "machine": machine(),
-            **{name: getattr(args, name) for name in ("device", "shape", "dtype", "seconds")},
+            **{name: getattr(args, name) for name in SETTINGS},
             "size": vars(args.size),
             "phases": {},  # seconds
             "failed": [],
@@ -125,10 +128,13 @@ class Run:
         try:
             yield
         finally:
-            self.report["phases"][name] = seconds = round(time.perf_counter() - start, 1)
-            print(f"[{seconds:5.1f} s] {name}", flush=True)
-            if self.args.output:
-                write_json(self.args.output, self.report)
+            self.took(name, start)
+
+    def took(self, name: str, start: float) -> None:
+        self.report["phases"][name] = seconds = round(time.perf_counter() - start, 1)
+        print(f"[{seconds:5.1f} s] {name}", flush=True)
+        if self.args.output:
+            write_json(self.args.output, self.report)
 
     def window_s(self, users: int) -> float:
         seconds: float = self.args.seconds
@@ -145,6 +151,7 @@ class Run:
 
 def measure(args: argparse.Namespace) -> bool:
     """Runs all phases. Returns whether anything failed."""
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory(
         prefix="gpu-app-", dir=args.folder or room(args.shape)
     ) as name:
@@ -159,14 +166,16 @@ def measure(args: argparse.Namespace) -> bool:
             pictures = draw_pictures(run)
         try:
             measure_app(run, pictures)
-        except (ServerFailed, ClientsFailed) as error:
-            run.failed(f"{error}\n{servers.tail(run.log)}")
+        except ServerFailed as error:
+            run.failed(str(error))  # with the end of its log
+        except (ClientsFailed, httpx.HTTPError) as error:
+            run.failed(f"{error!r}; {servers.tail(run.log)}")
         measure_bare(run)
         run.report["asked"] = asked(run.report["loads"])
-        with run.phase("all"):
-            for row in run.report["asked"]:
-                verdict = "met" if row["met"] else "missed"
-                print(f"{row['what']}: {row['is']:.3g} (asked {row['asked']}): {verdict}")
+        for row in run.report["asked"]:
+            verdict = "met" if row["met"] else "missed"
+            print(f"{row['what']}: {row['is']:.3g} (asked {row['asked']}): {verdict}")
+        run.took("all", start)
     return bool(run.report["failed"])
 
 
@@ -237,10 +246,12 @@ def measure_app(run: Run, pictures: list[bytes]) -> None:
         with run.phase("server starts"):
             starting = servers.started(command, port, run.log, variables, run.args.ready_within)
             endpoint = stack.enter_context(starting)
+        clients = Clients(endpoint, pictures, TOKENS, run.client_processes)
+        stack.enter_context(clients)
+        meters = Meters(endpoint.url)
         with run.phase("answers, one by one"):
             run.report["app_answers"] = [answer_of(endpoint, p) for p in pictures[:CHECKED]]
-        starting_clients = Clients(endpoint, pictures, TOKENS, run.client_processes)
-        clients, meters = stack.enter_context(starting_clients), Meters(endpoint.url)
+            meters.take(images=CHECKED, tokens=CHECKED * TOKENS)
         print(head())
         for stream in (False, True):
             for users in run.args.users:
@@ -342,7 +353,7 @@ def compare(run: Run, bare: list[dict[str, Any]]) -> None:
     equal = sum(a == b for a, b in zip(app, bare, strict=False))
     different = len({tuple(answer["token_ids"]) for answer in bare})
     run.report |= {"bare_answers": bare, "equal_answers": equal}
-    print(f"{equal} of {CHECKED} answers are equal; {different} of them differ by picture")
+    print(f"{equal} of {len(app)} answers are the bare processes', which gave {different} texts")
     if run.args.dtype == "float32" and app and equal < CHECKED:
         run.failed("in float32 all answers must be equal")
 

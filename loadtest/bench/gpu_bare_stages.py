@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from blip2_serve.compute.assembly import EngineLimits, assemble
-from blip2_serve.compute.base import set_threads
+from blip2_serve.compute.base import Device, set_threads
 from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
@@ -32,6 +33,8 @@ from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import SamplingParams
 from loadtest.bench.gpu_bare import READY, Answered
 
+SWITCH_INTERVAL_S = 0.0002  # as the generator stage has it on a GPU
+
 
 def encode(config: AppConfig, pixels_file: Path, inbox: Any, features: Any, results: Any) -> None:
     """Takes (request, picture) from `inbox`; puts (request, features as bytes) into `features`.
@@ -48,7 +51,7 @@ def encode(config: AppConfig, pixels_file: Path, inbox: Any, features: Any, resu
         checkpoint, ImageProcessor.load(checkpoint.folder), device.place, dtype
     )
     limit = config.encoder.max_batch_size
-    run = device.prepare_encoder(encoder, limit)
+    run = device.prepare_encoder(encoder, limit, config.encoder.quantize)
     results.put(READY)
     while True:
         waiting: list[tuple[int, int]] = [inbox.get()]
@@ -65,7 +68,9 @@ def encode(config: AppConfig, pixels_file: Path, inbox: Any, features: Any, resu
 def generate(config: AppConfig, tokens: int, features: Any, results: Any) -> None:
     """Takes (request, features) and puts an `Answered` with so many tokens into `results`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    engine, prompt, shape, dtype = _load(config)
+    device = open_device(config.device)
+    engine, prompt, shape, dtype = _load(config, device)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
     inbox: queue.SimpleQueue[tuple[int, bytes]] = queue.SimpleQueue()
 
@@ -79,7 +84,8 @@ def generate(config: AppConfig, tokens: int, features: Any, results: Any) -> Non
     while True:
         while not engine.has_work or not inbox.empty():
             request, data = inbox.get()
-            image = torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+            image = device.host_tensor(shape, dtype)
+            image.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, np.uint8)
             name = str(request)
             answers[name] = [], []
             engine.add(Request(name, prompt, image, digest=name, params=params))
@@ -92,10 +98,11 @@ def generate(config: AppConfig, tokens: int, features: Any, results: Any) -> Non
                 results.put(Answered(int(name), tuple(ids), "".join(texts).strip()))
 
 
-def _load(config: AppConfig) -> tuple[Engine, list[int], tuple[int, int], torch.dtype]:
+def _load(
+    config: AppConfig, device: Device
+) -> tuple[Engine, list[int], tuple[int, int], torch.dtype]:
     """The generator's engine, a caption's prompt, and shape and dtype of an image's features."""
     own = config.generator
-    device = open_device(config.device)
     set_threads(own.threads)
     checkpoint = open_checkpoint(config.model)
     model = checkpoint.config

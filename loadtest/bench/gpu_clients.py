@@ -27,7 +27,7 @@ from loadtest.bench.servers import Endpoint
 from loadtest.bench.workload import Request, data_url
 
 RETRY_S = 0.1  # after a failure
-SETTLED_S = 120  # within which each user must have had an answer or a failure
+SETTLED_S = 60  # within which each user must have had an answer or a failure
 LAST_ANSWERS_S = 20  # for those under way when the window has closed; later ones are failures
 REASON_CHARACTERS = 150
 
@@ -112,7 +112,7 @@ async def _serve(connection: Connection, endpoint: Endpoint, bodies: Bodies) -> 
             return await send(session, endpoint, body, bodies.tokens, stream=stream)
 
         while True:
-            order: Drive = await asyncio.to_thread(connection.recv)
+            order: Drive = await _next(connection)
             connection.send(await _Users(connection, order, ask).drive())
 
 
@@ -130,21 +130,20 @@ class _Users:
         self._told_again = False
 
     async def drive(self) -> Outcome:
-        users = [asyncio.create_task(self._user(n)) for n in range(self._order.users)]
-        await self._follow_span()
-        done, late = await asyncio.wait(users, timeout=LAST_ANSWERS_S)
-        for user in late:
-            user.cancel()
-            self._outcome.failures["no answer"] += 1
-        for user in done:
-            user.result()  # raises what should not have happened
+        async with asyncio.TaskGroup() as group:
+            users = [group.create_task(self._user(n)) for n in range(self._order.users)]
+            await self._follow_span()
+            _, late = await asyncio.wait(users, timeout=LAST_ANSWERS_S)
+            for user in late:
+                user.cancel()
+                self._outcome.failures["no answer"] += 1
         return self._outcome
 
     async def _follow_span(self) -> None:
         """Returns when the window has closed. The parent may open it before it knows its end."""
         used = None
         while self._span.closed == NEVER:
-            self._span = await asyncio.to_thread(self._connection.recv)
+            self._span = await _next(self._connection)
             await _sleep_until(self._span.opened)
             used = time.process_time() if used is None else used
         await _sleep_until(self._span.closed)
@@ -179,6 +178,17 @@ class _Users:
             self._connection.send("answered")
 
 
+async def _next(connection: Connection) -> Any:
+    """The next message from the parent; EOFError if it has ended."""
+    loop, ready = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection.fileno())
+    return connection.recv()
+
+
 async def _sleep_until(moment: float) -> None:
     await asyncio.sleep(max(0.0, moment - time.perf_counter()))
 
@@ -187,13 +197,18 @@ async def _sleep_until(moment: float) -> None:
 
 
 class Clients:
-    """All client processes. While entered they run; they keep their connections to the server."""
+    """All client processes. While entered they run; they keep their connections to the server.
+
+    They share out the pictures, of which there must be at least one for each.
+    """
 
     def __init__(
         self, endpoint: Endpoint, pictures: Sequence[bytes], tokens: int, processes: int
     ) -> None:
         context = multiprocessing.get_context("spawn")
+        assert len(pictures) >= processes
         self._connections: list[Connection] = []
+        self._theirs: list[Connection] = []
         self._processes: list[multiprocessing.process.BaseProcess] = []
         for number in range(processes):
             own, theirs = context.Pipe()
@@ -201,11 +216,13 @@ class Clients:
             there = Endpoint(endpoint.url, endpoint.model)
             process = context.Process(target=serve, args=(theirs, there, bodies), daemon=True)
             self._connections.append(own)
+            self._theirs.append(theirs)
             self._processes.append(process)
 
     def __enter__(self) -> Clients:
-        for process in self._processes:
+        for process, theirs in zip(self._processes, self._theirs, strict=True):
             process.start()
+            theirs.close()  # now a process that ends closes it
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -237,7 +254,7 @@ class Clients:
         deadline = time.monotonic() + within_s
         while ready := wait(self._busy, max(0.0, deadline - time.monotonic())):
             for connection in self._busy:
-                if connection in ready and connection.recv() == "answered":
+                if connection in ready and _read(connection) == "answered":
                     return
         raise ClientsFailed(f"no answer within {within_s} s")
 
@@ -256,10 +273,14 @@ def _receive(connection: Connection, wanted: str | type[Outcome], within_s: floa
     """The next message of this kind; drops others."""
     deadline = time.monotonic() + within_s
     while connection.poll(max(0.0, deadline - time.monotonic())):
-        try:
-            message = connection.recv()
-        except EOFError:
-            raise ClientsFailed("a client process has ended") from None
+        message = _read(connection)
         if message == wanted or (isinstance(wanted, type) and isinstance(message, wanted)):
             return message
     raise ClientsFailed(f"a client process was silent for {within_s:.0f} s")
+
+
+def _read(connection: Connection) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:
+        raise ClientsFailed("a client process has ended") from None

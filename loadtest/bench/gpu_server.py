@@ -50,7 +50,10 @@ class Size:
     max_num_batched_tokens: int = 4096
 
 
-def configuration(model: str, device: str, dtype: str, size: Size) -> AppConfig:
+def configuration(
+    model: str, device: str, dtype: str, size: Size, quantize: str | None = None
+) -> AppConfig:
+    """`quantize` is the encoder's."""
     roomy = {"max_ongoing_requests": ONGOING}
     return AppConfig.model_validate(
         {
@@ -64,7 +67,11 @@ def configuration(model: str, device: str, dtype: str, size: Size) -> AppConfig:
                 "threads": size.threads,
                 **roomy,
             },
-            "encoder": {"max_batch_size": size.max_batch_size, **roomy},
+            "encoder": {
+                "max_batch_size": size.max_batch_size,
+                "quantize": quantize,
+                **roomy,
+            },
             "generator": {
                 "max_num_seqs": size.max_num_seqs,
                 "max_waiting": ONGOING,
@@ -83,7 +90,7 @@ class Meters:
 
     def __init__(self, url: str) -> None:
         self._url = url.removesuffix("/v1") + "/metrics"
-        self._before = self._totals()
+        self._before = totals(self._page())
 
     def take(self, images: int, tokens: int) -> dict[str, dict[str, float]]:
         """Means since the last call, once so many images and tokens are counted.
@@ -92,7 +99,7 @@ class Meters:
         """
         deadline = time.monotonic() + METRICS_WITHIN_S
         while True:
-            now = self._totals()
+            now = totals(self._page())
             seen = {key: value - self._before.get(key, 0.0) for key, value in now.items()}
             complete = (
                 seen.get((metrics.BATCH_SIZE.exact_sum.exported, "encoder"), 0) >= images
@@ -104,9 +111,8 @@ class Meters:
         self._before = now
         return {"complete": {"": float(complete)}, **_means(seen)}
 
-    def _totals(self) -> Totals:
-        page = httpx.get(self._url, timeout=30, trust_env=False).raise_for_status().text
-        return totals(page)
+    def _page(self) -> str:
+        return httpx.get(self._url, timeout=30, trust_env=False).raise_for_status().text
 
 
 def totals(page: str) -> Totals:
