@@ -132,7 +132,6 @@ kernels = [
             "padded_dim": 128,
             "block": block,
             "stages": stages,
-            **overlap,
         },
         1,
     ),
