@@ -55,8 +55,8 @@ def draw(scores: Tensor, params: Tensor, filters: Filters, largest_k: int) -> Te
     if filters.min_p:
         weights = torch.where(weights < (min_p * largest).ceil().long(), 0, weights)
     sums = _RunningSums(weights)
-    # Rounding can make the product the whole sum; it then means the last possible token.
-    target = (number * sums.total).long().minimum(sums.total - 1)
+    # Less than the whole sum, however it is rounded: the number is at most 1 - 2**-53.
+    target = (number * sums.total).long()
     return sums.first_above(target)[:, 0]
 
 
@@ -84,13 +84,11 @@ def _top(
         return weights
     ordered = weights.gather(1, best.indices)
     sums = _RunningSums(ordered)
-    # Tokens that tie with the last of the top_k stay, whether in `best` or not.
+    # Tokens that tie with the last of the top_k stay, though `best` may lack some of them.
     total = weights.sum(-1, keepdim=True) if filters.top_k else sums.total
     # A token stays if those before it sum to less than top_p; the likeliest always stays.
     last_mass = (top_p * total).ceil().long().sub_(1).clamp_(min=0)
     last = sums.first_above(last_mass)
-    if filters.top_k:
-        last = last.minimum(top_k - 1)
     lowest = best.values.gather(1, last)
     # Those that tie with the last one come in the order of their ids.
     before = torch.where(best.values > lowest, ordered, 0).sum(-1, keepdim=True)
