@@ -66,8 +66,8 @@ def draw(
     if filters.min_p:
         weights = torch.where(weights < (min_p * largest).ceil().long(), 0, weights)
     sums = _RunningSums(weights)
-    # Rounding can make the product the whole sum; it then means the last possible token.
-    target = (number * sums.total).long().minimum(sums.total - 1)
+    # Less than the whole sum, however it is rounded: the number is at most 1 - 2**-53.
+    target = (number * sums.total).long()
     return sums.first_above(target)[:, 0]
 
 
@@ -103,22 +103,25 @@ def _keep_top_k(
     best = scores.sort(dim=-1, descending=True) if filters.sort else scores.topk(largest_k)
     threshold = best.values.gather(1, top_k - 1)
     weights = torch.where(scores < threshold, 0, weights)
-    return _keep_top_p(weights, scores, best, top_p, top_k) if filters.top_p else weights
+    if not filters.top_p:
+        return weights
+    # Tokens that tie with the last of the top_k stay, though `best` may lack some of them.
+    return _keep_top_p(weights, scores, best, top_p, weights.sum(-1, keepdim=True))
 
 
 def _keep_top_p(
-    weights: Tensor, scores: Tensor, best: Any, top_p: Tensor, top_k: Tensor | None = None
+    weights: Tensor, scores: Tensor, best: Any, top_p: Tensor, total: Tensor | None = None
 ) -> Tensor:
-    """`best` has the likeliest `values` of the scores, in order, and their `indices`."""
+    """`best` has the likeliest `values` of the scores, in order, and their `indices`.
+
+    `total` is the sum of each row's weights, unless `best` has all of them.
+    """
     ordered = weights.gather(1, best.indices)
     sums = _RunningSums(ordered)
-    # Tokens that tie with the last of the top_k stay, whether in `best` or not.
-    total = sums.total if top_k is None else weights.sum(-1, keepdim=True)
     # A token stays if those before it sum to less than top_p; the likeliest always stays.
-    last_mass = (top_p * total).ceil().long().sub_(1).clamp_(min=0)
+    last_mass = (top_p * (sums.total if total is None else total)).ceil().long()
+    last_mass.sub_(1).clamp_(min=0)
     last = sums.first_above(last_mass)
-    if top_k is not None:
-        last = last.minimum(top_k - 1)
     lowest = best.values.gather(1, last)
     # Those that tie with the last one come in the order of their ids.
     before = torch.where(best.values > lowest, ordered, 0).sum(-1, keepdim=True)

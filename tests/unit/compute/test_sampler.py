@@ -39,7 +39,8 @@ def choose(
     before = logits.clone()
     rows = list(range(len(sequences))) if rows is None else rows
     choices = Sampler(eos, OPENED).choose(logits, rows, list(sequences))()
-    assert torch.equal(logits, before), "the logits are others' too"
+    same_bits = torch.equal(logits.view(torch.int32), before.view(torch.int32))
+    assert same_bits, "the logits are others' too"
     return choices
 
 
@@ -178,6 +179,7 @@ def test_token_frequencies_match_their_probabilities(vary: Any) -> None:
     [
         pytest.param({"temperature": 1.5, "top_k": 1}, id="top_k 1"),
         pytest.param({"temperature": 1.5, "top_p": 1e-9}, id="tiny top_p"),
+        pytest.param({"temperature": 1.5, "top_p": 0.0}, id="top_p 0"),
         pytest.param({"temperature": 1e-3}, id="low temperature"),
         pytest.param({"temperature": 1e-308}, id="temperature that makes logits infinite"),
         pytest.param({"temperature": 5e-324}, id="smallest temperature"),
@@ -203,6 +205,17 @@ def test_impossible_tokens_are_never_sampled(number: float, monkeypatch: Any) ->
     logits = torch.full((1, VOCABULARY), -torch.inf)
     logits[0, 4], logits[0, 9] = 0.1, 0.7
     assert sample(logits, sequence(temperature=1.0)) == [4 if number == 0 else 9]
+    many = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
+    many[:, :70] = many[:, 4900:] = -torch.inf
+    tokens = sample(many, *[sequence(temperature=1.0)] * 40)
+    assert tokens == [70 if number == 0 else 4899] * 40
+
+
+def test_the_vocabulary_of_opt_may_be_equally_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda n, *_: (n + 0.5) / 50304)
+    seeds = [0, 127, 128, 30_000, 50_303]
+    sequences = [sequence(seed=seed, temperature=1.0) for seed in seeds]
+    assert sample(torch.zeros(1, 50304), *sequences, rows=[0] * len(seeds)) == seeds
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -244,9 +257,12 @@ def all_kinds(count: int) -> list[Sequence]:
     ]
 
 
+@pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("count", [17, 170])  # less than can be drawn at once, and more
-def test_a_choice_does_not_depend_on_its_company(count: int) -> None:
-    logits, sequences = rounded_logits(count), all_kinds(count)
+def test_a_choice_does_not_depend_on_its_company(count: int, greedy: bool) -> None:
+    sequences = [s for s in all_kinds(count) if greedy or s.request.params.temperature > 0]
+    count = len(sequences)
+    logits = rounded_logits(count)
     together = choose(logits, *sequences)
     alone = [choose(logits[i : i + 1], s)[0] for i, s in enumerate(sequences)]
     assert together == alone
@@ -329,6 +345,13 @@ def test_penalties_of_many_sequences_apply_to_each_its_own() -> None:
         sequence([3, 1, 4], repetition_penalty=2.0, min_tokens=1),
     ]
     assert sample(logits, *sequences) == [3, 1, 3, 4, 3]
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
+def test_broken_logits_give_tokens_of_the_vocabulary(value: float) -> None:
+    """On a GPU, an index outside of a tensor would end the process."""
+    tokens = sample(torch.full((34, MANY), value), *all_kinds(34))
+    assert all(token in range(MANY) for token in tokens)
 
 
 def test_nothing_waits_before_the_result_is_asked_for() -> None:
@@ -483,6 +506,20 @@ def test_equal_continuations_come_in_the_order_of_beams_and_ids() -> None:
         (first, 0),
         (first, 1),
     ]
+
+
+def test_log_probabilities_of_continuations_are_those_of_their_own_beams() -> None:
+    logits = random_logits(3)
+    beams = [beam(-1.0, top_logprobs=2), beam(-0.5, top_logprobs=2)]
+    raw = logits[[2, 0]].log_softmax(-1)
+    candidates = expand(logits, *beams, count=20, rows=[2, 0])
+    assert {beams.index(c.beam) for c in candidates} == {0, 1}
+    for candidate in candidates:
+        row = raw[beams.index(candidate.beam)]
+        assert candidate.logprob is not None
+        assert candidate.logprob.token_id == candidate.token
+        assert candidate.logprob.logprob == pytest.approx(row[candidate.token].item())
+        assert [top.token_id for top in candidate.logprob.top] == row.topk(2).indices.tolist()
 
 
 def test_certain_continuations_keep_the_score() -> None:
