@@ -99,31 +99,47 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blip2_serve.compute.cuda import add_norm, decode_attention
+from blip2_serve.compute.cuda import add_norm, decode_attention, fp8, image_attention
 
-number = "*" + sys.argv[1]
+number, capability = "*" + sys.argv[1], int(sys.argv[2])
 block, _, stages = decode_attention.FOR_MANY
-for kernel, types, constants in (
+row = {"width": 1408, "padded_width": 2048}
+kernels = [
     (
         decode_attention._kernel,
         [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
         {"heads": 32, "dim": 80, "padded_dim": 128, "block": block, "stages": stages},
     ),
     (add_norm._kernel, [number] * 6 + ["fp32"], {"width": 2560, "padded_width": 4096}),
-):
+]
+if number != "*fp32":
+    for size in (image_attention.FOR_FEW, image_attention.FOR_MANY):
+        head = {"heads": 16, "dim": 88, "first": 64, "rest": 32}
+        sizes = {"queries": size.queries, "keys": size.keys, "stages": size.stages}
+        kernels.append((image_attention._kernel, [number] * 2 + ["i32", "fp32"], head | sizes))
+if capability >= 89:
+    quantized = ["*fp8e4nv", "*fp32"]
+    types = [number, *quantized, *[number] * 4, "fp32"]
+    kernels.append((fp8._add_norm_kernel, types, row))
+    for gelu in (False, True):
+        kernels.append((fp8._quantize_kernel, [*quantized, number], row | {"gelu": gelu}))
+for kernel, types, constants in kernels:
     names = kernel.arg_names[: len(types)]
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"]
 """
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_the_kernels_compile_for_an_ampere_gpu(
-    dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("bf16", "80"), ("fp16", "80"), ("fp32", "80"), ("bf16", "90")]
+)
+def test_the_kernels_compile_for_gpus(
+    dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", COMPILE, dtype], capture_output=True, text=True)
+    command = [sys.executable, "-c", COMPILE, dtype, capability]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
