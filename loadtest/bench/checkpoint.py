@@ -1,6 +1,7 @@
-"""The checkpoint of the comparisons: a BLIP-2 with 108M random parameters that answers in words.
+"""Checkpoints with random weights that answer in words, in any of the shapes.
 
-Computing dominates, and two CPU cores can still answer. It is the same on every machine.
+The comparisons' has 108M parameters: computing dominates, and two CPU cores can still answer. It is
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -34,27 +35,47 @@ def checkpoint_at(folder: Path | None) -> Iterator[Path]:
         yield folder
 
 
-def write_checkpoint(folder: Path) -> None:
-    """Saves model (bfloat16) and processor with transformers."""
+def write_checkpoint(
+    folder: Path,
+    name: str = "medium",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Saves model (bfloat16) and processor with transformers.
+
+    The weights, of the shape `name`, are drawn on `device` in `dtype`: both change them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = shape("medium")
+    config = shape(name)
     pixels, vocabulary = config.vision_config.image_size, config.text_config.vocab_size
     tokenizer = make_tokenizer(_texts(), vocabulary=vocabulary - 1, min_frequency=0)
     image_processor = BlipImageProcessorPil(size={"height": pixels, "width": pixels})
     # Appends the image token to the tokenizer.
     processor = Blip2Processor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
-    assert tokenizer.convert_tokens_to_ids("<image>") == config.image_token_index == vocabulary - 1
+    image = config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    assert image == len(tokenizer) - 1 < vocabulary
     processor.save_pretrained(folder)
 
     torch.manual_seed(SEED)
-    model = Blip2ForConditionalGeneration(config).eval()
+    with torch.device(device), _default_dtype(dtype):
+        model = Blip2ForConditionalGeneration(config).eval()
     draw_weights(model)
     # Embeddings of zero give these tokens the logit 0, which is never the largest of thousands. So
     # every token is whole characters, and a stream shows when each of them arrives.
     words = model.get_input_embeddings().weight.data
     words[:SINGLE_BYTES] = 0
-    words[config.image_token_index] = 0
+    words[image:] = 0  # the image token, and ids that the tokenizer lacks
     model.bfloat16().save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _texts() -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from loadtest.bench.servers import Endpoint
 from loadtest.bench.workload import Request
 
 TIMEOUT_S = 600
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -121,13 +123,27 @@ async def ask(
     Raises:
         WrongAnswer: an error, no text, or another number of tokens than requested.
     """
+    body = json.dumps(request.body(endpoint.model, stream=stream)).encode()
+    return await send(session, endpoint, body, request.tokens, stream=stream, silent=silent)
+
+
+async def send(
+    session: aiohttp.ClientSession,
+    endpoint: Endpoint,
+    body: bytes,
+    expected_tokens: int,
+    *,
+    stream: bool,
+    silent: bool = False,
+) -> Answer:
+    """As `ask`, for a body that is encoded already."""
     texts: list[float] = []
     text = ""
     answer: Any = None  # the body, or a stream's last chunk: both hold the usage
-    body = request.body(endpoint.model, stream=stream)
+    url = f"{endpoint.url}/chat/completions"
     started = time.perf_counter()
     try:
-        async with session.post(f"{endpoint.url}/chat/completions", json=body) as response:
+        async with session.post(url, data=body, headers=JSON) as response:
             if response.status != 200:
                 raise WrongAnswer(f"status {response.status}: {cut(await response.text())}")
             if stream:
@@ -142,8 +158,8 @@ async def ask(
         tokens = answer["usage"]["completion_tokens"]
     except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
         raise WrongAnswer(f"{error!r} after {cut(answer)}") from error
-    if tokens != request.tokens:
-        raise WrongAnswer(f"{tokens} tokens instead of {request.tokens}: {cut(answer)}")
+    if tokens != expected_tokens:
+        raise WrongAnswer(f"{tokens} tokens instead of {expected_tokens}: {cut(answer)}")
     if not (text or silent):
         raise WrongAnswer(f"no text in {tokens} tokens: {cut(answer)}")
     return Answer(started, ended, tokens, tuple(texts), text)

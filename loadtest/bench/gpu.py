@@ -83,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--images", type=int, help="to caption; by default 512, or 16 if small")
     parser.add_argument("--running", type=int, help="sequences; by default 128, or 8 if small")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a decode step")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of each stage")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
     args.shape = args.shape or ("full" if args.device.startswith("cuda") else "small")
@@ -120,8 +120,8 @@ def measure(args: argparse.Namespace, device: torch.device, report: Report) -> N
         floor = 1000 * max(flops / rates["flops"], moved / rates["bytes"])
         stages.append({"stage": name, "ms": ms, "floor_ms": floor, "x_floor": ms / floor})
         print(f"{name:<34}{ms:>9.3f}{floor:>9.3f}{ms / floor:>9.2f}", flush=True)
-    if args.profile:
-        profile(models, NEW_TOKENS)
+    if args.profile and device.type == "cuda":
+        profile(models, 64, NEW_TOKENS)
     report["captions_per_s"] = end_to_end(models, args.images, args.running)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,14 +21,17 @@ from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.runner import slot_bytes
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.sequence import Request
-from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.checkpoint import Checkpoint, open_checkpoint
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.source import DEMO
+from blip2_serve.model.tokenizer import Tokenizer
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.types import SamplingParams
 from loadtest.bench.weights import draw_weights
 
 PROMPT = [4, 5, 6]  # as long as "a photo of"
+DEMO_TOKENS = 400  # the shipped checkpoint has a few more
 STEP_TOKENS = 8192  # per step at most; more than the server's default, as suits a GPU
 _names = count()
 
@@ -97,20 +102,37 @@ def make_engine(models: Models, running: int, longest: int) -> Engine:
         pad_to=models.pad_to,
         min_len=1,
         max_len=longest,
-        decode=_decode,
+        decode=decode_text,
         eos_token_ids=(),
     )
 
 
-def _decode(ids: list[int]) -> str:
-    return " ".join(map(str, ids))
+@cache
+def _tokenizer() -> Tokenizer:
+    checkpoint = open_checkpoint(DEMO, None)
+    return Tokenizer(checkpoint.folder, checkpoint.config)
 
 
-def add(models: Models, engine: Engine, features: Tensor, new_tokens: int) -> str:
-    """Requests a caption of an image that the engine does not know. Returns the request's name."""
+def decode_text(ids: list[int]) -> str:
+    """Text of the shipped checkpoint's tokenizer: making it takes as long as real text does."""
+    return _tokenizer().decode([token % DEMO_TOKENS for token in ids])
+
+
+def add(
+    models: Models,
+    engine: Engine,
+    features: Tensor,
+    new_tokens: int,
+    more: Sequence[int] = (),
+    **sampling: Any,
+) -> str:
+    """Requests a caption of an image that the engine does not know. Returns the request's name.
+
+    `more` tokens follow the prompt; `sampling` are further SamplingParams.
+    """
     name = str(next(_names))
-    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-    engine.add(Request(name, models.prompt, features, digest=name, params=params))
+    params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, **sampling)
+    engine.add(Request(name, [*models.prompt, *more], features, digest=name, params=params))
     return name
 
 
@@ -121,10 +143,10 @@ def step(engine: Engine, tokens: dict[str, list[int]]) -> None:
 
 
 def random_pixels(models: Models, images: int) -> Tensor:
-    """uint8 [images, 3, size, size] in main memory."""
+    """uint8 [images, 3, size, size] in main memory, where the server has them too."""
     size = models.reference.config.vision_config.image_size
-    generator = torch.Generator().manual_seed(images)
-    return torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    pixels = models.device.host_tensor((images, 3, size, size), torch.uint8)
+    return pixels.random_(0, 256, generator=torch.Generator().manual_seed(images))
 
 
 def reference_answers(models: Models, pixels: Tensor, new_tokens: int) -> list[list[int]]:

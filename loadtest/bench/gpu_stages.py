@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
+from random import Random
 
 import torch
 from torch import Tensor
@@ -22,6 +26,7 @@ from loadtest.bench.gpu_model import (
 )
 
 ROUNDS = 5
+SAMPLED = {"temperature": 0.7, "top_p": 0.9}
 
 
 def synchronize(device: torch.device) -> None:
@@ -85,16 +90,33 @@ def measure_stages(models: Models, batches: list[int], new_tokens: int) -> Itera
         )
         features = models.encode(random_pixels(models, batch))
         prompts, steps = decode_times(models, engine, features, 2 * new_tokens)
+        _, sampled = decode_times(models, engine, features, 2 * new_tokens, **SAMPLED)
         flops = decoder_flops(config, batch * length, batch)
         yield f"prompts, {batch} of {length}", prompts, flops, step_bytes(models.decoder, 0, 0)
         flops = decoder_flops(config, batch, batch)
         moved = step_bytes(models.decoder, batch, short)
         yield f"decode step of {batch}, by the engine", steps, flops, moved
+        yield f"decode step of {batch}, sampled", sampled, flops, moved
         for tokens in (short, long):
             inputs = decode_inputs(batch, tokens)
             ms = milliseconds(lambda: runner.decode(inputs), device, 50)  # noqa: B023
             moved = step_bytes(models.decoder, batch, tokens)
             yield f"decode step of {batch} at {tokens} tokens", ms, flops, moved
+
+    yield mixed_prompts(models, max(batches))
+
+
+def mixed_prompts(models: Models, batch: int) -> Measured:
+    """Times a step with prompts of many lengths."""
+    random = Random(0)
+    lengths = [random.randrange(1, 60) for _ in range(batch)]
+    longer = [[random.randrange(4, 30) for _ in range(length)] for length in lengths]
+    tokens = batch * len(models.prompt) + sum(lengths)
+    engine = make_engine(models, batch, len(models.prompt) + 60)
+    features = models.encode(random_pixels(models, batch))
+    prompts, _ = decode_times(models, engine, features, 1, longer)
+    flops = decoder_flops(models.reference.config, tokens, batch)
+    return f"prompts, {batch} of {tokens} in all", prompts, flops, step_bytes(models.decoder, 0, 0)
 
 
 def decode_inputs(batch: int, tokens: int) -> Tensor:
@@ -105,31 +127,57 @@ def decode_inputs(batch: int, tokens: int) -> Tensor:
 
 
 def decode_times(
-    models: Models, engine: Engine, features: Tensor, new_tokens: int
+    models: Models,
+    engine: Engine,
+    features: Tensor,
+    new_tokens: int,
+    longer: Sequence[Sequence[int]] = (),
+    **sampling: float,
 ) -> tuple[float, float]:
-    """Median milliseconds of the step that computes all prompts, and of the decode steps."""
+    """Median milliseconds until all prompts have their first token, and from token to token.
+
+    `longer` has what follows each image's prompt.
+    """
     prompts, steps = [], []
     for _ in range(ROUNDS):
-        for image in features:
-            add(models, engine, image, new_tokens)
-        times = []
+        for image, more in zip_longest(features, longer, fillvalue=()):
+            add(models, engine, image, new_tokens, more, **sampling)
+        before, first = time.perf_counter(), True
         while engine.has_work:
-            start = time.perf_counter()
-            engine.step()  # returns once its tokens are on the CPU
-            times.append(1000 * (time.perf_counter() - start))
-        prompts.append(times[0])
-        steps += times[1:]
-    return statistics.median(prompts), statistics.median(steps)
+            if not engine.step().events:
+                continue  # only launched: its tokens are not on the CPU yet
+            now = time.perf_counter()
+            (prompts if first else steps).append(1000 * (now - before))
+            before, first = now, False
+    return statistics.median(prompts), statistics.median(steps or [math.nan])
 
 
-def profile(models: Models, new_tokens: int) -> None:
-    """Prints the kernels of 10 decode steps of one sequence, by time."""
-    engine = make_engine(models, 1, len(models.prompt) + new_tokens)
-    add(models, engine, models.encode(random_pixels(models, 1))[0], new_tokens)
-    for _ in range(4):
-        engine.step()
+def profile(models: Models, batch: int, new_tokens: int) -> None:
+    """Lists the kernels of an image, of a prefill and of decode steps, by time."""
+    features = models.encode(random_pixels(models, batch))
+    one = random_pixels(models, 1)
+    _kernels("one image", lambda: models.encode(one))
+    for count in (1, batch):
+        engine = make_engine(models, count, len(models.prompt) + new_tokens)
+
+        def answer(engine: Engine, count: int, tokens: int) -> None:
+            for image in features[:count]:
+                add(models, engine, image, tokens)
+            while engine.has_work:
+                engine.step()
+
+        _kernels(f"prefill of {count}", partial(answer, engine, count, 1))
+        _kernels(f"prefill and 8 decode steps of {count}", partial(answer, engine, count, 9))
+
+
+def _kernels(name: str, call: Callable[[], object], longest: int = 12) -> None:
+    call()
     with torch.profiler.profile() as profiler:
-        for _ in range(10):
-            engine.step()
-    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70))
+        call()
+        synchronize(torch.device("cuda"))
+    on_gpu = [e for e in profiler.key_averages() if e.device_type.name == "CUDA"]
+    on_gpu.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in on_gpu) / 1000
+    print(f"\n{name}: {total:.3f} ms of {sum(e.count for e in on_gpu)} kernels")
+    for e in on_gpu[:longest]:
+        print(f"{e.self_device_time_total / 1000:>9.3f} ms {e.count:>5} x {e.key[:80]}")

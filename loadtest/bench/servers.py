@@ -9,9 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import psutil
@@ -26,6 +27,7 @@ NAMES = (*KINDS, MONOLITH)
 READY_WITHIN_S, READY_POLL_S = 300, 0.5
 STOPPED_WITHIN_S, STOP_POLL_S = 60, 0.1
 SAMPLE_EVERY_S = 5.0
+LOG_LINES, LOG_COLUMNS = 20, 300  # of a failed server's log, to be shown
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Serve's 5 seconds are too few where several processes import torch on two busy cores.
@@ -65,11 +67,30 @@ def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
         ServerFailed: it exits, or is not ready in time.
     """
     port = free_port()
+    with started(command(name, checkpoint, port), port, log) as endpoint:
+        yield endpoint
+
+
+@contextlib.contextmanager
+def started(
+    arguments: Sequence[str],
+    port: int,
+    log: Path,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    within_s: float = READY_WITHIN_S,
+) -> Iterator[Endpoint]:
+    """Starts a server that will listen on `port`; `variables` join its environment.
+
+    Its output goes to `log`, and it is stopped with all its processes.
+
+    Raises:
+        ServerFailed: it exits, or is not ready in time.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         process = psutil.Popen(
-            command(name, checkpoint, port),
-            env=os.environ | ENVIRONMENT,
+            arguments,
+            env=os.environ | ENVIRONMENT | dict(variables),
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -77,7 +98,7 @@ def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
         )
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log)
+        _wait_until_ready(process, url, log, within_s)
         yield Endpoint(f"{url}/v1", _model(f"{url}/v1"), process)
     finally:
         stop(process)
@@ -131,6 +152,16 @@ def memory(process: psutil.Popen) -> list[ProcessMemory]:
     return found
 
 
+def cpu_seconds(process: psutil.Popen) -> dict[tuple[int, str], float]:
+    """The CPU time of each process of the tree so far, by pid and name."""
+    found = {}
+    for member in _tree(process):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
+            found[member.pid, _name(member.cmdline())] = times.user + times.system
+    return found
+
+
 class PeakMemory:
     """While entered, samples the memory of a process tree every five seconds.
 
@@ -159,6 +190,12 @@ class PeakMemory:
             self.peak = max(used, self.peak or 0)
 
 
+def tail(log: Path) -> str:
+    """Its last lines, of which a traceback's may be long."""
+    last = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return "\n".join([f"the end of {log}:", *(line[:LOG_COLUMNS] for line in last)])
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -166,17 +203,16 @@ def free_port() -> int:
         return port
 
 
-def _wait_until_ready(process: psutil.Popen, url: str, log: Path) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
+def _wait_until_ready(process: psutil.Popen, url: str, log: Path, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            last = "\n".join(log.read_text().splitlines()[-20:])
-            raise ServerFailed(f"it exited with {process.returncode}; the end of {log}:\n{last}")
+            raise ServerFailed(f"it exited with {process.returncode}; {tail(log)}")
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/ready", timeout=5, trust_env=False).is_success:
                 return
         time.sleep(READY_POLL_S)
-    raise ServerFailed(f"not ready after {READY_WITHIN_S} s; see {log}")
+    raise ServerFailed(f"not ready after {within_s:g} s; {tail(log)}")
 
 
 def _model(url: str) -> str:

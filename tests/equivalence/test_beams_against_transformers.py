@@ -153,11 +153,12 @@ def run(
         max_num_batched_tokens=64,
         prefix_caching=prefix_caching,
     )
+    device = open_device(str(DEVICE))
     engine = Engine(
         # On a GPU, some steps exceed the captured number or length of sequences.
-        Runner(model.decoder, open_device(str(DEVICE)), slots, max_num_seqs=20, max_len=30),
+        Runner(model.decoder, device, slots, max_num_seqs=20, max_len=30),
         scheduler,
-        Sampler(tuple(model.eos)),
+        Sampler(tuple(model.eos), device),
         decode=decode,
         eos_token_ids=tuple(model.eos),
     )

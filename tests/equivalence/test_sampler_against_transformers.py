@@ -17,9 +17,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import SamplingParams
+from support.device import DEVICE
 from support.requests import make_request
 
 VOCABULARY = 50
@@ -97,7 +99,9 @@ def draw(logits: Tensor, params: SamplingParams, count: int) -> list[int]:
         for seed in range(count)
     ]
     rows = list(range(count))
-    choices = Sampler(tuple(EOS)).choose(logits.repeat(count, 1), rows, sequences)
+    device = open_device(str(DEVICE))
+    repeated = device.upload(logits.repeat(count, 1))
+    choices = Sampler(tuple(EOS), device).choose(repeated, rows, sequences)()
     return [choice.token for choice in choices]
 
 

@@ -1,10 +1,13 @@
-"""Captured decode steps without a GPU."""
+"""Captured steps without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from blip2_serve.compute.base import Decode, DecodeStep, Device
+from torch import Tensor
+
+from blip2_serve.compute.base import Decode, DecodeStep, Device, MixedStep
 from blip2_serve.compute.cuda.graphs import DecodeGraphs
 from blip2_serve.model.decoder import OptDecoder
 
@@ -30,3 +33,19 @@ class Capturing(Device):
             capture=run_again,
         )
         return graphs.run
+
+
+class CapturingMixed(Capturing):
+    """With mixed steps as well. Needs Triton."""
+
+    def prepare_mixed(
+        self,
+        decoder: OptDecoder,
+        kv: Tensor,
+        *,
+        pad_to: int,  # noqa: ARG002
+        **limits: Any,
+    ) -> MixedStep:
+        from blip2_serve.compute.cuda.mixed_graphs import MixedGraphs
+
+        return MixedGraphs(decoder, self, kv, **limits, capture=run_again).run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from blip2_serve.compute.sampler import Choice
@@ -41,16 +41,20 @@ class ScriptedSampler:
     def __init__(self, scripts: dict[str, list[list[int]]]) -> None:
         self.scripts = scripts
 
-    def choose(self, logits: Any, rows: list[int], sequences: list[Sequence]) -> Iterator[Choice]:
+    def choose(
+        self, logits: Any, rows: list[int], sequences: list[Sequence]
+    ) -> Callable[[], list[Choice]]:
         assert logits == "logits"
         assert len(rows) == len(sequences)
+        choices = []
         for sequence in sequences:
             token = self.scripts[sequence.request.id][sequence.index][len(sequence.output)]
-            yield Choice(token, self._logprob(sequence, token))
+            choices.append(Choice(token, self._logprob(sequence, token)))
+        return lambda: choices
 
     def expand(
         self, logits: Any, rows: list[int], beams: list[Sequence], count: int
-    ) -> list[Candidate]:
+    ) -> Callable[[], list[Candidate]]:
         assert logits == "logits"
         assert len(rows) == len(beams)
         found: dict[tuple[int, int], float] = {}
@@ -62,10 +66,11 @@ class ScriptedSampler:
         for junk in range(count):
             found.setdefault((0, junk), -100.0 - junk)
         best = sorted(found.items(), key=lambda item: -item[1])[:count]
-        return [
+        candidates = [
             Candidate(beams[i], token, score, self._logprob(beams[i], token))
             for (i, token), score in best
         ]
+        return lambda: candidates
 
     def _logprob(self, sequence: Sequence, token: int) -> TokenLogprob | None:
         requested = sequence.request.params.top_logprobs is not None
@@ -74,6 +79,8 @@ class ScriptedSampler:
 
 class Bench:
     """An engine with a `FakeRunner` and a `ScriptedSampler`, which collects its events."""
+
+    asynchronous = False  # the fixture `devices` runs tests both ways
 
     def __init__(
         self,
@@ -98,6 +105,7 @@ class Bench:
             ScriptedSampler(self.scripts),
             decode=decode,
             eos_token_ids=(EOS, OTHER_EOS),
+            asynchronous=self.asynchronous,
         )
         self.events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
 
@@ -111,7 +119,11 @@ class Bench:
         return request
 
     def step(self) -> None:
-        for name, event in self.engine.step().events:
+        """Takes the tokens of one step."""
+        result = self.engine.step()
+        if result.report is None and self.engine.has_work:  # only launched the first
+            result = self.engine.step()
+        for name, event in result.events:
             self.events[name].append(event)
         self.engine.check_integrity()
 

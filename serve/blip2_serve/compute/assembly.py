@@ -64,11 +64,17 @@ def assemble(
         device,
         slots,
         max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         max_len=max_len,
         pad_to=pad_to,
     )
     return Engine(
-        runner, scheduler, Sampler(eos_token_ids), decode=decode, eos_token_ids=eos_token_ids
+        runner,
+        scheduler,
+        Sampler(eos_token_ids, device),
+        decode=decode,
+        eos_token_ids=eos_token_ids,
+        asynchronous=device.asynchronous,
     )
 
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from blip2_serve import machine
+from blip2_serve.compute.drawing import keep_top_p
+from blip2_serve.compute.mixed import MixedParts
+from blip2_serve.engine.sequence import Chunk
 from blip2_serve.model.decoder import Attend, OptDecoder, add_norm
 from blip2_serve.model.vision import ImageEncoder
 
@@ -25,6 +28,10 @@ Encode = Callable[[Tensor], Tensor]
 
 # int64 [n, 2 + longest] in main memory -> float32 logits [n, vocabulary]; see `DecodeStep`
 Decode = Callable[[Tensor], Tensor]
+
+
+# The chunks of a step, some of them of prompts -> float32 logits, one row per completing chunk
+MixedStep = Callable[[list[Chunk]], Tensor]
 
 
 class DecodeStep(Protocol):
@@ -41,6 +48,10 @@ class DecodeStep(Protocol):
 class Device:
     """Plain torch on any device: the reference that tests compare the others with."""
 
+    asynchronous = False  # whether work is only queued, to be computed while Python goes on
+    # Rows of logits that a token is drawn for at once. On a CPU, few of them stay in its cache.
+    rows_at_once = 4
+
     def __init__(self, place: torch.device) -> None:
         self.place = place
 
@@ -50,9 +61,13 @@ class Device:
         """The tensor on the device; work queued later sees it."""
         return tensor.to(self.place)
 
+    def fetch(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts copying a tensor into main memory; call the result to wait for it."""
+        return lambda: tensor.cpu()
+
     def download(self, tensor: Tensor) -> Tensor:
         """The tensor in main memory, once it is computed."""
-        return tensor.cpu()
+        return self.fetch(tensor)()
 
     def host_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An empty tensor in main memory that `upload` copies quickly."""
@@ -98,11 +113,34 @@ class Device:
         """
         return lambda inputs: step(self.upload(inputs))
 
+    def prepare_mixed(
+        self,
+        decoder: OptDecoder,
+        kv: Tensor,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_len: int,
+        pad_to: int,
+    ) -> MixedStep:
+        """Returns how to run steps of up to so many sequences and tokens in which some prefill.
+
+        The logits may be overwritten by the next call.
+        """
+        return MixedParts(decoder, self, kv, pad_to).run
+
     # -- kernels -------------------------------------------------------------------------------
 
     def add_norm(self, x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """(x + more, its layer norm); all [tokens, hidden]."""
         return add_norm(x, more, norm)
+
+    def keep_top_p(self, weights: Tensor, scores: Tensor, top_p: Tensor) -> Tensor:
+        """Zeroes the weights of tokens that come after the likeliest `top_p` of each row.
+
+        As `drawing.keep_top_p`, exactly: weights are integers.
+        """
+        return keep_top_p(weights, scores, top_p)
 
     def attend_decode(self, kv: Tensor, slots: Tensor, positions: Tensor) -> Attend:
         """One token of each of n sequences attends to itself and all tokens before it.
@@ -150,26 +188,6 @@ class Device:
             return attended[0].transpose(0, 1)
 
         return attend
-
-
-def attend_parts(parts: list[tuple[int, Attend]]) -> Attend:
-    """Joins consecutive parts of a step, (tokens, how they attend); padding behind gets zeros."""
-    together: Tensor | None = None  # reused by all layers
-
-    def attend(layer: int, qkv: Tensor) -> Tensor:
-        nonlocal together
-        if [count for count, _ in parts] == [len(qkv)]:
-            return parts[0][1](layer, qkv)
-        if together is None:
-            together = torch.zeros_like(qkv[:, 0])
-        offset = 0
-        for count, part in parts:
-            own = slice(offset, offset + count)
-            together[own] = part(layer, qkv[own])
-            offset += count
-        return together
-
-    return attend
 
 
 def set_threads(threads: int | None) -> None:

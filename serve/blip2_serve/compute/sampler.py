@@ -1,4 +1,4 @@
-"""Chooses next tokens from logits.
+"""Chooses next tokens from logits, for all sequences at once.
 
 A token depends only on its own logits, the request's parameters and the position: greedy takes the
 largest logit, and sampling uses a random number keyed by (seed, sample, position). Neither the rest
@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.drawing import Filters, draw
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import TokenLogprob
+
+PLACES = (1 << 29) - 1  # the bits of a key that are a place; see `Sampler._keys`
 
 
 @dataclass(frozen=True)
@@ -29,75 +35,170 @@ class Choice:
 
 
 class Sampler:
-    """Chooses tokens for a model whose answers end with one of `eos_token_ids`."""
+    """Chooses tokens for a model whose answers end with one of `eos_token_ids`.
 
-    def __init__(self, eos_token_ids: tuple[int, ...]) -> None:
-        self._eos = list(eos_token_ids)
+    `choose` and `expand` queue work on the device; the function that they return waits for it.
+    """
+
+    def __init__(self, eos_token_ids: tuple[int, ...], device: Device) -> None:
+        self._eos = eos_token_ids
+        self._device = device
+        self._places = torch.empty(0)
 
     @torch.inference_mode()
-    def choose(self, logits: Tensor, rows: list[int], sequences: list[Sequence]) -> list[Choice]:
+    def choose(
+        self, logits: Tensor, rows: list[int], sequences: list[Sequence]
+    ) -> Callable[[], list[Choice]]:
         """Chooses the next token of each sequence.
 
         Args:
-            logits: float32 [n, vocabulary].
+            logits: float32 [n, vocabulary], on the device.
             rows: The row of `logits` for each sequence. Samples of one request share a row until
                 they have tokens of their own.
             sequences: As many as `rows`.
         """
-        raw = logits if rows == list(range(len(logits))) else logits[rows]
-        scores = raw.clone() if any(_changes_scores(s) for s in sequences) else raw
-        for row, sequence in zip(scores, sequences, strict=True):
-            self._penalise(row, sequence)
-        tokens: list[int] = scores.argmax(-1).tolist()
-        for i, sequence in enumerate(sequences):
-            if sequence.request.params.temperature > 0:
-                tokens[i] = _draw(scores[i], sequence)
-        return [
-            Choice(token, _logprob(row.log_softmax(-1), token, top))
-            if (top := sequence.request.params.top_logprobs) is not None
-            else Choice(token)
-            for row, token, sequence in zip(raw, tokens, sequences, strict=True)
-        ]
+        if not sequences:
+            return list
+        raw = self._rows(logits, rows)
+        tokens = self._tokens(self._penalised(raw, sequences), sequences)
+        chosen = self._device.fetch(tokens)
+        tops = [sequence.request.params.top_logprobs for sequence in sequences]
+        asking = [i for i, top in enumerate(tops) if top is not None]
+        if not asking:
+            return lambda: [Choice(token) for token in chosen().tolist()]
+        most = max(tops[i] or 0 for i in asking)
+        keys = []
+        for block in self._blocks(asking):
+            logprobs = self._rows(raw, block).log_softmax(-1)
+            keys.append(self._best_keys(logprobs, self._rows(tokens, block), most))
+        fetched = self._device.fetch(torch.cat(keys))
+
+        def result() -> list[Choice]:
+            choices = [Choice(token) for token in chosen().tolist()]
+            for i, values, ids in zip(asking, *_read(fetched()), strict=True):
+                choices[i] = replace(choices[i], logprob=_logprob(values, ids, tops[i] or 0))
+            return choices
+
+        return result
 
     @torch.inference_mode()
     def expand(
         self, logits: Tensor, rows: list[int], beams: list[Sequence], count: int
-    ) -> list[Candidate]:
-        """Returns the `count` best continuations of one request's beams, best first.
+    ) -> Callable[[], list[Candidate]]:
+        """Finds the `count` best continuations of one request's beams, best first.
 
         As in transformers, penalties apply to log-probabilities here, not to logits.
 
         Args:
-            logits: float32 [n, vocabulary].
+            logits: float32 [n, vocabulary], on the device.
             rows: The row of `logits` for each beam.
             beams: As many as `rows`.
             count: At most len(beams) * vocabulary.
         """
-        raw = logits[rows].log_softmax(-1)
-        scores = raw.clone() if _changes_scores(beams[0]) else raw
-        for row, beam in zip(scores, beams, strict=True):
-            self._penalise(row, beam)
-        sums = scores + torch.tensor([b.score for b in beams], device=scores.device)[:, None]
-        best = sums.flatten().topk(count)
+        width = logits.shape[1]
+        raw = self._rows(logits, rows).log_softmax(-1)
+        scores = self._device.upload(torch.tensor([[beam.score] for beam in beams]))
+        sums = self._penalised(raw, beams) + scores
+        best = self._keys(sums.flatten()).topk(count, largest=False).values
+        fetched = self._device.fetch(best)
         top = beams[0].request.params.top_logprobs
-        candidates = []
-        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            beam, token = divmod(index, logits.shape[1])
-            logprob = None if top is None else _logprob(raw[beam], token, top)
-            candidates.append(Candidate(beams[beam], token, score, logprob))
-        return candidates
+        if top is not None:
+            places = best & PLACES
+            its_logprobs = raw.index_select(0, places // width)
+            lines = self._device.fetch(self._best_keys(its_logprobs, places % width, top))
 
-    def _penalise(self, row: Tensor, sequence: Sequence) -> None:
-        params = sequence.request.params
-        if params.repetition_penalty != 1:
-            # As in transformers, the tokens of the prompt and the image count too.
-            seen = sorted({*sequence.request.prompt, *sequence.output})
-            where = torch.tensor(seen, device=row.device)
-            scores = row[where]
-            penalty = params.repetition_penalty
-            row[where] = torch.where(scores < 0, scores * penalty, scores / penalty)
-        if len(sequence.output) < params.min_tokens:
-            row[self._eos] = -torch.inf
+        def result() -> list[Candidate]:
+            candidates = [
+                Candidate(beams[place // width], place % width, score)
+                for score, place in zip(*_read(fetched()), strict=True)
+            ]
+            if top is None:
+                return candidates
+            return [
+                replace(candidate, logprob=_logprob(values, ids, top))
+                for candidate, values, ids in zip(candidates, *_read(lines()), strict=True)
+            ]
+
+        return result
+
+    def _rows(self, tensor: Tensor, rows: list[int]) -> Tensor:
+        first, end = rows[0], rows[0] + len(rows)
+        if rows == list(range(first, end)):
+            return tensor[first:end]
+        return tensor.index_select(0, self._device.upload(torch.tensor(rows)))
+
+    def _penalised(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
+        """The scores with penalties; a copy, unless there are none."""
+        width = raw.shape[1]
+        seen: list[int] = []
+        penalties: list[float] = []
+        forbidden: list[int] = []
+        for row, sequence in enumerate(sequences):
+            params = sequence.request.params
+            if params.repetition_penalty != 1:
+                # As in transformers, the tokens of the prompt and the image count too.
+                tokens = {*sequence.request.prompt, *sequence.output}
+                seen += [row * width + token for token in tokens]
+                penalties += [params.repetition_penalty] * len(tokens)
+            if len(sequence.output) < params.min_tokens:
+                forbidden += [row * width + token for token in self._eos]
+        if not seen and not forbidden:
+            return raw
+        scores = raw.clone().view(-1)
+        if seen:
+            pairs = torch.tensor([seen, penalties], dtype=torch.float64)
+            where, penalty = self._device.upload(pairs)
+            where, penalty = where.long(), penalty.to(scores.dtype)
+            before = scores[where]
+            scores[where] = torch.where(before < 0, before * penalty, before / penalty)
+        if forbidden:
+            scores.index_fill_(0, self._device.upload(torch.tensor(forbidden)), -torch.inf)
+        return scores.view_as(raw)
+
+    def _tokens(self, scores: Tensor, sequences: list[Sequence]) -> Tensor:
+        """int64 [n]: that of the largest score, or a drawn one if the temperature is above 0."""
+        groups: dict[Filters, list[int]] = {}
+        for row, sequence in enumerate(sequences):
+            params = sequence.request.params
+            if params.temperature > 0:
+                groups.setdefault(Filters.of(params, scores.shape[1]), []).append(row)
+        if not groups:
+            return scores.argmax(-1)
+        blocks = [(f, rows) for f, group in groups.items() for rows in self._blocks(group)]
+        order = [row for _, rows in blocks for row in rows]
+        columns = [*zip(*(_drawing_params(sequences[row]) for row in order), strict=True)]
+        table = self._device.upload(torch.tensor(columns, dtype=torch.float64)[:, :, None])
+        tokens, keep = [], self._device.keep_top_p
+        for filters, rows in blocks:
+            largest_k = max(sequences[row].request.params.top_k for row in rows)
+            own, table = table[:, : len(rows)], table[:, len(rows) :]
+            tokens.append(draw(self._rows(scores, rows), own, filters, largest_k, keep))
+        if order == list(range(len(sequences))):
+            return torch.cat(tokens)
+        where = self._device.upload(torch.tensor(order))
+        return scores.argmax(-1).index_copy_(0, where, torch.cat(tokens))
+
+    def _blocks(self, rows: list[int]) -> list[list[int]]:
+        size = self._device.rows_at_once
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _best_keys(self, logprobs: Tensor, tokens: Tensor, count: int) -> Tensor:
+        """Keys of a token of each row, and of its `count` likeliest: int64 [n, 1 + count]."""
+        keys = self._keys(logprobs)
+        best = keys.topk(count, largest=False).values
+        return torch.cat([keys.gather(1, tokens[:, None]), best], 1)
+
+    def _keys(self, logprobs: Tensor) -> Tensor:
+        """Numbers that are all different, the smallest for the first of the likeliest.
+
+        float32 [..., n], at most 0 -> int64 [..., n]; `_read` reads them.
+        """
+        count = logprobs.shape[-1]
+        if len(self._places) < count:
+            self._places = torch.arange(count, device=logprobs.device)
+        # Positive floats are in the order of their bits, of which the last 29 are 0 in those that
+        # were float32: there is room for the place.
+        return logprobs.double().neg_().view(torch.int64).add_(self._places[:count])
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
@@ -107,39 +208,19 @@ def uniform(seed: int, position: int, sample: int = 0) -> float:
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
 
 
-def _changes_scores(sequence: Sequence) -> bool:
+def _drawing_params(sequence: Sequence) -> tuple[float, ...]:
     params = sequence.request.params
-    return params.repetition_penalty != 1 or len(sequence.output) < params.min_tokens
-
-
-def _logprob(row: Tensor, token: int, top: int) -> TokenLogprob:
-    """Reads a token's log-probability, and the `top` largest, from `row` [vocabulary]."""
-    likeliest = row.topk(top)
-    others = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-    return TokenLogprob(token, row[token].item(), top=tuple(TokenLogprob(*o) for o in others))
-
-
-def _draw(row: Tensor, sequence: Sequence) -> int:
-    """Samples a token: inverts the cumulative distribution at the position's random number."""
-    params = sequence.request.params
-    # Subtracting the largest score keeps the others finite at tiny temperatures.
-    scores = row.double().cpu()
-    scores = (scores - scores.max()) / params.temperature
-    if 0 < params.top_k < len(scores):
-        threshold = scores.topk(params.top_k).values[-1]
-        scores[scores < threshold] = -torch.inf
-    if params.top_p < 1:
-        ordered, order = scores.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # A token stays if those before it sum to less than top_p; the likeliest always stays.
-        dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
-        dropped[0] = False
-        scores[order[dropped]] = -torch.inf
-    if params.min_p > 0:
-        probabilities = scores.softmax(-1)
-        scores[probabilities < params.min_p * probabilities.max()] = -torch.inf
-    cumulative = scores.softmax(-1).cumsum(-1)
     number = uniform(params.seed, len(sequence.output), sequence.index)
-    token = int(torch.searchsorted(cumulative, number * cumulative[-1], right=True))
-    # Rounding can leave the number above the whole sum; it then means the last possible token.
-    return token if token < len(scores) else int(scores.isfinite().nonzero()[-1])
+    return params.temperature, params.top_k, params.top_p, params.min_p, number
+
+
+def _read(keys: Tensor) -> tuple[list[Any], list[Any]]:
+    """Log-probabilities and their places, in lists of the shape of `keys`."""
+    places = keys & PLACES
+    return (keys - places).view(torch.float64).neg().tolist(), places.tolist()
+
+
+def _logprob(values: list[float], ids: list[int], top: int) -> TokenLogprob:
+    """Of a token, and the `top` likeliest behind it."""
+    token, *others = map(TokenLogprob, ids[: top + 1], values)
+    return replace(token, top=tuple(others))

@@ -6,14 +6,14 @@ HTTP, nor of torch: logits pass from the runner to the sampler unseen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from blip2_serve.engine.answer import Answer
 from blip2_serve.engine.beam import BeamSearch, Candidate
 from blip2_serve.engine.detokenizer import Decode
-from blip2_serve.engine.scheduler import Admission, Plan, Scheduler
+from blip2_serve.engine.scheduler import Admission, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
 
@@ -32,12 +32,14 @@ class Choice(Protocol):
 
 
 class Sampler(Protocol):
+    """Both queue their work behind the runner's and return what waits for the results."""
+
     def choose(
         self, logits: Any, rows: list[int], sequences: list[Sequence]
-    ) -> Iterable[Choice]: ...
+    ) -> Callable[[], Iterable[Choice]]: ...
     def expand(
         self, logits: Any, rows: list[int], beams: list[Sequence], count: int
-    ) -> list[Candidate]: ...
+    ) -> Callable[[], list[Candidate]]: ...
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,15 @@ class EngineStats:
 class StepReport:
     """What a step computed."""
 
-    admitted: tuple[Admission, ...]
     prefills: int  # sequences with a chunk of their prompt in the step
     decodes: int  # sequences that advanced by one token
     tokens: int  # of prompts and answers together
 
     @classmethod
-    def of(cls, plan: Plan) -> StepReport:
-        decodes = sum(bool(chunk.sequence.output) for chunk in plan.chunks)
-        tokens = sum(chunk.end - chunk.start for chunk in plan.chunks)
-        return cls(plan.admitted, len(plan.chunks) - decodes, decodes, tokens)
+    def of(cls, chunks: list[Chunk]) -> StepReport:
+        decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
+        tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        return cls(len(chunks) - decodes, decodes, tokens)
 
     @property
     def phase(self) -> str:
@@ -77,7 +78,8 @@ class StepReport:
 @dataclass(frozen=True)
 class StepResult:
     events: list[Event]
-    report: StepReport
+    report: StepReport | None  # of the step that produced them; None if none had been launched
+    admitted: tuple[Admission, ...]  # to the step that was launched
 
 
 @dataclass
@@ -86,13 +88,39 @@ class _Live:
 
     request: Request
     answers: list[Answer]
+    unfinished: int  # answers
     search: BeamSearch | None = None
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step that the device is computing."""
+
+    chunks: list[Chunk]
+    report: StepReport
+    forks: list[tuple[Sequence, list[Sequence]]]  # prompts of several samples, with the samples
+    chosen_for: list[Sequence]
+    choices: Callable[[], Iterable[Choice]]
+    searches: list[tuple[_Live, list[Sequence], Callable[[], list[Candidate]]]]
+
+
+@dataclass(slots=True)  # frozen ones take three times as long to make
+class _News:
+    """New tokens of an answer, not yet text."""
+
+    live: _Live
+    index: int  # of the answer
+    sequence: Sequence  # the answer's, or one of the beams
+    tokens: list[int]
+    logprobs: Iterable[TokenLogprob]
+    reason: FinishReason | None
 
 
 class Engine:
     """One step at a time: the scheduler plans, the runner computes, the sampler picks tokens.
 
     `decode` turns token ids into text without special tokens; `eos_token_ids` end an answer.
+    `asynchronous` says that the runner only launches work and the sampler's results wait for it.
     """
 
     def __init__(
@@ -103,18 +131,21 @@ class Engine:
         *,
         decode: Decode,
         eos_token_ids: tuple[int, ...],
+        asynchronous: bool = False,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._sampler = sampler
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
+        self._asynchronous = asynchronous
         self._live: dict[str, _Live] = {}
+        self._launched: _Launched | None = None
         self._steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._launched is not None or self._scheduler.has_work
 
     def stats(self) -> EngineStats:
         s = self._scheduler
@@ -136,7 +167,7 @@ class Engine:
         search = None
         if request.params.num_beams > 1:
             search = BeamSearch(request, self._ends(request))
-        self._live[request.id] = _Live(request, answers, search)
+        self._live[request.id] = _Live(request, answers, len(answers), search)
 
     def abort(self, request_id: str) -> None:
         """Drops a request; does nothing if it has ended already."""
@@ -144,14 +175,16 @@ class Engine:
             self._scheduler.release(live.request)
 
     def step(self) -> StepResult:
-        """Runs one step and returns what is new in each answer."""
-        plan = self._scheduler.schedule()
-        report = StepReport.of(plan)
-        logits = self._runner.run(plan.chunks)
-        self._scheduler.advance(plan.chunks)
-        self._steps += 1
-        ready = [chunk.sequence for chunk in plan.chunks if chunk.completes]
-        return StepResult([*self._choose(logits, ready), *self._search(logits, ready)], report)
+        """Takes the tokens of the step under way, launches the next, and returns what is new.
+
+        So the device computes while this thread turns tokens into text. A runner that is not
+        asynchronous has computed a step once it is launched: its tokens are taken at once.
+        """
+        report, news = self._collect()
+        admitted = self._launch()
+        if not self._asynchronous:
+            report, news = self._collect()
+        return StepResult([*self._events(news)], report, admitted)
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
@@ -164,84 +197,135 @@ class Engine:
         assert self._scheduler.kv.used == self._scheduler.cached.slots
         assert not self._live
 
-    def _choose(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
-        """Picks one token for every sequence that is not a beam."""
-        rows, sequences = [], []
-        for row, sequence in enumerate(ready):
-            if sequence.request.params.num_beams == 1:
-                samples = _samples(sequence)
-                sequences += samples
-                rows += [row] * len(samples)
-        if not sequences:
-            return
-        for sequence, choice in zip(
-            sequences, self._sampler.choose(logits, rows, sequences), strict=True
-        ):
-            yield sequence.request.id, self._append(sequence, choice)
+    # -- launching a step ----------------------------------------------------------------------
 
-    def _append(self, sequence: Sequence, choice: Choice) -> TokenEvent:
+    def _launch(self) -> tuple[Admission, ...]:
+        """Launches the next step, if there is work. Returns the requests that it admits."""
+        if not self._scheduler.has_work:
+            return ()
+        plan = self._scheduler.schedule()
+        logits = self._runner.run(plan.chunks)
+        ready = [chunk.sequence for chunk in plan.chunks if chunk.completes]
+        rows, sequences, forks = [], [], []
+        searches: dict[str, list[int]] = {}
+        for row, sequence in enumerate(ready):
+            params = sequence.request.params
+            if params.num_beams > 1:
+                searches.setdefault(sequence.request.id, []).append(row)
+                continue
+            samples = [sequence]
+            if params.n > 1 and not sequence.output:
+                samples = [sequence.fork(index) for index in range(params.n)]
+                forks.append((sequence, samples))
+            rows += [row] * len(samples)
+            sequences += samples
+        self._launched = _Launched(
+            plan.chunks,
+            StepReport.of(plan.chunks),
+            forks,
+            sequences,
+            self._sampler.choose(logits, rows, sequences) if sequences else list,
+            [self._expand(logits, own, ready) for own in searches.values()],
+        )
+        self._steps += 1
+        return plan.admitted
+
+    def _expand(
+        self, logits: Any, rows: list[int], ready: list[Sequence]
+    ) -> tuple[_Live, list[Sequence], Callable[[], list[Candidate]]]:
+        beams = [ready[row] for row in rows]
+        live = self._live[beams[0].request.id]
+        assert live.search is not None
+        return live, beams, self._sampler.expand(logits, rows, beams, live.search.candidates)
+
+    # -- taking its tokens ---------------------------------------------------------------------
+
+    def _collect(self) -> tuple[StepReport | None, list[_News]]:
+        """Waits for the step under way and advances the sequences it computed.
+
+        Sequences that have ended since it was launched, by an abort or a stop string, are left
+        out. Their KV slots may be others' by now: steps are computed in order.
+        """
+        step, self._launched = self._launched, None
+        if step is None:
+            return None, []
+        choices = step.choices()
+        self._scheduler.advance([chunk for chunk in step.chunks if _lives(chunk.sequence)])
+        for sequence, samples in step.forks:
+            if _lives(sequence):
+                sequence.request.sequences = [*samples]
+                for sample in samples:
+                    sample.computed = sequence.computed
+        news = [
+            self._append(sequence, choice)
+            for sequence, choice in zip(step.chosen_for, choices, strict=True)
+            if _lives(sequence)
+        ]
+        for live, beams, candidates in step.searches:
+            found = candidates()
+            if _lives(beams[0]):
+                news += self._search(live, found)
+        return step.report, news
+
+    def _append(self, sequence: Sequence, choice: Choice) -> _News:
         request = sequence.request
         reason: FinishReason | None = None
         if choice.token in self._ends(request):
             reason = "stop"
         elif len(sequence.output) + 1 == request.params.max_tokens:
             reason = "length"
-        answer = self._live[request.id].answers[sequence.index]
-        event = answer.add([choice.token], [choice.logprob] if choice.logprob else [], reason)
-        if event.finish_reason is None:
-            sequence.append(choice.token)
-            return event
-        self._scheduler.end(sequence)
-        if request.sequences:
-            return event
-        del self._live[request.id]
-        return replace(event, last=True)
-
-    def _search(self, logits: Any, ready: list[Sequence]) -> Iterator[Event]:
-        """Advances every beam search by one step."""
-        searching: dict[str, list[int]] = {}
-        for row, sequence in enumerate(ready):
-            if sequence.request.params.num_beams > 1:
-                searching.setdefault(sequence.request.id, []).append(row)
-        for request_id, rows in searching.items():
-            live = self._live[request_id]
-            assert live.search is not None
-            beams = [ready[row] for row in rows]
-            candidates = self._sampler.expand(logits, rows, beams, live.search.candidates)
-            live.request.sequences = live.search.step(candidates)
-            for event in self._beam_events(live, live.search):
-                yield request_id, event
-
-    def _beam_events(self, live: _Live, search: BeamSearch) -> list[TokenEvent]:
-        beams = live.request.sequences
-        best = search.hypotheses[0] if not beams else None
-        if live.request.params.n == 1:
-            tokens, logprobs = search.newly_agreed(beams)
-            event = live.answers[0].add(tokens, logprobs, best.reason if best else None)
-            if event.finish_reason is None:
-                return [event] if tokens else []
-            events = [event]
-        elif best:
-            events = [
-                answer.add(h.tokens, h.logprobs, h.reason)
-                for answer, h in zip(live.answers, search.hypotheses, strict=False)
-            ]
+        live = self._live[request.id]
+        if reason:
+            self._scheduler.end(sequence)
         else:
+            sequence.append(choice.token)
+        logprobs = [choice.logprob] if choice.logprob else []
+        return _News(live, sequence.index, sequence, [choice.token], logprobs, reason)
+
+    def _search(self, live: _Live, candidates: list[Candidate]) -> list[_News]:
+        """Advances a beam search by one step."""
+        request, search = live.request, live.search
+        assert search is not None
+        request.sequences = beams = search.step(candidates)
+        best = None if beams else search.hypotheses[0]
+        if best:
+            request.sequences = [best.beam]
+            self._scheduler.end(best.beam)
+        if request.params.n == 1:
+            tokens, logprobs = search.newly_agreed(beams)
+            first = best.beam if best else beams[0]
+            return [_News(live, 0, first, tokens, logprobs, best.reason if best else None)]
+        if beams:
             return []
-        # The search is over, or a stop string ended all beams at once.
-        live.request.sequences = [best.beam if best else beams[0]]
-        self._scheduler.end(live.request.sequences[0])
-        del self._live[live.request.id]
-        return [*events[:-1], replace(events[-1], last=True)]
+        return [
+            _News(live, index, h.beam, h.tokens, h.logprobs, h.reason)
+            for index, h in enumerate(search.hypotheses[: request.params.n])
+        ]
+
+    # -- text ----------------------------------------------------------------------------------
+
+    def _events(self, news: list[_News]) -> Iterator[Event]:
+        """Turns new tokens into text; a stop string in it ends its answer."""
+        for new in news:
+            live, request = new.live, new.live.request
+            event = live.answers[new.index].add(new.tokens, [*new.logprobs], new.reason)
+            if event.finish_reason is None:
+                if new.tokens:
+                    yield request.id, event
+                continue
+            if new.reason is None:
+                if live.search:
+                    request.sequences = [new.sequence]
+                self._scheduler.end(new.sequence)
+            live.unfinished -= 1
+            if not live.unfinished:
+                del self._live[request.id]
+                event = replace(event, last=True)
+            yield request.id, event
 
     def _ends(self, request: Request) -> frozenset[int]:
         return frozenset() if request.params.ignore_eos else self._eos
 
 
-def _samples(sequence: Sequence) -> list[Sequence]:
-    """The sequence itself, or its n samples if its prefill has just finished."""
-    request = sequence.request
-    if request.params.n > 1 and not sequence.output:
-        request.sequences = [sequence.fork(index) for index in range(request.params.n)]
-        return request.sequences.copy()
-    return [sequence]
+def _lives(sequence: Sequence) -> bool:
+    return sequence in sequence.request.sequences

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport, StepResult
+from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.observe.metrics import harmless
@@ -30,12 +31,13 @@ _Item = TokenEvent | Blip2ServeError
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the engine, measured."""
+    """A call of `Engine.step`, measured."""
 
-    report: StepReport
+    report: StepReport | None  # of the step whose tokens it took; None if there was none
     seconds: float
+    admitted: tuple[Admission, ...]  # to the step that it launched
     queue_seconds: tuple[float, ...]  # per admitted request: the time since it was submitted
-    answered: int  # answer tokens it produced
+    answered: int  # answer tokens it returned
 
 
 @dataclass
@@ -149,10 +151,11 @@ class EngineLoop:
         self._measure(start, result)
 
     def _observe_step(self, start: float, result: StepResult) -> None:
-        readers = (self._readers.get(admission.request_id) for admission in result.report.admitted)
+        readers = (self._readers.get(admission.request_id) for admission in result.admitted)
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
         answered = sum(len(event.token_ids) for _, event in result.events)
-        self._observe(Step(result.report, time.perf_counter() - start, queue_seconds, answered))
+        seconds = time.perf_counter() - start
+        self._observe(Step(result.report, seconds, result.admitted, queue_seconds, answered))
 
     def _receive(self) -> bool:
         """Runs the calls in the inbox, waiting while there is nothing to do; False when closing."""

@@ -17,7 +17,7 @@ MakeLinear = Callable[[nn.Linear, str], nn.Module | None]
 def replace_linears(module: nn.Module, make: MakeLinear) -> None:
     """Replaces every linear layer inside `module`, freeing each old weight before the next.
 
-    A weight shared with another module, such as that of a tied head, is copied.
+    A weight shared with another module, such as that of a tied head, is copied if `make` copies.
     """
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):

@@ -249,17 +249,19 @@ class GeneratorInstruments(Instruments):
     @harmless
     def step(self, step: Step) -> None:
         """The engine made a step; called in its thread."""
-        record, report = self._recorder, step.report
-        self._meter.stepped(report.tokens, step.seconds)
+        record = self._recorder
         for seconds in step.queue_seconds:
             record.observe(metrics.QUEUE_TIME, seconds, stage=self.stage)
-        for admission in report.admitted:
+        for admission in step.admitted:
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
+        record.add(metrics.GENERATED_TOKENS, step.answered)
+        if not (report := step.report):
+            return
+        self._meter.stepped(report.tokens, step.seconds)
         record.observe(metrics.STEP_DURATION, step.seconds, phase=report.phase)
         record.observe(metrics.BATCH_SIZE, report.prefills + report.decodes, stage=self.stage)
         record.add(metrics.BATCH_CAPACITY, self._max_num_seqs, stage=self.stage)
-        record.add(metrics.GENERATED_TOKENS, step.answered)
 
     def signals(self) -> Signals:
         engine = self._engine()

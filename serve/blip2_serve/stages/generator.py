@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import transformers
@@ -48,13 +50,15 @@ from blip2_serve.types import (
     TokenLogprob,
 )
 
+SWITCH_INTERVAL_S = 0.0002
+
 
 class Generator:
     """Tokenises, submits requests to the engine, returns its events, cancels, reports health."""
 
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure(config.log_format)
-        place = open_device(device)
+        self._device = place = open_device(device)
         self._default_max_tokens = config.generator.default_max_tokens
         self._instruments = GeneratorInstruments(RayRecorder(), config.generator.max_num_seqs)
         # In a thread that ends: libgomp counts every living thread that ever computed, and if they
@@ -62,6 +66,10 @@ class Generator:
         with ThreadPoolExecutor(1) as thread:
             loading = asyncio.get_running_loop().run_in_executor(thread, _load, config, place)
             engine, self._tokenizer, self._max_model_len, report = await loading
+        if place.asynchronous:
+            # The engine's thread needs Python for a moment at each step, while the event loop is
+            # busy with requests; it would wait for up to 5 ms, longer than the step.
+            sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._loop = EngineLoop(
             engine,
             partial(set_threads, config.generator.threads),
@@ -126,7 +134,8 @@ class Generator:
             )
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
-        return Request(uuid.uuid4().hex, ids, _tensor(features), features.digest, params)
+        image = _tensor(features, self._device)
+        return Request(uuid.uuid4().hex, ids, image, features.digest, params)
 
     def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """Returns the parameters with max_tokens set, checked against the model's positions."""
@@ -208,7 +217,8 @@ def _load(config: AppConfig, device: Device) -> tuple[Engine, Tokenizer, int, Lo
     return engine, tokenizer, max_len, report
 
 
-def _tensor(features: ImageFeatures) -> Tensor:
-    """[queries, hidden], on the CPU; the runner moves it."""
-    flat = torch.frombuffer(bytearray(features.data), dtype=getattr(torch, features.dtype))
-    return flat.view(features.shape)
+def _tensor(features: ImageFeatures, device: Device) -> Tensor:
+    """[queries, hidden] in main memory, from where the runner copies it."""
+    tensor = device.host_tensor(features.shape, getattr(torch, features.dtype))
+    tensor.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(features.data, np.uint8)
+    return tensor

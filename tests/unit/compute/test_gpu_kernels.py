@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from blip2_serve.compute import drawing
 from blip2_serve.compute.base import Device
 from blip2_serve.model import decoder
 from support.device import DEVICE
@@ -23,6 +24,7 @@ add_norm = pytest.importorskip("blip2_serve.compute.cuda.add_norm", reason=NO_TR
 decode_attention = pytest.importorskip(
     "blip2_serve.compute.cuda.decode_attention", reason=NO_TRITON
 )
+top_p_kernel = pytest.importorskip("blip2_serve.compute.cuda.top_p", reason=NO_TRITON)
 
 SLOTS = 300
 UNWRITTEN = 250  # the first of the slots that were never written
@@ -93,53 +95,125 @@ def test_add_norm_matches_plain_torch(dtype: torch.dtype, tolerance: float) -> N
     torch.testing.assert_close(normed, norm(summed), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999])
+def test_top_p_keeps_what_a_sort_keeps(top_p: float) -> None:
+    """Scores of bfloat16 have many ties; some are infinite, or zero of either sign."""
+    width = 2 * top_p_kernel.BLOCK - 5
+    scores = (2 * randn(3, width)).bfloat16().float()
+    scores[0, ::3] = -torch.inf
+    scores[1] = torch.tensor([0.0, -0.0]).repeat(width)[:width]
+    scores[2, 7] = 30  # all of the mass
+    scores = scores.to(DEVICE)
+    shares = (scores - scores.amax(1, keepdim=True)).exp()
+    weights = (shares.double() * 2**40).long()
+    part = torch.full((3, 1), top_p, dtype=torch.float64, device=DEVICE)
+    expected = drawing.keep_top_p(weights.clone(), scores, part)
+    assert torch.equal(top_p_kernel.keep_top_p(weights, scores, part), expected)
+
+
 # Runs in its own process, because the kernels of this one may be defined for the interpreter.
 COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from blip2_serve.compute.cuda import add_norm, decode_attention, fp8, image_attention
+from blip2_serve.compute.cuda import (
+    add_norm, decode_attention, fp8, image_attention, linear, ragged_attention, top_p
+)
 
 number, capability = "*" + sys.argv[1], int(sys.argv[2])
+overlap = {"overlap": capability >= 90}
 block, _, stages = decode_attention.FOR_MANY
-row = {"width": 1408, "padded_width": 2048}
 kernels = [
     (
         decode_attention._kernel,
         [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
-        {"heads": 32, "dim": 80, "padded_dim": 128, "block": block, "stages": stages},
+        {
+            "heads": 32,
+            "dim": 80,
+            "padded_dim": 128,
+            "block": block,
+            "stages": stages,
+            **overlap,
+        },
+        1,
     ),
-    (add_norm._kernel, [number] * 6 + ["fp32"], {"width": 2560, "padded_width": 4096}),
+    (
+        ragged_attention._kernel,
+        [number] * 4 + ["*i64", "i32", "*i64", "i32", "fp32"],
+        {
+            "heads": 32,
+            "dim": 80,
+            "padded_dim": 128,
+            "queries": ragged_attention.QUERIES,
+            "block": ragged_attention.SHAPE[0],
+            "stages": ragged_attention.SHAPE[2],
+        },
+        ragged_attention.SHAPE[1],
+    ),
+    (
+        top_p._kernel,
+        ["*i64", "*fp32", "*fp64", "i32"],
+        {"block": top_p.BLOCK},
+        top_p.WARPS,
+    ),
+    (
+        add_norm._kernel,
+        [number] * 6 + ["fp32"],
+        {"width": 2560, "padded_width": 4096, **overlap},
+        add_norm.warps(1),
+    ),
 ]
+for rows, shapes in linear.SHAPES.items():
+    for _, shape in shapes:
+        constants = {"columns": shape.columns, "depth": shape.depth, "relu": True, **overlap}
+        constants |= {"padded_rows": rows, "vector": 4 if number == "*fp32" else 8}
+        kernels.append((linear._kernel, [number] * 4 + ["i32"] * 3, constants, shape.warps))
 if number != "*fp32":
     for size in (image_attention.FOR_FEW, image_attention.FOR_MANY):
-        head = {"heads": 16, "dim": 88, "first": 64, "rest": 32}
-        sizes = {"queries": size.queries, "keys": size.keys, "stages": size.stages}
-        kernels.append((image_attention._kernel, [number] * 2 + ["i32", "fp32"], head | sizes))
+        constants = {"queries": size.queries, "keys": size.keys, "stages": size.stages}
+        constants |= {"heads": 16, "dim": 88, "first": 64, "rest": 32}
+        types = [number] * 2 + ["i32", "fp32"]
+        kernels.append((image_attention._kernel, types, constants, size.warps))
 if capability >= 89:
-    quantized = ["*fp8e4nv", "*fp32"]
+    quantized, row = ["*fp8e4nv", "*fp32"], {"width": 1408, "padded_width": 2048}
     types = [number, *quantized, *[number] * 4, "fp32"]
-    kernels.append((fp8._add_norm_kernel, types, row))
+    kernels.append((fp8._add_norm_kernel, types, row, fp8.NORM_WARPS))
     for gelu in (False, True):
-        kernels.append((fp8._quantize_kernel, [*quantized, number], row | {"gelu": gelu}))
-for kernel, types, constants in kernels:
+        constants = {**row, "gelu": gelu}
+        kernels.append((fp8._quantize_kernel, [*quantized, number], constants, fp8.GELU_WARPS))
+for kernel, types, constants, warps in kernels:
     names = kernel.arg_names[: len(types)]
     signature = dict(zip(names, types)) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    # What a launch knows of torch's memory, and of sizes that are multiples of 16.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if types[place][0] == "*" or name in ("outputs", "inputs")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": warps}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
+    if kernel is linear._kernel:
+        ptx = compiled.asm["ptx"]
+        loads = [line for line in ptx.splitlines() if "evict_first" in line and "ld.global" in line]
+        assert loads and all("v4.b32" in line for line in loads), loads  # 16 bytes each
+        loop = ptx[ptx.index("$L__BB") :]
+        loop = loop[: loop.index("bra")]
+        assert "ld.global" in loop and "bar.sync" not in loop, loop  # nothing is exchanged
 """
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability"), [("bf16", "80"), ("fp16", "80"), ("fp32", "80"), ("bf16", "90")]
+    ("dtype", "capability"), [("bf16", 80), ("fp16", 80), ("fp32", 80), ("bf16", 90)]
 )
-def test_the_kernels_compile_for_gpus(
-    dtype: str, capability: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_kernels_compile(
+    dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """For Ampere (A100), and for Hopper (H100), where kernels overlap."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    command = [sys.executable, "-c", COMPILE, dtype, capability]
+    command = [sys.executable, "-c", COMPILE, dtype, str(capability)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

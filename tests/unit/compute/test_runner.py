@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from array import array
 from random import Random
 
@@ -15,9 +16,14 @@ from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
 from blip2_serve.model.decoder import OptDecoder
-from support.capturing import Capturing
+from support.capturing import Capturing, CapturingMixed
 from support.device import DEVICE
 from support.requests import make_request
+
+TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: torch for GPUs brings it, and so do the tests on x86-64 Linux",
+)
 
 VOCABULARY = 60
 HIDDEN = 32
@@ -29,7 +35,7 @@ class Model:
     """A small random decoder, and transformers' with the same weights."""
 
     device = Device(DEVICE)
-    max_num_seqs, max_len, pad_to = 8, 64, 1  # see Runner
+    max_num_seqs, max_len, pad_to, max_num_batched_tokens = 8, 64, 1, 512  # see Runner
 
     def __init__(self, norm_first: bool = True, tied: bool = True) -> None:
         config = OPTConfig(
@@ -59,6 +65,7 @@ class Model:
             SLOTS,
             max_num_seqs=self.max_num_seqs,
             max_len=self.max_len,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             pad_to=self.pad_to,
         )
         runner._kv.fill_(torch.nan)  # exposes reads of slots that were never written
@@ -96,10 +103,12 @@ def model() -> Model:
         pytest.param((Device(DEVICE),), id="plain torch"),
         pytest.param((Capturing(DEVICE),), id="captured steps"),
         pytest.param((Capturing(DEVICE), 2, 13), id="captured steps for few short sequences"),
+        # Few tokens: Triton's interpreter is slow. Longer steps run uncaptured.
+        pytest.param((CapturingMixed(DEVICE), 8, 64, 1, 12), id="captured prefill", marks=TRITON),
     ],
 )
 def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("device", "max_num_seqs", "max_len", "pad_to")
+    names = ("device", "max_num_seqs", "max_len", "pad_to", "max_num_batched_tokens")
     for name, value in zip(names, request.param, strict=False):
         monkeypatch.setattr(Model, name, value)
 

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from blip2_serve.compute.base import Device
+from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.sampler import Choice, Sampler
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
+from blip2_serve.types import SamplingParams, TokenLogprob
+from support.device import DEVICE
 from support.requests import make_request
 
+OPENED = open_device(str(DEVICE))
 VOCABULARY = 20
 EOS = (2, 5)
 
@@ -22,11 +28,17 @@ def sequence(
     return Sequence(make_request("a", prompt or [0], **params), index, output=[1] * output)
 
 
-def choose(logits: Tensor, *sequences: Sequence, rows: list[int] | None = None) -> list[Choice]:
+def choose(
+    logits: Tensor,
+    *sequences: Sequence,
+    rows: list[int] | None = None,
+    eos: tuple[int, ...] = EOS,
+) -> list[Choice]:
     """Chooses a token per sequence; by default, each sequence has its own row."""
+    logits = OPENED.upload(logits)
     before = logits.clone()
     rows = list(range(len(sequences))) if rows is None else rows
-    choices = Sampler(EOS).choose(logits, rows, list(sequences))
+    choices = Sampler(eos, OPENED).choose(logits, rows, list(sequences))()
     assert torch.equal(logits, before), "the logits are others' too"
     return choices
 
@@ -38,9 +50,10 @@ def sample(logits: Tensor, *sequences: Sequence, rows: list[int] | None = None) 
 def expand(
     logits: Tensor, *beams: Sequence, count: int, rows: list[int] | None = None
 ) -> list[Candidate]:
+    logits = OPENED.upload(logits)
     before = logits.clone()
     rows = list(range(len(beams))) if rows is None else rows
-    candidates = Sampler(EOS).expand(logits, rows, list(beams), count)
+    candidates = Sampler(EOS, OPENED).expand(logits, rows, list(beams), count)()
     assert torch.equal(logits, before), "the logits are others' too"
     return candidates
 
@@ -153,8 +166,7 @@ def test_token_frequencies_match_their_probabilities(vary: Any) -> None:
     draws = 4000
     row = torch.tensor([[0.0, 1.0, -1.0, 0.5, -0.5]])
     sequences = [sequence(temperature=0.8, **vary(n)) for n in range(draws)]
-    choices = Sampler(()).choose(row.repeat(draws, 1), list(range(draws)), sequences)
-    tokens = [choice.token for choice in choices]
+    tokens = [choice.token for choice in choose(row.repeat(draws, 1), *sequences, eos=())]
     expected = (row[0].double() / 0.8).softmax(-1) * draws
     counts = torch.bincount(torch.tensor(tokens), minlength=5).double()
     chi_square = ((counts - expected) ** 2 / expected).sum()
@@ -193,6 +205,146 @@ def test_impossible_tokens_are_never_sampled(number: float, monkeypatch: Any) ->
     assert sample(logits, sequence(temperature=1.0)) == [4 if number == 0 else 9]
 
 
+# -- batches ---------------------------------------------------------------------------------------
+
+# More columns than the sums' parts have, and not a multiple of them.
+MANY = 300
+
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.3, "min_p": 0.05},
+    {"temperature": 0.7, "top_k": 1},
+    {"temperature": 1.5, "top_k": 60},
+    {"temperature": 1.5, "top_k": 1000},
+    {"temperature": 1.5, "top_k": 60, "min_p": 0.2},
+    {"temperature": 0.7, "top_p": 0.6},
+    {"temperature": 1.5, "top_p": 0.95, "min_p": 0.01},
+    {"temperature": 1.5, "top_k": 60, "top_p": 0.9},
+    {"temperature": 0.8, "top_k": 7, "top_p": 0.99, "min_p": 0.1},
+    {"temperature": 1.2, "repetition_penalty": 1.4},
+    {"temperature": 1.2, "repetition_penalty": 0.8, "min_tokens": 9, "top_p": 0.9},
+    {"repetition_penalty": 1.4, "min_tokens": 9},
+    {"temperature": 1.2, "min_tokens": 9, "top_k": 30, "top_logprobs": 3},
+    {"top_logprobs": 5},
+    {"temperature": 1.0, "top_logprobs": 0},
+]
+
+
+def rounded_logits(rows: int, seed: int = 0) -> Tensor:
+    """Many of them are equal, as they are when computed in bfloat16."""
+    logits = torch.randn(rows, MANY, generator=torch.Generator().manual_seed(seed)) * 2
+    return (logits * 4).round() / 4
+
+
+def all_kinds(count: int) -> list[Sequence]:
+    return [
+        sequence([n % 7, 3, 11], output=n % 5, seed=n, **KINDS[n % len(KINDS)])
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [17, 170])  # less than can be drawn at once, and more
+def test_a_choice_does_not_depend_on_its_company(count: int) -> None:
+    logits, sequences = rounded_logits(count), all_kinds(count)
+    together = choose(logits, *sequences)
+    alone = [choose(logits[i : i + 1], s)[0] for i, s in enumerate(sequences)]
+    assert together == alone
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    shuffled = choose(logits, *[sequences[i] for i in order], rows=order)
+    assert shuffled == [alone[i] for i in order]
+
+
+def kept(row: Tensor, params: SamplingParams) -> Tensor:
+    """The probabilities of the tokens that may be drawn, in float64, one step after the other."""
+    scores = row.double() / params.temperature
+    if 0 < params.top_k < len(scores):
+        scores[scores < scores.sort(descending=True).values[params.top_k - 1]] = -torch.inf
+    if params.top_p < 1:
+        ordered, order = scores.sort(descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        dropped = probabilities.cumsum(-1) - probabilities >= params.top_p
+        dropped[0] = False
+        scores[order[dropped]] = -torch.inf
+    probabilities = scores.softmax(-1)
+    scores[probabilities < params.min_p * probabilities.max()] = -torch.inf
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("largest_top_k", [4096, 5])  # 5: larger ones are found by sorting
+@pytest.mark.parametrize(
+    "params",
+    [
+        pytest.param({"temperature": 1.0}, id="all"),
+        pytest.param({"temperature": 1.0, "top_k": 20}, id="top_k"),
+        pytest.param({"temperature": 1.0, "top_p": 0.7}, id="top_p"),
+        pytest.param({"temperature": 1.0, "top_p": 0.003}, id="tiny top_p"),
+        pytest.param({"temperature": 0.6, "top_k": 20, "top_p": 0.8}, id="top_k and top_p"),
+        pytest.param({"temperature": 0.6, "top_k": 20, "top_p": 0.9999}, id="top_k, nearly 1"),
+        pytest.param({"temperature": 2.0, "top_k": 299, "top_p": 0.97}, id="large top_k"),
+        pytest.param({"temperature": 0.6, "min_p": 0.1}, id="min_p"),
+        pytest.param({"temperature": 1.3, "top_k": 40, "top_p": 0.9, "min_p": 0.1}, id="three"),
+    ],
+)
+def test_tokens_share_the_random_numbers_by_their_probabilities_in_the_order_of_ids(
+    params: dict[str, Any], largest_top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where equal tokens are cut off, too: those with the lowest ids stay."""
+    monkeypatch.setattr("blip2_serve.compute.drawing.LARGEST_TOP_K", largest_top_k)
+    monkeypatch.setattr("blip2_serve.compute.sampler.uniform", lambda n, *_: (n + 0.5) / 400)
+    for seed in range(4):
+        row = rounded_logits(1, seed)[0]
+        expected = kept(row, SamplingParams(**params))
+        numbers = (torch.arange(400).double() + 0.5) / 400
+        tokens = torch.searchsorted(expected.cumsum(-1), numbers, right=True).tolist()
+        sequences = [sequence(seed=n, **params) for n in range(400)]
+        assert sample(row[None], *sequences, rows=[0] * 400) == tokens
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens"),
+    [
+        pytest.param({"top_k": 2}, {0, 1, 2, 3, 4}, id="all that tie with the last of top_k"),
+        pytest.param({"top_p": 0.5}, {0, 1, 2}, id="the first of those that tie"),
+        pytest.param({"top_k": 1, "top_p": 0.3}, {0, 1}, id="top_p after top_k"),
+        pytest.param({"top_p": 1e-9}, {0}, id="the likeliest"),
+    ],
+)
+def test_equal_tokens_are_cut_off_in_the_order_of_their_ids(
+    params: dict[str, Any], tokens: set[int]
+) -> None:
+    logits = torch.full((1, VOCABULARY), -9.0)
+    logits[0, :5] = 1.0
+    sequences = [sequence(seed=n, temperature=1.0, **params) for n in range(100)]
+    assert {*sample(logits, *sequences, rows=[0] * 100)} == tokens
+
+
+def test_penalties_of_many_sequences_apply_to_each_its_own() -> None:
+    logits = one_row(_3=2.0, _1=1.9, _4=1.5, _5=1.4).repeat(5, 1)
+    sequences = [
+        sequence([3]),
+        sequence([3], repetition_penalty=2.0),
+        sequence([4], repetition_penalty=2.0),
+        sequence([3, 3, 1], repetition_penalty=2.0),
+        sequence([3, 1, 4], repetition_penalty=2.0, min_tokens=1),
+    ]
+    assert sample(logits, *sequences) == [3, 1, 3, 4, 3]
+
+
+def test_nothing_waits_before_the_result_is_asked_for() -> None:
+    """Meta tensors have no values: reading one raises, and so does mixing them with others."""
+    sampler = Sampler(EOS, Device(torch.device("meta")))
+    logits = torch.empty(17, MANY, device="meta")
+    results: list[Callable[[], Any]] = [sampler.choose(logits, [*range(17)], all_kinds(17))]
+    results += [sampler.choose(logits, [n], [s]) for n, s in enumerate(all_kinds(17))]
+    results += [sampler.choose(logits, [4, 2], [sequence(), sequence(temperature=1.0)])]
+    beams = [beam(top_logprobs=2, repetition_penalty=2.0, min_tokens=3) for _ in range(3)]
+    results += [sampler.expand(logits, [3, 0, 1], beams, 6)]
+    for result in results:
+        with pytest.raises(NotImplementedError, match="meta"):
+            result()
+
+
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
@@ -227,6 +379,29 @@ def test_zero_top_logprobs_lists_no_alternatives() -> None:
     (choice,) = choose(random_logits(), sequence(top_logprobs=0))
     assert choice.logprob is not None
     assert choice.logprob.top == ()
+
+
+def test_each_row_lists_as_many_alternatives_as_it_wants() -> None:
+    logits = random_logits(5)
+    wanted = [3, None, 0, 7, 1]
+    choices = choose(logits, *[sequence(top_logprobs=top) for top in wanted])
+    tops = [None if c.logprob is None else len(c.logprob.top) for c in choices]
+    assert tops == wanted
+    for row, choice in zip(logits.log_softmax(-1), choices, strict=True):
+        if choice.logprob is not None:
+            assert choice.logprob.logprob == pytest.approx(row[choice.token].item())
+            best = row.sort(descending=True).indices
+            assert [t.token_id for t in choice.logprob.top] == best[
+                : len(choice.logprob.top)
+            ].tolist()
+
+
+def test_equal_alternatives_come_in_the_order_of_their_ids() -> None:
+    logits = torch.zeros(1, MANY)
+    logits[0, [7, 90, 200]] = 1.0
+    (choice,) = choose(logits, sequence(top_logprobs=6))
+    assert choice.logprob is not None
+    assert [top.token_id for top in choice.logprob.top] == [7, 90, 200, 0, 1, 2]
 
 
 # -- beams -----------------------------------------------------------------------------------------
@@ -294,3 +469,39 @@ def test_beam_log_probabilities_are_those_of_the_raw_logits() -> None:
         assert candidate.logprob.logprob == pytest.approx(raw[candidate.token].item())
         assert [top.token_id for top in candidate.logprob.top] == [3, 4]
     assert all(c.logprob is None for c in expand(logits, beam(), count=3))
+
+
+def test_equal_continuations_come_in_the_order_of_beams_and_ids() -> None:
+    logits = torch.zeros(2, MANY)
+    logits[:, [7, 200]] = 1.0
+    candidates = expand(logits, first := beam(-1.0), second := beam(-1.0), count=6)
+    assert [(c.beam, c.token) for c in candidates] == [
+        (first, 7),
+        (first, 200),
+        (second, 7),
+        (second, 200),
+        (first, 0),
+        (first, 1),
+    ]
+
+
+def test_certain_continuations_keep_the_score() -> None:
+    """Their log-probability is 0."""
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, 4] = 3.0
+    (candidate,) = expand(logits, beam(0.0, top_logprobs=1), count=1)
+    assert (candidate.token, candidate.score) == (4, 0.0)
+    assert candidate.logprob == TokenLogprob(4, 0.0, top=(TokenLogprob(4, 0.0),))
+
+
+# -- copies ----------------------------------------------------------------------------------------
+
+
+def test_fetched_tensors_are_in_main_memory() -> None:
+    tensor = torch.arange(6).view(2, 3)
+    on_device = OPENED.upload(tensor)
+    results = [OPENED.fetch(on_device * n) for n in range(3)]
+    for n, result in enumerate(results):
+        assert result().device.type == "cpu"
+        assert torch.equal(result(), tensor * n)
+    assert torch.equal(OPENED.download(on_device), tensor)

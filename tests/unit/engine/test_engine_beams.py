@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from support.byte_tokens import EOS, tokens
 from support.engine_bench import Bench
+
+pytestmark = pytest.mark.usefixtures("devices")
 
 
 def test_beam_search_streams_tokens_once_they_are_certain() -> None:

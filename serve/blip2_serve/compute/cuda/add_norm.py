@@ -10,6 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from blip2_serve.compute.cuda import overlap as overlapping
 
 
 def warps(rows: int) -> int:
@@ -35,6 +38,7 @@ def add_norm(x: Tensor, more: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tenso
         width=width,
         padded_width=triton.next_power_of_2(width),
         num_warps=warps(rows),
+        **overlapping.options(x.device),
     )
     return total, normed
 
@@ -77,7 +81,11 @@ def _add_and_normalise(  # type: ignore[no-untyped-def]
     eps,
     width: tl.constexpr,
     padded_width: tl.constexpr,
+    overlap: tl.constexpr,
 ):
+    if overlap:
+        gdc_launch_dependents()
+        gdc_wait()
     values = sum_and_norm(total, x, more, weight, bias, eps, width, padded_width)
     columns = tl.arange(0, padded_width)
     places = tl.program_id(0).to(tl.int64) * width + columns

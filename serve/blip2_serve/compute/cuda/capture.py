@@ -6,7 +6,9 @@ stay where they are. This module does not know what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,8 +30,20 @@ def cuda_capture(priority: int = 0) -> Capture:
         with torch.cuda.stream(stream):
             function()  # one-time work, such as loading kernels, must not be captured
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with no_garbage_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
             function()
         return graph.replay
 
     return capture
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Freeing GPU memory, such as that of an earlier graph, would invalidate a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

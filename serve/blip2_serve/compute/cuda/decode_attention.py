@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from blip2_serve.compute.cuda import overlap as overlapping
 
 # (keys per block, warps per program, pipeline stages), as measured
 FOR_FEW = (64, 4, 2)
@@ -51,6 +54,7 @@ def attend(qkv: Tensor, kv: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         block=block,
         stages=stages,
         num_warps=warps,
+        **overlapping.options(qkv.device),
     )
     return out
 
@@ -70,7 +74,10 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations
     padded_dim: tl.constexpr,
     block: tl.constexpr,
     stages: tl.constexpr,
+    overlap: tl.constexpr,
 ):
+    if overlap:
+        gdc_launch_dependents()
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     own_slots = slots + sequence * slots_stride
@@ -78,6 +85,8 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations
     dims = tl.arange(0, padded_dim)
     inside = dims < dim
     own = qkv + (sequence * 3 * heads + head) * dim + dims
+    if overlap:
+        gdc_wait()
     query = tl.load(own, inside, 0).to(tl.float32) * scale
     key = tl.load(own + heads * dim, inside, 0)
     value = tl.load(own + 2 * heads * dim, inside, 0)
