@@ -13,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, gelu, linear, scaled_dot_product_attention
 
+from blip2_serve import preflight
 from blip2_serve.compute.devices import check_quantize
+from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 from blip2_serve.model.decoder import add_norm
 from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.stages.encoder import Encoder
 from support.checkpoints import Recipe, load_encoder, write_checkpoint
 from support.device import DEVICE
 from support.interpreter import correct
+from support.replicas import replica
 
 NO_TRITON = "Triton is not installed: torch for GPUs brings it, and so do the tests on x86-64 Linux"
 fp8 = pytest.importorskip("blip2_serve.compute.cuda.fp8", reason=NO_TRITON)
@@ -224,6 +228,15 @@ def test_widths_that_fp8_cannot_multiply_are_refused() -> None:
 def test_fp8_is_refused_on_a_cpu() -> None:
     with pytest.raises(StartupError, match=r"encoder\.quantize: fp8 needs a GPU .* leave it out"):
         check_quantize(torch.device("cpu"), "fp8")
+
+
+async def test_neither_the_start_nor_a_replica_goes_on_with_fp8_on_a_cpu() -> None:
+    config = AppConfig.model_validate({"device": "cpu", "encoder": {"quantize": "fp8"}})
+    with pytest.raises(StartupError, match=r"encoder\.quantize: fp8 needs a GPU"):
+        preflight.check_model(config, local=True)
+    _, loaded = replica(Encoder, config, "cpu")
+    with pytest.raises(StartupError, match=r"encoder\.quantize: fp8 needs a GPU"):
+        await loaded
 
 
 @pytest.mark.parametrize(("capability", "fits"), [((8, 6), False), ((8, 9), True), ((9, 0), True)])
