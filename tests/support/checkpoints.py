@@ -46,6 +46,8 @@ class Recipe:
     layout: Literal["single", "sharded", "bin"] = "single"
     shard_size: str = "200KB"
     text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    qformer: dict[str, Any] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, recipe: Recipe) -> Path:
@@ -86,6 +88,7 @@ def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalG
             "num_attention_heads": 4,
             "image_size": recipe.image_size,
             "patch_size": 14,
+            **recipe.vision,
         },
         qformer_config={
             "vocab_size": 1,
@@ -94,6 +97,7 @@ def make_model(recipe: Recipe, tokenizer: GPT2Tokenizer) -> Blip2ForConditionalG
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "cross_attention_frequency": 2,
+            **recipe.qformer,
         },
         text_config={
             "model_type": "opt",

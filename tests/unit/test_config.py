@@ -54,6 +54,7 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param({"generator": {"max_num_batched_tokens": 1}}, id="steps of one token"),
         pytest.param({"generator": {"kv_memory_fraction": 1.5}}, id="more than all memory"),
         pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),
+        pytest.param({"encoder": {"quantize": "int8"}}, id="an encoder in int8"),
         pytest.param({"ingress": {"feature_cache_entries": -1}}, id="fewer than no entries"),
     ],
 )
@@ -95,6 +96,7 @@ def test_every_field_has_a_description_that_stands_alone(name: str) -> None:
 
 def test_weights_are_not_quantized_by_default() -> None:
     assert AppConfig().generator.quantize is None
+    assert AppConfig().encoder.quantize is None
 
 
 def test_strings_become_values_of_the_fields_types() -> None:
