@@ -45,7 +45,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         total, normed = decoder.add_norm(x, more, norm)
         return total, quantize(normed)
 
-    monkeypatch.setattr(vision.image_attention, "supported", lambda *_: False)
     monkeypatch.setattr(vision, "add_norm", decoder.add_norm)
     monkeypatch.setattr(fp8.Fp8Products, "add_norm", add_norm)
     monkeypatch.setattr(fp8, "quantize", lambda x, gelu=False: quantize(x, gelu))

@@ -118,7 +118,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from blip2_serve.compute.cuda import (
-    add_norm, decode_attention, fp8, image_attention, linear, ragged_attention, top_p
+    add_norm, decode_attention, fp8, linear, ragged_attention, top_p
 )
 
 number, capability = "*" + sys.argv[1], int(sys.argv[2])
@@ -168,12 +168,6 @@ for rows, shapes in linear.SHAPES.items():
         constants = {"columns": shape.columns, "depth": shape.depth, "relu": True, **overlap}
         constants |= {"padded_rows": rows, "vector": 4 if number == "*fp32" else 8}
         kernels.append((linear._kernel, [number] * 4 + ["i32"] * 3, constants, shape.warps))
-if number != "*fp32":
-    for size in (image_attention.FOR_FEW, image_attention.FOR_MANY):
-        constants = {"queries": size.queries, "keys": size.keys, "stages": size.stages}
-        constants |= {"heads": 16, "dim": 88, "first": 64, "rest": 32}
-        types = [number] * 2 + ["i32", "fp32"]
-        kernels.append((image_attention._kernel, types, constants, size.warps))
 if capability >= 89:
     quantized, row = ["*fp8e4nv", "*fp32"], {"width": 1408, "padded_width": 2048}
     types = [number, *quantized, *[number] * 4, "fp32"]

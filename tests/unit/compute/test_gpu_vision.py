@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, gelu, linear, scaled_dot_product_attention
+from torch.nn.functional import cosine_similarity, gelu, linear
 
 from blip2_serve import preflight
 from blip2_serve.compute.devices import check_quantize
@@ -29,7 +29,6 @@ NO_TRITON = "Triton is not installed: torch for GPUs brings it, and so do the te
 fp8 = pytest.importorskip("blip2_serve.compute.cuda.fp8", reason=NO_TRITON)
 vision = pytest.importorskip("blip2_serve.compute.cuda.vision", reason=NO_TRITON)
 device = pytest.importorskip("blip2_serve.compute.cuda.device", reason=NO_TRITON)
-image_attention = pytest.importorskip("blip2_serve.compute.cuda.image_attention", reason=NO_TRITON)
 
 
 @pytest.fixture(autouse=True)
@@ -127,31 +126,6 @@ def test_gelu_of_a_product(dtype: torch.dtype) -> None:
         found = vision.linear_gelu(rows, weight, given)
         assert found.dtype == dtype
         torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 1e-2)]
-)
-@pytest.mark.parametrize(
-    ("tokens", "dim"), [(70, 24), (64, 16), (5, 40), (129, 88)], ids=lambda number: str(number)
-)
-def test_attention_within_images(
-    tokens: int, dim: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    """Whole blocks of tokens and others; heads that are a power of 2 and others."""
-    for images, heads in ((1, 3), (2, 2)):
-        qkv = (2 * randn(images * tokens, 3 * heads * dim)).to(dtype)
-        by_head = qkv.float().view(images, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
-        expected = scaled_dot_product_attention(*by_head).transpose(1, 2).flatten(2).flatten(0, 1)
-        found = image_attention.attend(qkv, images, heads)
-        assert found.dtype == dtype
-        torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
-
-
-def test_attention_in_float32_is_left_to_torch() -> None:
-    assert not image_attention.supported(randn(4, 3 * 64), 2)
-    assert not image_attention.supported(randn(4, 3 * 16).half(), 2)  # heads of 8
-    assert image_attention.supported(randn(4, 3 * 32).half(), 2)
 
 
 # -- fp8 -------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad, scaled_dot_product_attention
 from transformers.models.blip_2 import modeling_blip_2 as blip2
 
-from blip2_serve.compute.cuda import image_attention
 from blip2_serve.compute.cuda.add_norm import add_norm
 from blip2_serve.model.vision import ImageEncoder
 
@@ -132,11 +131,8 @@ class _VisionLayer:
         """
         products = self._products
         x, rows = products.add_norm(x, more, self._norm1)
-        qkv = products.product(rows, self._qkv)
-        if image_attention.supported(qkv, self._heads):
-            attended = image_attention.attend(qkv, count, self._heads)
-        else:
-            attended = attend(*_by_head(qkv.unflatten(0, (count, -1)), 3, self._heads))
+        qkv = products.product(rows, self._qkv).unflatten(0, (count, -1))
+        attended = attend(*_by_head(qkv, 3, self._heads))
         x, rows = products.add_norm(x, products.product(attended, self._projection), self._norm2)
         return x, products.product(products.product_gelu(rows, self._fc1), self._fc2)
 
