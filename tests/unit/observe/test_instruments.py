@@ -117,8 +117,8 @@ def test_the_state_of_an_encoder_on_a_gpu_is_reported(recorder: FakeRecorder) ->
 def test_a_step_counts(recorder: FakeRecorder) -> None:
     instruments = generator(recorder)
     admitted = (Admission("a", prompt_tokens=20, cached_tokens=5),)
-    report = StepReport(admitted, prefills=1, decodes=2, tokens=17)
-    instruments.step(Step(report, seconds=0.05, queue_seconds=(0.4,), answered=3))
+    report = StepReport(prefills=1, decodes=2, tokens=17)
+    instruments.step(Step(report, 0.05, admitted, queue_seconds=(0.4,), answered=3))
 
     assert recorder.observed["blip2_queue_time_seconds", "generator"] == [0.4]
     assert recorder.observed["blip2_step_duration_seconds", "mixed"] == [0.05]
@@ -134,6 +134,15 @@ def test_a_step_counts(recorder: FakeRecorder) -> None:
     assert signals.occupancy == 40 / 100  # a cached slot that no request holds is free
     assert signals.waiting == 3
     assert instruments.stats()["steps"] == 7
+
+
+def test_a_call_that_only_launched_a_step_counts_what_it_admitted(recorder: FakeRecorder) -> None:
+    admitted = (Admission("a", prompt_tokens=20, cached_tokens=5),)
+    generator(recorder).step(Step(None, 0.001, admitted, queue_seconds=(0.4,), answered=0))
+
+    assert [*recorder.observed] == [("blip2_queue_time_seconds", "generator")]
+    assert recorder.counted["blip2_prompt_tokens_total",] == 20
+    assert ("blip2_batch_capacity_total", "generator") not in recorder.counted
 
 
 def test_the_state_of_a_generator_is_reported(recorder: FakeRecorder) -> None:
@@ -190,8 +199,8 @@ def test_beams_that_are_in_no_answer_count_for_the_capacity(recorder: FakeRecord
     with instruments.request(request(num_beams=4)) as count:
         count.tokens += 3
     for tokens in (2, 4, 4, 4):
-        report = StepReport((), prefills=0, decodes=tokens, tokens=tokens)
-        instruments.step(Step(report, 0.1, (), answered=0))
+        report = StepReport(prefills=0, decodes=tokens, tokens=tokens)
+        instruments.step(Step(report, 0.1, (), (), answered=0))
 
     # Each of the 12 tokens takes a step of 0.1 s, which up to 16 sequences share.
     assert instruments.signals().capacity == pytest.approx(1 / (12 * 0.1 / 16), rel=0.01)
@@ -213,7 +222,7 @@ BLOCKS: dict[str, Callable[[FakeRecorder], AbstractContextManager[object]]] = {
 EVENTS: dict[str, Callable[[FakeRecorder], None]] = {
     "decoded": lambda recorder: PreprocessorInstruments(recorder, 1).decoded(0, 1),
     "batch": lambda recorder: encoder(recorder).batch(Batch(1, (0,), 0)),
-    "step": lambda recorder: generator(recorder).step(Step(StepReport((), 0, 1, 1), 1, (), 1)),
+    "step": lambda recorder: generator(recorder).step(Step(StepReport(0, 1, 1), 1, (), (), 1)),
 }
 
 
