@@ -31,8 +31,8 @@ class SamplingParams:
     """How to generate. Parameters have OpenAI's names, or else transformers'.
 
     Attributes:
-        max_tokens: Maximum number of new tokens. None means the server's default, or what the
-            prompt leaves of the model's context if that is less.
+        max_tokens: Maximum number of new tokens, cut to what the prompt leaves of the model's
+            context and of the KV cache. None means the server's default.
         min_tokens: Number of new tokens before which nothing but `max_tokens` ends the answer.
         temperature: 0 is greedy decoding.
         top_p: Keeps the likeliest tokens that add up to this probability; 1 keeps every token.
@@ -41,8 +41,12 @@ class SamplingParams:
         seed: Signed 64-bit integer.
         stop: Strings that end the answer. The text does not include them.
         repetition_penalty: Above 1, makes tokens of the prompt and the answer so far less likely.
+        frequency_penalty: Subtracted from a token's logit for each time the answer has it.
+        presence_penalty: Subtracted from the logits of tokens that the answer has.
+        logit_bias: Token ids with what is added to their logits; each id once.
         ignore_eos: Whether to go on after an end-of-sequence token.
-        n: Number of answers: the best of `num_beams` if that is above 1, samples otherwise.
+        n: Number of answers: the best of `num_beams` if that is above 1, samples otherwise, which
+            are equal at temperature 0.
         num_beams: 1 means no beam search.
         length_penalty: Exponent of the length that divides a beam's score.
         early_stopping: When beam search ends, as in transformers.
@@ -59,12 +63,20 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     ignore_eos: bool = False
     n: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     top_logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the answer is the likeliest token, one after the other: all n are equal."""
+        return self.temperature == 0 and self.num_beams == 1
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,16 @@
 
 A token depends only on its own logits, the request's parameters and the position: greedy takes the
 largest logit, and sampling uses a random number keyed by (seed, sample, position). Neither the rest
-of the batch nor the replica matters. The steps and their order are those of transformers:
-repetition penalty, minimum length, temperature, top-k, top-p, min-p.
+of the batch nor the replica matters. The steps and their order are those of transformers, with
+OpenAI's penalties and biases between them: repetition penalty, frequency and presence penalty,
+logit bias, minimum length, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +23,10 @@ from blip2_serve.compute.base import Device
 from blip2_serve.compute.drawing import Filters, draw
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
-from blip2_serve.types import TokenLogprob
+from blip2_serve.types import SamplingParams, TokenLogprob
 
 PLACES = (1 << 29) - 1  # the bits of a key that are a place; see `Sampler._keys`
+MAGNITUDE = (1 << 63) - 1  # the bits of a float64 but its sign
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Sampler:
     ) -> Callable[[], list[Candidate]]:
         """Finds the `count` best continuations of one request's beams, best first.
 
-        As in transformers, penalties apply to log-probabilities here, not to logits.
+        As in transformers, penalties (and biases) apply to log-probabilities here, not to logits.
 
         Args:
             logits: float32 [n, vocabulary], on the device.
@@ -99,7 +102,8 @@ class Sampler:
         raw = self._rows(logits, rows).log_softmax(-1)
         scores = self._device.upload(torch.tensor([[beam.score] for beam in beams]))
         sums = self._penalised(raw, beams) + scores
-        best = self._keys(sums.flatten()).topk(count, largest=False).values
+        signed = _adds(beams[0].request.params)  # sums may be above 0
+        best = self._keys(sums.flatten(), signed=signed).topk(count, largest=False).values
         fetched = self._device.fetch(best)
         top = beams[0].request.params.top_logprobs
         if top is not None:
@@ -110,7 +114,7 @@ class Sampler:
         def result() -> list[Candidate]:
             candidates = [
                 Candidate(beams[place // width], place % width, score)
-                for score, place in zip(*_read(fetched()), strict=True)
+                for score, place in zip(*_read(fetched(), signed=signed), strict=True)
             ]
             if top is None:
                 return candidates
@@ -130,27 +134,26 @@ class Sampler:
     def _penalised(self, raw: Tensor, sequences: list[Sequence]) -> Tensor:
         """The scores with penalties; a copy, unless there are none."""
         width = raw.shape[1]
-        seen: list[int] = []
-        penalties: list[float] = []
+        changed: list[int] = []
+        changes: list[tuple[float, float]] = []
         forbidden: list[int] = []
         for row, sequence in enumerate(sequences):
             params = sequence.request.params
-            if params.repetition_penalty != 1:
-                # As in transformers, the tokens of the prompt and the image count too.
-                tokens = {*sequence.request.prompt, *sequence.output}
-                seen += [row * width + token for token in tokens]
-                penalties += [params.repetition_penalty] * len(tokens)
+            if params.repetition_penalty != 1 or _adds(params):
+                own = _changes(sequence)
+                changed += [row * width + token for token in own]
+                changes += own.values()
             if len(sequence.output) < params.min_tokens:
                 forbidden += [row * width + token for token in self._eos]
-        if not seen and not forbidden:
+        if not changed and not forbidden:
             return raw
         scores = raw.clone().view(-1)
-        if seen:
-            pairs = torch.tensor([seen, penalties], dtype=torch.float64)
-            where, penalty = self._device.upload(pairs)
-            where, penalty = where.long(), penalty.to(scores.dtype)
+        if changed:
+            table = torch.tensor([changed, *zip(*changes, strict=True)], dtype=torch.float64)
+            where, penalty, addend = self._device.upload(table)
+            where, penalty, addend = where.long(), penalty.to(scores.dtype), addend.to(scores.dtype)
             before = scores[where]
-            scores[where] = torch.where(before < 0, before * penalty, before / penalty)
+            scores[where] = torch.where(before < 0, before * penalty, before / penalty) + addend
         if forbidden:
             scores.index_fill_(0, self._device.upload(torch.tensor(forbidden)), -torch.inf)
         return scores.view_as(raw)
@@ -188,17 +191,45 @@ class Sampler:
         best = keys.topk(count, largest=False).values
         return torch.cat([keys.gather(1, tokens[:, None]), best], 1)
 
-    def _keys(self, logprobs: Tensor) -> Tensor:
+    def _keys(self, scores: Tensor, *, signed: bool = False) -> Tensor:
         """Numbers that are all different, the smallest for the first of the likeliest.
 
-        float32 [..., n], at most 0 -> int64 [..., n]; `_read` reads them.
+        float32 [..., n] -> int64 [..., n]; `_read` reads them. Unless `signed`, scores must be at
+        most 0.
         """
-        count = logprobs.shape[-1]
+        count = scores.shape[-1]
         if len(self._places) < count:
-            self._places = torch.arange(count, device=logprobs.device)
+            self._places = torch.arange(count, device=scores.device)
         # Positive floats are in the order of their bits, of which the last 29 are 0 in those that
         # were float32: there is room for the place.
-        return logprobs.double().neg_().view(torch.int64).add_(self._places[:count])
+        bits = scores.double().neg_().view(torch.int64)
+        if signed:  # negative floats are in the opposite order
+            bits = torch.where(bits < 0, (bits ^ MAGNITUDE) & ~PLACES, bits)
+        return bits.add_(self._places[:count])
+
+
+def _adds(params: SamplingParams) -> bool:
+    """Whether anything is added to scores."""
+    return bool(params.frequency_penalty or params.presence_penalty or params.logit_bias)
+
+
+def _changes(sequence: Sequence) -> dict[int, tuple[float, float]]:
+    """By token: what divides its score, or multiplies it below 0, and what is added then."""
+    params = sequence.request.params
+    divisor = params.repetition_penalty
+    changes: dict[int, tuple[float, float]] = {}
+    if divisor != 1:
+        # As in transformers, the tokens of the prompt and the image count too.
+        changes = dict.fromkeys((*sequence.request.prompt, *sequence.output), (divisor, 0.0))
+    if params.frequency_penalty or params.presence_penalty:
+        # As at OpenAI, only those of the answer count.
+        for token, count in Counter(sequence.output).items():
+            loss = count * params.frequency_penalty + params.presence_penalty
+            changes[token] = divisor, -loss
+    for token, bias in params.logit_bias:
+        penalty, addend = changes.get(token, (1.0, 0.0))
+        changes[token] = penalty, addend + bias
+    return changes
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
@@ -214,10 +245,13 @@ def _drawing_params(sequence: Sequence) -> tuple[float, ...]:
     return params.temperature, params.top_k, params.top_p, params.min_p, number
 
 
-def _read(keys: Tensor) -> tuple[list[Any], list[Any]]:
-    """Log-probabilities and their places, in lists of the shape of `keys`."""
+def _read(keys: Tensor, *, signed: bool = False) -> tuple[list[Any], list[Any]]:
+    """Scores and their places, in lists of the shape of `keys`."""
     places = keys & PLACES
-    return (keys - places).view(torch.float64).neg().tolist(), places.tolist()
+    bits = keys - places
+    if signed:
+        bits = torch.where(bits < 0, (bits | PLACES) ^ MAGNITUDE, bits)
+    return bits.view(torch.float64).neg().tolist(), places.tolist()
 
 
 def _logprob(values: list[float], ids: list[int], top: int) -> TokenLogprob:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blip2_serve.engine.prefix_tree import PrefixTree
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
@@ -74,19 +74,15 @@ class Scheduler:
         return sum(request.width for request in self.running)
 
     def add(self, request: Request) -> None:
-        """Puts a request in the queue.
+        """Puts a request in the queue, with `max_tokens` cut to what the KV cache can ever hold.
 
         Raises:
-            ContextLengthExceeded: it can never fit into the KV cache.
-            InvalidRequest: it has more beams or samples than ever run at once.
+            ContextLengthExceeded: its prompt can never fit into the KV cache.
+            InvalidRequest: it has more beams or samples than ever run at once, or `min_tokens` is
+                above what the KV cache can ever hold.
             Overloaded: the queue is full.
         """
-        if request.slots_needed > self.kv.total:
-            raise ContextLengthExceeded(
-                f"prompt and max_tokens need {request.slots_needed} KV slots; this server has "
-                f"{self.kv.total}",
-                "max_tokens",
-            )
+        self._cut(request)
         if request.width > self._max_num_seqs:
             raise InvalidRequest(
                 f"this server generates at most {self._max_num_seqs} sequences at once",
@@ -96,6 +92,24 @@ class Scheduler:
         if len(self.waiting) >= self._max_waiting + idle:
             raise Overloaded(f"{len(self.waiting)} requests are waiting already; try again later")
         self.waiting.append(request)
+
+    def _cut(self, request: Request) -> None:
+        params = request.params
+        # The last token of a sequence is never fed back, so it needs no slot.
+        most = 1 + (self.kv.total - len(request.prompt)) // request.width
+        if most < 1:
+            raise ContextLengthExceeded(
+                f"image and prompt need {len(request.prompt)} KV slots; this server has "
+                f"{self.kv.total}: shorten the prompt",
+                "prompt",
+            )
+        if params.min_tokens > most:
+            raise InvalidRequest(
+                f"min_tokens is above the {most} tokens that {self.kv.total} KV slots can hold",
+                "min_tokens",
+            )
+        if request.slots_needed > self.kv.total:
+            request.params = replace(params, max_tokens=most)
 
     def schedule(self) -> Plan:
         """Admits what fits and plans the next step: decodes first, then prefill, oldest first."""

@@ -1,8 +1,8 @@
 """The bodies of requests. Everything wrong with a request's form is found here.
 
-Unknown fields are errors that name the field. Fields that OpenAI's clients send but that have no
-effect here are accepted; those that would have one only with their neutral value. This module knows
-neither the model nor what is in an image.
+Unknown fields are errors that name the field. Those of OpenAI's that have no effect here are in
+`compatibility`. null always means that a field is not given. This module knows neither the model
+nor what is in an image.
 
 Descriptions appear on /docs and in the documentation, so each stands alone.
 """
@@ -13,12 +13,13 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.chat import Message
+from blip2_serve.http.compatibility import OpenAIFields, because
 from blip2_serve.http.validation import Strict
 from blip2_serve.types import SamplingParams
 
@@ -28,6 +29,7 @@ MAX_IMAGES = 64
 MAX_CHOICES = 16
 MAX_BEAMS = 8
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 
 Preset = Literal["caption", "vqa"]
 
@@ -41,6 +43,9 @@ PRESETS: Mapping[Preset, SamplingParams] = MappingProxyType(
 
 _INT64 = 1 << 63
 
+# The temperature of a request that asks for samples but names none, as at OpenAI.
+SAMPLING_TEMPERATURE = 1.0
+
 # Fields that go into SamplingParams as they are.
 _PASSED_ON = {
     "min_tokens",
@@ -48,6 +53,8 @@ _PASSED_ON = {
     "top_p",
     "min_p",
     "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
     "ignore_eos",
     "n",
     "num_beams",
@@ -55,7 +62,9 @@ _PASSED_ON = {
     "early_stopping",
 }
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopString = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 # -- parameters ----------------------------------------------------------------------------------
@@ -63,6 +72,9 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_
 
 class GenerationFields(Strict):
     """How to generate: the fields of all routes, in JSON and multipart bodies alike."""
+
+    # Whether a request without a temperature can ask for samples.
+    samples_by_default: ClassVar[bool] = True
 
     model: str | None = Field(
         None,
@@ -72,8 +84,11 @@ class GenerationFields(Strict):
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="Maximum number of tokens to generate. Defaults to the server's limit, or to "
-        "what the prompt leaves of the model's context if that is less.",
+        description="Maximum number of tokens to generate, cut to what the prompt leaves of the "
+        "model's context and of the KV cache. Defaults to the server's limit.",
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, description="OpenAI's newer name for `max_tokens`. Send only one of the two."
     )
     min_tokens: int | None = Field(
         None,
@@ -86,27 +101,29 @@ class GenerationFields(Strict):
         ge=0,
         le=2,
         description="Sampling temperature, 0 to 2. Higher values make answers more random; 0 "
-        "always takes the likeliest token.",
+        "always takes the likeliest token. Defaults to 0, or to 1 where the request asks for "
+        "samples otherwise: see the rules below.",
     )
     top_p: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
         description="Samples only from the likeliest tokens whose probabilities add up to "
-        "`top_p`. 1 keeps every token. Needs `temperature` above 0.",
+        "`top_p`. 1 keeps every token, 0 only the likeliest. No effect at `temperature` 0.",
     )
     top_k: int | None = Field(
         None,
         ge=-1,
         description="Samples only from the `top_k` likeliest tokens. 0 and -1 keep every token. "
-        "Needs `temperature` above 0.",
+        "No effect at `temperature` 0.",
     )
     min_p: float | None = Field(
         None,
         ge=0,
         le=1,
         description="Samples only from tokens at least `min_p` times as likely as the likeliest "
-        "one. 0 keeps every token. Needs `temperature` above 0.",
+        "one. 0 keeps every token. No effect at `temperature` 0; does not ask for samples by "
+        "itself.",
     )
     seed: int | None = Field(
         None,
@@ -118,7 +135,21 @@ class GenerationFields(Strict):
     stop: StopString | list[StopString] | None = Field(
         None,
         description=f"Ends the answer before the first of these strings. Up to {MAX_STOP_STRINGS} "
-        f"strings of 1 to {MAX_STOP_LENGTH} characters.",
+        f"strings of up to {MAX_STOP_LENGTH} characters; empty ones are left out.",
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Lowers the logit of a token by this much for each time it occurs in the "
+        "answer so far, -2 to 2. Negative values raise it.",
+    )
+    presence_penalty: float | None = Field(
+        None,
+        ge=-2,
+        le=2,
+        description="Lowers the logits of tokens that occur in the answer so far by this much, "
+        "-2 to 2. Negative values raise them.",
     )
     repetition_penalty: float | None = Field(
         None,
@@ -126,6 +157,12 @@ class GenerationFields(Strict):
         le=10,
         description="Makes tokens that occur in the prompt or the answer so far less likely if "
         "above 1, more likely if below 1. Same as in transformers; 0.01 to 10.",
+    )
+    logit_bias: dict[TokenId, Bias] | None = Field(
+        None,
+        max_length=MAX_BIASES,
+        description="Adds to the logits of tokens, before the temperature: an object of token "
+        f"ids, as strings, with numbers from -100 to 100; up to {MAX_BIASES}.",
     )
     ignore_eos: bool | None = Field(
         None,
@@ -140,8 +177,12 @@ class GenerationFields(Strict):
         None,
         ge=1,
         le=MAX_CHOICES,
-        description=f"Number of answers, 1 to {MAX_CHOICES}: samples if `temperature` is above 0, "
-        "otherwise the best of `num_beams`, which must be at least `n`.",
+        description=f"Number of answers, 1 to {MAX_CHOICES}: the best of `num_beams` in a beam "
+        "search, which must have at least `n`; samples if `temperature` is above 0; otherwise "
+        "equal answers, computed once.",
+    )
+    best_of: int | None = Field(
+        None, ge=1, description="Number of answers to choose from. Must be equal to `n`."
     )
     num_beams: int | None = Field(
         None,
@@ -177,14 +218,25 @@ class GenerationFields(Strict):
             raise ValueError(f"at most {MAX_STOP_STRINGS} stop strings are allowed")
         return value
 
+    @model_validator(mode="after")
+    def _one_limit(self) -> GenerationFields:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens differ; send only one of them",
+                "max_completion_tokens",
+            )
+        return self
+
     @property
     def token_limit(self) -> int | None:
-        return self.max_tokens
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
 
     @property
     def limit_name(self) -> str:
         """The field that `token_limit` comes from."""
-        return "max_tokens"
+        only_newer = self.max_tokens is None and self.max_completion_tokens is not None
+        return "max_completion_tokens" if only_newer else "max_tokens"
 
     @property
     def logprobs_wanted(self) -> int | None:
@@ -200,31 +252,37 @@ class GenerationFields(Strict):
             InvalidRequest: the parameters contradict each other.
         """
         preset = PRESETS[self.preset] if self.preset else SamplingParams()
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         params = replace(
             preset,
             max_tokens=self.token_limit or preset.max_tokens,
             top_k=max(self.top_k or 0, 0),
             seed=secrets.randbelow(_INT64) if self.seed is None else self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=tuple(filter(None, stops)),
+            logit_bias=tuple((self.logit_bias or {}).items()),
             top_logprobs=self.logprobs_wanted,
             **self.model_dump(include=_PASSED_ON, exclude_none=True),
         )
         if self.min_tokens is None and params.max_tokens is not None:
             # A limit below the preset's minimum lowers the minimum.
             params = replace(params, min_tokens=min(params.min_tokens, params.max_tokens))
+        if self._asks_for_samples(params):
+            params = replace(params, temperature=SAMPLING_TEMPERATURE)
         self._check(params)
+        if params.temperature == 0 or params.top_p == 0:  # nothing is drawn
+            params = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
         return params
+
+    def _asks_for_samples(self, params: SamplingParams) -> bool:
+        """Whether a request without a temperature is to be sampled, as at OpenAI."""
+        free = self.temperature is None and self.preset is None and params.num_beams == 1
+        narrowing = params.top_p < 1 or params.top_k > 0 or params.n > 1
+        return self.samples_by_default and free and narrowing
 
     def _check(self, params: SamplingParams) -> None:
         sampled, beams = params.temperature > 0, params.num_beams > 1
-        narrowing = {
-            "top_k": params.top_k > 1,
-            "top_p": params.top_p < 1,
-            "min_p": params.min_p > 0,
-        }
-        if not sampled and any(narrowing.values()):
-            name = next(name for name, given in narrowing.items() if given)
-            raise InvalidRequest(f"{name} needs temperature > 0; without it nothing is drawn", name)
+        if params.min_p > 0 and not sampled and self.temperature is None:
+            raise InvalidRequest("min_p needs a temperature; without one nothing is drawn", "min_p")
         if sampled and beams:
             raise InvalidRequest(
                 "temperature must be 0 with num_beams > 1; beam search does not sample",
@@ -232,8 +290,10 @@ class GenerationFields(Strict):
             )
         if beams and params.n > params.num_beams:
             raise InvalidRequest(f"n must not exceed num_beams ({params.num_beams})", "n")
-        if not beams and not sampled and params.n > 1:
-            raise InvalidRequest("n > 1 needs temperature > 0, or num_beams of at least n", "n")
+        if self.best_of not in (None, params.n):
+            raise InvalidRequest(
+                f"best_of must be equal to n ({params.n}): every answer is returned", "best_of"
+            )
         if not beams and (self.early_stopping or self.length_penalty not in (None, 1)):
             name = "early_stopping" if self.early_stopping else "length_penalty"
             raise InvalidRequest(f"{name} needs num_beams > 1", name)
@@ -249,8 +309,8 @@ class StreamOptions(Strict):
         description="Whether to send the token counts of the whole request in a last chunk, "
         "which has no choices.",
     )
-    include_obfuscation: Literal[False] | None = Field(
-        None, description="Whether to pad chunks to hide their length; only `false` is supported."
+    include_obfuscation: bool | None = Field(
+        None, description="Whether to pad chunks to hide their length. Has no effect."
     )
 
 
@@ -275,21 +335,12 @@ class StreamFields(Strict):
 
 # -- chat ----------------------------------------------------------------------------------------
 
-_IGNORED = "Has no effect; accepted because OpenAI's clients send it."
 
-
-class TextFormat(Strict):
-    type: Literal["text"]
-
-
-class ChatRequest(GenerationFields, StreamFields):
+class ChatRequest(GenerationFields, OpenAIFields, StreamFields):
     messages: list[Message] = Field(
         min_length=1,
         description="The chat so far, ending with a user message. One image is needed, in any "
         "user message; later turns may repeat it. A chat without a question asks for a caption.",
-    )
-    max_completion_tokens: int | None = Field(
-        None, ge=1, description="OpenAI's newer name for `max_tokens`. Send only one of the two."
     )
     logprobs: bool | None = Field(
         None,
@@ -303,45 +354,6 @@ class ChatRequest(GenerationFields, StreamFields):
         description="Number of likeliest tokens to return at each position with their "
         f"log-probabilities, 0 to {MAX_TOP_LOGPROBS}. Needs `logprobs`.",
     )
-    user: str | None = Field(None, description=_IGNORED)
-    metadata: dict[str, str] | None = Field(None, description=_IGNORED)
-    store: bool | None = Field(None, description=_IGNORED)
-    safety_identifier: str | None = Field(None, description=_IGNORED)
-    prompt_cache_key: str | None = Field(None, description=_IGNORED)
-    service_tier: str | None = Field(None, description=_IGNORED)
-    frequency_penalty: Literal[0] | None = Field(
-        None, description="Penalty for frequent tokens; only 0 is supported."
-    )
-    presence_penalty: Literal[0] | None = Field(
-        None, description="Penalty for tokens that have occurred; only 0 is supported."
-    )
-    logit_bias: dict[str, float] | None = Field(
-        None,
-        max_length=0,
-        description="Biases of tokens; only an empty object is supported.",
-    )
-    response_format: TextFormat | None = Field(
-        None, description="Format of the answer; only text is supported."
-    )
-    modalities: list[Literal["text"]] | None = Field(
-        None, description="Kinds of output; only text is supported."
-    )
-    tools: list[Any] | None = Field(
-        None, max_length=0, description="Tools the model may call; only an empty list is supported."
-    )
-    tool_choice: Literal["none", "auto"] | None = Field(
-        None, description="Has no effect, as there are no tools."
-    )
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
-            raise InvalidRequest(
-                "max_tokens and max_completion_tokens differ; send only one of them",
-                "max_completion_tokens",
-            )
-        return self
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:
@@ -353,14 +365,6 @@ class ChatRequest(GenerationFields, StreamFields):
     def logprobs_wanted(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    @property
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
-
-    @property
-    def limit_name(self) -> str:
-        return "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
-
 
 # -- the other routes ----------------------------------------------------------------------------
 
@@ -370,14 +374,13 @@ _IMAGE = (
 )
 
 
-class GenerateRequest(GenerationFields, StreamFields):
+class GenerateRequest(GenerationFields, OpenAIFields, StreamFields):
     image: str = Field(description=_IMAGE)
     prompt: str | None = Field(
         None,
         description="Text for the model to continue, used exactly as sent. Without a prompt, the "
         "answer is a caption.",
     )
-    user: str | None = Field(None, description=_IGNORED)
     logprobs: int | None = Field(
         None,
         ge=0,
@@ -385,19 +388,48 @@ class GenerateRequest(GenerationFields, StreamFields):
         description="Returns the log-probabilities of each generated token and of this many of "
         f"the likeliest ones, 0 to {MAX_TOP_LOGPROBS}, before penalties and temperature.",
     )
+    top_logprobs: (
+        Annotated[
+            Literal[0],
+            because("/v1/generate lists the likeliest tokens by logprobs: send a number"),
+        ]
+        | None
+    ) = Field(None, description="Use `logprobs`: only 0 is accepted.")
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @property
     def logprobs_wanted(self) -> int | None:
         return self.logprobs
 
 
-class CaptionFields(GenerationFields):
+_NO_LOGPROBS = "captions come without log-probabilities; use /v1/chat/completions for them"
+_NO_STREAM = "captions are not streamed; use /v1/chat/completions for that"
+
+
+class CaptionFields(GenerationFields, OpenAIFields):
     """The fields of /v1/caption except its images: all that a multipart body may carry."""
+
+    samples_by_default = False
 
     prompt: str | None = Field(
         None, description="Text for the captions to continue, such as `a photo of`."
     )
-    user: str | None = Field(None, description=_IGNORED)
+    stream: Annotated[Literal[False], because(_NO_STREAM)] | None = Field(
+        None, description="Captions are not streamed: only `false` is accepted."
+    )
+    stream_options: Annotated[None, because(_NO_STREAM)] = Field(
+        None, description="Captions are not streamed: only null is accepted."
+    )
+    logprobs: Annotated[Literal[False], because(_NO_LOGPROBS)] | None = Field(
+        None, description="Captions come without log-probabilities: only `false` is accepted."
+    )
+    top_logprobs: Annotated[Literal[0], because(_NO_LOGPROBS)] | None = Field(
+        None, description="Captions come without log-probabilities: only 0 is accepted."
+    )
 
 
 class CaptionRequest(CaptionFields):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from blip2_serve.config import AppConfig
@@ -87,7 +87,9 @@ class Service:
         """
         with _naming_fields(call):
             features = await self._features(call.image)
-            return await self.backend.generate(features, call.prompt, call.params)
+            params, copies = _computed(call.params)
+            completion = await self.backend.generate(features, call.prompt, params)
+            return replace(completion, choices=completion.choices * copies)
 
     async def stream(self, call: ModelCall) -> TokenStream:
         """Starts an answer and waits for its first token. The caller closes the stream.
@@ -97,7 +99,10 @@ class Service:
         """
         with _naming_fields(call):
             features = await self._features(call.image)
-            events = self.backend.stream(features, call.prompt, call.params)
+            params, copies = _computed(call.params)
+            events = self.backend.stream(features, call.prompt, params)
+            if copies > 1:
+                events = _copied(events, copies)
             return await TokenStream.start(events, StreamTimer(self.recorder))
 
     async def _features(self, image: bytes) -> ImageFeatures:
@@ -105,6 +110,21 @@ class Service:
             return await self.backend.features(image)
         except InvalidRequest as error:
             raise error.about("image") from error  # the stages know no field names
+
+
+def _computed(params: SamplingParams) -> tuple[SamplingParams, int]:
+    """What to compute, and how many copies of it are the answers."""
+    return (replace(params, n=1), params.n) if params.is_greedy else (params, 1)
+
+
+async def _copied(
+    events: AsyncGenerator[TokenEvent, None], count: int
+) -> AsyncGenerator[TokenEvent, None]:
+    """The events of `count` equal answers, of one answer's events."""
+    async with aclosing(events):
+        async for event in events:
+            for index in range(count):
+                yield replace(event, index=index, last=event.last and index == count - 1)
 
 
 @contextmanager

@@ -28,6 +28,9 @@ BYTES = _byte_level_alphabet()
 class Tokenizer:
     """A checkpoint's tokenizer, and BLIP-2's layout of a prompt: image tokens, BOS, text.
 
+    The language model's token ids are those below `vocabulary`, which may be more than the
+    tokenizer has.
+
     Raises:
         StartupError: The folder has no tokenizer that can be loaded.
     """
@@ -38,6 +41,7 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
         except (OSError, ValueError) as error:
             raise StartupError(f"cannot load a tokenizer from {folder}: {error}") from error
+        self.vocabulary: int = config.text_config.vocab_size
         self._bytes: dict[int, bytes] = {}
         self._image_id = config.image_token_index
         self._bos_id = config.text_config.bos_token_id

@@ -138,18 +138,27 @@ class Generator:
         return Request(uuid.uuid4().hex, ids, image, features.digest, params)
 
     def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
-        """Returns the parameters with max_tokens set, checked against the model's positions."""
+        """Returns the parameters checked against the model, with max_tokens set.
+
+        It is a limit: above what the prompt leaves of the model's positions, it is cut to that.
+        """
         room = self._max_model_len - prompt_tokens
-        wanted = params.max_tokens
-        if room < (wanted or 1):
+        if room < 1:
             raise ContextLengthExceeded(
-                f"image and prompt take {prompt_tokens} tokens, max_tokens asks for {wanted or 1}; "
-                f"this model has {self._max_model_len} positions",
-                "prompt" if room < 1 else "max_tokens",
+                f"image and prompt take {prompt_tokens} tokens, which leaves none for an answer: "
+                f"this model has {self._max_model_len} positions; shorten the prompt",
+                "prompt",
             )
-        max_tokens = wanted or min(self._default_max_tokens, room)
+        max_tokens = min(params.max_tokens or self._default_max_tokens, room)
         if params.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is above max_tokens ({max_tokens})", "min_tokens")
+        unknown = [i for i, _ in params.logit_bias if i >= self._tokenizer.vocabulary]
+        if unknown:
+            raise InvalidRequest(
+                f"logit_bias has the token id {unknown[0]}; this model's ids are below "
+                f"{self._tokenizer.vocabulary}",
+                "logit_bias",
+            )
         return replace(params, max_tokens=max_tokens)
 
     def _with_bytes(self, event: TokenEvent) -> TokenEvent:
