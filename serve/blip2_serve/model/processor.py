@@ -1,42 +1,26 @@
 """Turns image files into the pixels that a checkpoint expects. Imports no torch.
 
-Decodes, applies the EXIF orientation, converts to RGB and resizes. Pixels stay uint8, and the
-encoder rescales and normalises them on its device: that is a quarter of the bytes to send, and
-exact, since Pillow resizes to whole numbers anyway.
+Resizes what `pictures` decodes. Pixels stay uint8, and the encoder rescales and normalises them on
+its device: that is a quarter of the bytes to send, and exact, since Pillow resizes to whole numbers
+anyway.
 """
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from blip2_serve.errors import InvalidImage, StartupError
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 64_000_000
-
-# A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as each side still has this many
-# times the pixels of the result. Compared with full decoding, a photograph's pixels then differ by
-# at most half a grey level (of 255) on average and by at most 20 at the sharpest edges.
-DRAFT_OVERSAMPLING = 4
-DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE = 0.5, 20
-
-Image.init()  # registers every format: Image.open(formats=...) only knows registered ones
-
-# Pillow warns about odd EXIF data and large images, which this module checks itself. The filter is
-# set once per process because `warnings.catch_warnings` is not thread-safe.
-warnings.filterwarnings("ignore", module=r"PIL\.")
+from blip2_serve.errors import StartupError
+from blip2_serve.model import pictures
 
 # Part of every image's digest. Increase it with any change to the resulting pixels.
-PREPROCESSING_VERSION = 1
+PREPROCESSING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -93,56 +77,8 @@ class ImageProcessor:
         Raises:
             InvalidImage: The file is broken, of an unsupported format, or has too many pixels.
         """
-        image = self._decode(data).resize(self.size[::-1], self.resample)
+        image = pictures.decode(data, self.size[::-1]).resize(self.size[::-1], self.resample)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-    def _decode(self, data: bytes) -> Image.Image:
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise InvalidImage(
-                    f"the image has {image.width} x {image.height} pixels; the maximum is "
-                    f"{MAX_PIXELS:,} pixels",
-                    kind="pixels",
-                )
-            if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                height, width = self.size
-                image.draft(None, (DRAFT_OVERSAMPLING * width, DRAFT_OVERSAMPLING * height))
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-        except InvalidImage:
-            raise
-        except Image.DecompressionBombError as error:
-            raise InvalidImage(f"the image is too large: {error}", kind="pixels") from error
-        except UnidentifiedImageError:
-            accepted = ", ".join(FORMATS)
-            raise InvalidImage(
-                f"not an image in a supported format ({accepted})", kind="format"
-            ) from None
-        # Pillow's decoders leak the errors of their parsers (SyntaxError, struct.error, IndexError,
-        # zlib.error, ...). Each of them means that the file is broken.
-        except Exception as error:
-            raise InvalidImage(f"the image is broken or truncated: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode to RGB: composites alpha over white and scales 16 bits to 8."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Scaled here, as Pillow's convert would clip at 255. 65535 / 257 = 255.
-        wide = np.asarray(image).astype(np.uint32).clip(0, 65535)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InvalidImage(
-            "floating-point images are not supported; send 8 or 16 bits per channel",
-            kind="format",
-        )
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from skimage import data as photographs
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from blip2_serve.errors import InvalidImage, StartupError
-from blip2_serve.model import processor as module
-from blip2_serve.model.processor import DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE, ImageProcessor
+from blip2_serve.model import pictures
+from blip2_serve.model.pictures import jpeg
+from blip2_serve.model.pictures.jpeg import DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE
+from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import DEMO_FOLDER
 from support.images import encode
 
@@ -122,7 +124,7 @@ def test_draft_decoding_of_large_jpegs_stays_within_tolerance(
     large = photo.resize((photo.width * scale, photo.height * scale), Image.Resampling.LANCZOS)
     data = encode(large, "JPEG", quality=90)
     drafted = processor(size).pixels(data).astype(int)
-    monkeypatch.setattr(module, "DRAFT_OVERSAMPLING", 1_000)  # never
+    monkeypatch.setattr(jpeg, "DRAFT_OVERSAMPLING", 1_000)  # never
     whole = processor(size).pixels(data).astype(int)
     assert np.abs(drafted - whole).max() <= DRAFT_TOLERANCE
     assert np.abs(drafted - whole).mean() <= DRAFT_MEAN_TOLERANCE
@@ -130,8 +132,8 @@ def test_draft_decoding_of_large_jpegs_stays_within_tolerance(
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[tuple[int, int]] = []
-    original = module._to_rgb
-    monkeypatch.setattr(module, "_to_rgb", lambda i: decoded.append(i.size) or original(i))
+    original = pictures.to_rgb
+    monkeypatch.setattr(pictures, "to_rgb", lambda i: decoded.append(i.size) or original(i))
     processor(224).pixels(encode(Image.new("RGB", (4000, 3000)), "JPEG"))
     processor(224).pixels(encode(Image.new("RGB", (800, 600)), "JPEG"))
     assert decoded == [(2000, 1500), (800, 600)]

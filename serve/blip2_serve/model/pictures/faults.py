@@ -1,0 +1,74 @@
+"""What can be wrong with a picture, in words for its sender, and the limits that it must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from PIL import Image
+
+from blip2_serve.errors import InvalidImage
+
+ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, GIF, TIFF or BMP"
+
+MAX_PIXELS = 64_000_000
+
+# Decoded samples of more than 8 bits, which only TIFF has in any number and width.
+MAX_SAMPLE_BYTES = 4 * MAX_PIXELS
+
+# Above twice this Pillow refuses by itself. It sees samples of any width as one pixel per byte.
+Image.MAX_IMAGE_PIXELS = MAX_SAMPLE_BYTES // 2
+
+
+def cut_off(name: str) -> InvalidImage:
+    return InvalidImage(
+        f"the image is cut off: its {name} data end before the last pixel; send the whole file",
+        kind="truncated",
+    )
+
+
+def damaged(name: str) -> InvalidImage:
+    return InvalidImage(
+        f"the image is damaged: its {name} data cannot be decoded; send an intact copy"
+    )
+
+
+def unsupported(what: str) -> InvalidImage:
+    return InvalidImage(f"{what} are not supported; send {ACCEPTED}", kind="format")
+
+
+def too_large(width: int, height: int) -> InvalidImage:
+    return InvalidImage(
+        f"the image is too large: {width} x {height} pixels; the maximum is {MAX_PIXELS:,} pixels",
+        kind="pixels",
+    )
+
+
+def check_size(width: int, height: int) -> None:
+    """
+    Raises:
+        InvalidImage: more than `MAX_PIXELS`.
+    """
+    if width * height > MAX_PIXELS:
+        raise too_large(width, height)
+
+
+@contextmanager
+def decoding(name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises inside into an error of ours; `name` is the format's.
+
+    Pillow leaks the errors of its parsers (SyntaxError, struct.error, IndexError, zlib.error, ...).
+    Each of them means that the file is broken.
+    """
+    try:
+        yield
+    except InvalidImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InvalidImage(
+            f"the image is too large; the maximum is {MAX_PIXELS:,} pixels", kind="pixels"
+        ) from error
+    except Exception as error:
+        # Only the words depend on Pillow's text.
+        truncated = isinstance(error, OSError) and "truncated" in str(error).lower()
+        raise (cut_off(name) if truncated else damaged(name)) from error

@@ -1,0 +1,70 @@
+"""Broken files of every format give pixels or an error of ours, and nothing on stderr."""
+
+from __future__ import annotations
+
+import logging
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from blip2_serve.errors import InvalidImage
+from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.source import DEMO_FOLDER
+from support.mutations import mutated, seeds
+
+FILES = {"short": 10_000, "long": 200_000}  # by profile, as tests/conftest.py has them
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
+SIDE = 32
+
+# An image of the most pixels takes 256 MB, and once more while it is made RGB.
+MEMORY_KB = 2_000_000
+
+
+def processor() -> ImageProcessor:
+    loaded = ImageProcessor.load(DEMO_FOLDER)
+    return ImageProcessor((SIDE, SIDE), loaded.mean, loaded.std, loaded.rescale, loaded.resample)
+
+
+def test_the_intact_files_are_accepted() -> None:
+    own = processor()
+    assert [*seeds()] == [*FORMATS]
+    for files in seeds().values():
+        for data in files:
+            assert own.pixels(data).shape == (3, SIDE, SIDE)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", FORMATS)
+def test_broken_files_give_pixels_or_an_error_of_ours(
+    name: str,
+    pytestconfig: pytest.Config,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    profile = pytestconfig.getoption("--hypothesis-profile")
+    own = processor()
+    seeds()
+    capfd.readouterr()
+    accepted = 0
+    # A crash of the interpreter leaves this file behind.
+    saved = tmp_path / f"broken.{name.lower()}"
+    with caplog.at_level(logging.WARNING):
+        for seed in range(FILES.get(profile, FILES["long"]) // len(FORMATS)):
+            data = mutated(name, seed)
+            saved.write_bytes(data)
+            try:
+                pixels = own.pixels(data)
+            except InvalidImage:
+                continue
+            except BaseException as error:
+                pytest.fail(f"mutated({name!r}, {seed}), saved as {saved}, raised {error!r}")
+            accepted += 1
+            assert pixels.shape == (3, SIDE, SIDE), (seed, saved)
+            assert pixels.dtype == np.uint8, (seed, saved)
+    assert accepted
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < MEMORY_KB
