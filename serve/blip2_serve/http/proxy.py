@@ -1,8 +1,9 @@
 """Middleware for Ray Serve's proxy: its own errors in OpenAI's shape.
 
 A request that runs out of time, or that no replica takes, never gets an answer of the application:
-the proxy answers in plain text, or leaves a stream without an end. Ray Serve calls `middlewares` where its proxy starts (in the
-ingress replica behind HAProxy) if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+the proxy answers in plain text, or leaves a stream without an end. Ray Serve calls `middlewares`
+where its proxy starts (behind HAProxy, in the ingress replica) if
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
 """
 
 from __future__ import annotations
