@@ -11,14 +11,16 @@ from fastapi_offline import FastAPIOffline
 
 from blip2_serve import __version__
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import Unavailable
+from blip2_serve.errors import InvalidRequest, Unavailable
 from blip2_serve.http import openai
 from blip2_serve.http.body import QuickJson, RequestBody
 from blip2_serve.http.captions import Captions
 from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import add_error_handlers, report_broken_stream
 from blip2_serve.http.measure import Measure
+from blip2_serve.http.responses import Responses
 from blip2_serve.http.schema import ChatRequest, GenerateRequest
+from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.service import Backend, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
 from blip2_serve.observe.metrics import Recorder
@@ -40,7 +42,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
-    for api in (Api(service), Captions(service)):
+    for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
     return app
 
@@ -61,6 +63,7 @@ class Api:
         }
         self.router = APIRouter(route_class=QuickJson)
         self.router.post("/v1/chat/completions")(self.chat_completions)
+        self.router.post("/v1/completions")(self.completions)
         self.router.post("/v1/generate")(self.generate)
         self.router.get("/v1/models")(self.models)
         self.router.get("/v1/models/{name:path}")(self.model)
@@ -79,8 +82,16 @@ class Api:
         call = ModelCall(image, prompt, params, names)
         return await self._answer(openai.ChatShape, request, call)
 
+    async def completions(self, request: CompletionRequest) -> Response:
+        """Continues a raw prompt about an image; the same as `/v1/generate`, in OpenAI's form."""
+        try:
+            return await self.generate(request)
+        except InvalidRequest as error:
+            param = request.image_field if error.param == "image" else error.param
+            raise error.about(param) from error
+
     async def generate(self, request: GenerateRequest) -> Response:
-        """Continues a raw prompt about an image, as OpenAI's completions do."""
+        """Continues a raw prompt about an image; answers as OpenAI's completions do."""
         self._service.check_model(request.model)
         params = request.sampling_params()
         image = await self._service.images.fetch(request.image, "image")
