@@ -32,6 +32,9 @@ REPLICA = {
     "RAY_SERVE_LOG_TO_STDERR": "1",
 }
 
+# The errors of Ray Serve's own proxy have OpenAI's shape.
+_PROXY_ERRORS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "blip2_serve.http.proxy.middlewares"}
+
 # A pickled message is a little larger than the image or body in it. Bytes.
 _MESSAGE_OVERHEAD = 1 << 20
 
@@ -56,7 +59,7 @@ def of_server(config: AppConfig, *, local: bool) -> Variables:
     if local:
         # Restricts Ray to this machine, as on Windows and macOS, so it listens on loopback only.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        defaults |= short_hops(config)
+        defaults |= short_hops(config) | _PROXY_ERRORS
     return Variables(defaults, _NO_PROXY_BETWEEN_STAGES)
 
 
@@ -68,6 +71,7 @@ def of_fast_server(config: AppConfig, folder: Path, haproxy: Path, ports: range)
     """
     defaults = {
         **short_hops(config),
+        **_PROXY_ERRORS,
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),

@@ -6,6 +6,7 @@
     │   └── ContextLengthExceeded   400    code context_length_exceeded
     ├── ModelNotFound               404  invalid_request_error, code model_not_found
     ├── RequestTooLarge             413  invalid_request_error, code request_too_large
+    ├── TimedOut                    408  server_error, code timeout
     ├── Unavailable                 503  server_error, code unavailable
     │   └── Overloaded              503  server_error, code overloaded
     └── StartupError                 --  the server cannot start; the message says what to do
@@ -75,7 +76,7 @@ class InvalidImage(InvalidRequest):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Image, prompt and `max_tokens` together exceed the model's context or the KV slots."""
+    """Image and prompt leave no room for an answer in the model's context or the KV slots."""
 
     code = "context_length_exceeded"
 
@@ -94,6 +95,13 @@ class RequestTooLarge(Blip2ServeError):
     status = 413
     type = "invalid_request_error"
     code = "request_too_large"
+
+
+class TimedOut(Blip2ServeError):
+    """The time that the client or the operator gives a request is over."""
+
+    status = 408
+    code = "timeout"
 
 
 class Unavailable(Blip2ServeError):

@@ -28,6 +28,7 @@ from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.types import SamplingParams, TokenEvent
 from support.checkpoints import Recipe, write_checkpoint
 from support.device import DEVICE
+from support.penalties import OpenAIPenalties
 
 REQUESTS = 200  # per checkpoint
 KV_SLOTS = 1500
@@ -89,6 +90,7 @@ class Model:
             repetition_penalty=p.repetition_penalty,
             eos_token_id=-1 if p.ignore_eos else self.eos,
             pad_token_id=1,
+            logits_processor=[OpenAIPenalties(p, len(request.prompt))],
             **options,
         )
         ends = () if p.ignore_eos else self.eos
@@ -187,6 +189,9 @@ def random_params(rng: Random, stops: list[int]) -> SamplingParams:
         ignore_eos=rng.random() < 0.15,
         stop=rng.choice([(), (), (), tuple(f"<{token}>" for token in stops)]),
         top_logprobs=rng.choice([None, None, 0, 3]),
+        frequency_penalty=rng.choice([0.0, 0.0, 0.7, -0.4]),
+        presence_penalty=rng.choice([0.0, 0.0, 1.1, -0.2]),
+        logit_bias=rng.choice([(), (), ((stops[0] if stops else 5, 2.5), (7, -30.0), (9, 1.0))]),
     )
     if not params.ignore_eos:
         assert params.max_tokens is not None

@@ -1,4 +1,4 @@
-"""The sampler's distribution is the same as transformers'."""
+"""The sampler's distribution is the same as transformers' with OpenAI's penalties added to it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from blip2_serve.compute.sampler import Sampler
 from blip2_serve.engine.sequence import Sequence
 from blip2_serve.types import SamplingParams
 from support.device import DEVICE
+from support.penalties import OpenAIPenalties
 from support.requests import make_request
 
 VOCABULARY = 50
@@ -46,6 +47,13 @@ CASES = [
     pytest.param({"min_p": 1.0}, id="min_p 1"),
     pytest.param({"repetition_penalty": 1.5}, id="repetition penalised"),
     pytest.param({"repetition_penalty": 0.7}, id="repetition encouraged"),
+    pytest.param({"frequency_penalty": 0.7}, id="frequency penalised"),
+    pytest.param({"frequency_penalty": -1.5}, id="frequency encouraged"),
+    pytest.param({"presence_penalty": 2.0}, id="presence penalised"),
+    pytest.param({"presence_penalty": -0.3, "frequency_penalty": 0.3}, id="presence encouraged"),
+    pytest.param({"logit_bias": ((3, 1.5), (8, -1.5), (40, 0.25))}, id="biased"),
+    pytest.param({"logit_bias": ((11, 100.0),)}, id="one token only"),
+    pytest.param({"logit_bias": ((2, 100.0), (17, 9.0)), "min_tokens": 4}, id="a biased end token"),
     pytest.param({"min_tokens": 4}, id="below min_tokens"),
     pytest.param({"min_tokens": 3}, id="at min_tokens"),
     pytest.param(
@@ -56,6 +64,9 @@ CASES = [
             "min_p": 0.05,
             "repetition_penalty": 1.3,
             "min_tokens": 10,
+            "frequency_penalty": 0.4,
+            "presence_penalty": -0.6,
+            "logit_bias": ((3, 1.0), (5, 2.0), (42, -1.0)),
         },
         id="everything",
     ),
@@ -66,6 +77,7 @@ def processors(params: SamplingParams) -> LogitsProcessorList:
     steps = LogitsProcessorList()
     if params.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    steps.append(OpenAIPenalties(params, len(PROMPT)))
     if params.min_tokens:
         steps.append(MinNewTokensLengthLogitsProcessor(len(PROMPT), params.min_tokens, EOS))
     return steps
@@ -146,7 +158,8 @@ def test_token_frequencies_over_a_grid_match_transformers(
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_chooses_the_same_token_as_transformers(case: dict[str, Any]) -> None:
-    greedy = {key: case[key] for key in case if key in ("repetition_penalty", "min_tokens")}
+    drawing = ("temperature", "top_k", "top_p", "min_p")
+    greedy = {key: case[key] for key in case if key not in drawing}
     params = SamplingParams(**greedy)
     for seed in range(20):
         logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2

@@ -21,6 +21,7 @@ def base_url() -> Iterator[str]:
     """Starts Serve and returns its URL."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "blip2_serve.http.proxy.middlewares"
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
     port = free_port()
     serve.start(

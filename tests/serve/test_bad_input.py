@@ -67,10 +67,15 @@ CASES: dict[str, tuple[str, Any, str | None]] = {
     ),
     "no image": ("/v1/generate", {"prompt": "hi"}, "image"),
     "no message": ("/v1/chat/completions", {"messages": []}, "messages"),
-    "prompt and max_tokens beyond the model's positions": (
+    "min_tokens beyond the model's positions": (
         "/v1/generate",
-        generate(prompt="red " * 100, max_tokens=500),
-        "max_tokens",
+        generate(prompt="red " * 100, max_tokens=500, min_tokens=500),
+        "min_tokens",
+    ),
+    "bias of a token id beyond the vocabulary": (
+        "/v1/chat/completions",
+        chat(logit_bias={"416": 1}),
+        "logit_bias",
     ),
     "prompt beyond the model's positions": (
         "/v1/generate",
@@ -89,7 +94,6 @@ CASES: dict[str, tuple[str, Any, str | None]] = {
     "unknown model": ("/v1/generate", generate(model="gpt-5"), "model"),
     "sampled beams": ("/v1/generate", generate(num_beams=5, temperature=1), "temperature"),
     "more answers than beams": ("/v1/generate", generate(num_beams=2, n=3), "n"),
-    "several greedy answers": ("/v1/chat/completions", chat(n=2), "n"),
     "top_logprobs without logprobs": (
         "/v1/chat/completions",
         chat(top_logprobs=2),

@@ -56,7 +56,7 @@ async def traffic(app: App) -> None:
         streams = [client.post(CHAT, json=chat(seed, stream=True)) for seed in range(2, 6)]
         await asyncio.gather(*same, *streams)
         await client.post(CHAT, json=chat(1, "what is there?"))  # hits both caches
-        await client.post(CHAT, json=chat(1, max_tokens=2000))  # exceeds the KV cache
+        await client.post(CHAT, json=chat(1, "red " * 450))  # exceeds the KV cache
         await client.post("/v1/caption", json={"image": data_url(b"no image")})
         for seed in range(10, 13):
             await disconnect(client, seed)

@@ -56,15 +56,25 @@ async def test_300_concurrent_requests_share_slots_for_sixteen(small: App) -> No
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_request_that_can_never_fit_is_rejected(stream: bool, small: App) -> None:
+def test_a_minimum_that_can_never_fit_is_rejected(stream: bool, small: App) -> None:
     body = {"image": data_url(scenes.sample(7_000).image), "stream": stream}
-    too_large = {"max_tokens": 1 + KV_SLOTS // 4, "num_beams": 4}
+    too_large = {"max_tokens": 500, "min_tokens": 1 + KV_SLOTS // 8, "num_beams": 8}
 
     answer = small.post("/v1/generate", json={**body, **too_large})
 
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
-    assert error["param"] == "max_tokens"
-    assert "max_tokens" in error["message"]
-    assert f"this server has {KV_SLOTS}" in error["message"]
+    assert error["param"] == "min_tokens"
+    assert f"{KV_SLOTS} KV slots" in error["message"]
     assert small.post("/v1/generate", json={**body, "max_tokens": 1}).status_code == 200
+
+
+def test_an_answer_is_cut_to_what_the_slots_can_hold(small: App) -> None:
+    image = data_url(scenes.sample(7_000).image)
+    body = {"image": image, "max_tokens": 2048, "ignore_eos": True, "num_beams": 8}
+
+    answer = small.post("/v1/generate", json=body).json()
+
+    usage = answer["usage"]
+    assert usage["completion_tokens"] == 1 + (KV_SLOTS - usage["prompt_tokens"]) // 8
+    assert answer["choices"][0]["finish_reason"] == "length"

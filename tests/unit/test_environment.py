@@ -47,6 +47,7 @@ def test_a_local_ray_asks_for_a_token_and_one_that_runs_already_goes_by_its_own_
     assert local["RAY_AUTH_MODE"] == "token"
     assert foreign["RAY_AUTH_MODE"] == "disabled"
     assert local.items() >= short_hops(AppConfig()).items()
+    assert "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH" in local.keys() - foreign.keys()
     assert not foreign.keys() & short_hops(AppConfig()).keys()
 
 

@@ -17,6 +17,7 @@ from blip2_serve.errors import (
     Overloaded,
     RequestTooLarge,
     StartupError,
+    TimedOut,
     Unavailable,
 )
 
@@ -27,6 +28,7 @@ HTTP = {
     ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     RequestTooLarge: (413, "invalid_request_error", "request_too_large"),
+    TimedOut: (408, "server_error", "timeout"),
     Unavailable: (503, "server_error", "unavailable"),
     Overloaded: (503, "server_error", "overloaded"),
 }

@@ -13,6 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2_serve.errors import RequestTooLarge
+from blip2_serve.http import deadline
 
 
 class RequestBody:
@@ -50,7 +51,7 @@ class RequestBody:
 
 
 class QuickJson(APIRoute):
-    """A route that reads JSON with pydantic's parser instead of Python's.
+    """A route that reads JSON with pydantic's parser instead of Python's, and keeps deadlines.
 
     A body with a 7 MB image takes it 1 ms instead of 17, and the event loop waits meanwhile.
     """
@@ -59,7 +60,8 @@ class QuickJson(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_quickly(request: Request) -> Response:
-            return await handle(_QuickRequest(request.scope, request.receive))
+            async with deadline.limited(request):
+                return await handle(_QuickRequest(request.scope, request.receive))
 
         return handle_quickly
 

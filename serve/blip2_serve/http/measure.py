@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2_serve.errors import Blip2ServeError, InvalidImage, Overloaded, Unavailable
+from blip2_serve.errors import Blip2ServeError, InvalidImage, Overloaded, TimedOut, Unavailable
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import TokenEvent
@@ -122,4 +122,6 @@ def _outcome(error: Blip2ServeError | None) -> str:
         return "overloaded"
     if isinstance(error, Unavailable):
         return "unavailable"
+    if isinstance(error, TimedOut):
+        return "cancelled"
     return "error" if error.status >= 500 else "invalid"

@@ -8,6 +8,7 @@ from typing import Self
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from blip2_serve.http import deadline
 from blip2_serve.http.measure import StreamTimer
 from blip2_serve.types import TokenEvent
 
@@ -21,6 +22,7 @@ class TokenStream:
         self._first: TokenEvent | None = first
         self._rest = rest
         self._timer = timer
+        self._deadline = deadline.current()
 
     @classmethod
     async def start(
@@ -37,7 +39,11 @@ class TokenStream:
     async def __anext__(self) -> TokenEvent:
         event, self._first = self._first, None
         if event is None:
-            event = await anext(self._rest)
+            if self._deadline is None:
+                event = await anext(self._rest)
+            else:
+                async with deadline.until(self._deadline):
+                    event = await anext(self._rest)
             self._timer.received(event)
         return event
 

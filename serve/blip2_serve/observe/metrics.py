@@ -104,7 +104,7 @@ _BYTES = tuple(float(1 << power) for power in range(14, 27, 2))  # 16 KiB to 64 
 REQUESTS = Counter(
     "blip2_requests_total",
     "HTTP requests by outcome: ok, invalid (4xx), overloaded, unavailable (503), error (other 5xx, "
-    "or a stream that broke) or cancelled (the client left).",
+    "or a stream that broke) or cancelled (the client left, or its time limit was over).",
     ("route", "outcome"),
 )
 REQUEST_DURATION = Histogram(

@@ -107,6 +107,44 @@ def test_the_penalty_lowers_negative_logits() -> None:
     assert sample(logits, sequence([3], repetition_penalty=2.0)) == [4]
 
 
+def test_frequency_and_presence_penalties_count_the_answer_only() -> None:
+    logits = one_row(_3=2.0, _1=1.9, _4=1.5)
+    prompted = {"prompt": [3, 3, 3], "frequency_penalty": 2.0, "presence_penalty": 2.0}
+    assert sample(logits, sequence(**prompted)) == [3]
+    assert sample(logits, sequence(output=1, presence_penalty=-0.2)) == [1]
+    assert sample(logits, sequence(output=1, frequency_penalty=-0.2)) == [1]
+    # Twice in the answer: twice the frequency penalty, but one presence penalty.
+    assert sample(logits, sequence(output=2, presence_penalty=-0.09)) == [3]
+    assert sample(logits, sequence(output=2, frequency_penalty=-0.09)) == [1]
+
+
+def test_a_bias_is_added_before_the_temperature() -> None:
+    logits = one_row(_3=2.0, _4=1.0)
+    assert sample(logits, sequence(logit_bias=((4, 1.5),))) == [4]
+    assert sample(logits, sequence(logit_bias=((3, -100.0),))) == [4]
+    cold = [sequence(seed=n, temperature=0.01, logit_bias=((4, 1.5),)) for n in range(20)]
+    assert sample(logits, *cold, rows=[0] * 20) == [4] * 20
+
+
+def test_penalties_are_one_update_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[int] = []
+    upload = OPENED.upload
+
+    def counted(tensor: Tensor) -> Tensor:
+        uploads.append(tensor.numel())
+        return upload(tensor)
+
+    sequences = [
+        sequence([3, 4], output=n, frequency_penalty=0.5, logit_bias=((n, 1.0),)) for n in range(9)
+    ]
+    monkeypatch.setattr(OPENED, "upload", counted)
+    logits = random_logits(9)
+    Sampler(EOS, OPENED).choose(logits, [*range(9)], sequences)()
+    assert len(uploads) == 1
+    Sampler(EOS, OPENED).choose(logits, [*range(9)], [sequence()] * 9)()
+    assert len(uploads) == 1
+
+
 def test_a_sampled_token_depends_only_on_its_own_row() -> None:
     logits = random_logits(8)
     alone = [sample(logits[i : i + 1], sequence(seed=i, temperature=1.5))[0] for i in range(8)]
@@ -239,6 +277,9 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.2, "repetition_penalty": 0.8, "min_tokens": 9, "top_p": 0.9},
     {"repetition_penalty": 1.4, "min_tokens": 9},
     {"temperature": 1.2, "min_tokens": 9, "top_k": 30, "top_logprobs": 3},
+    {"frequency_penalty": 1.5, "presence_penalty": -0.5},
+    {"temperature": 0.9, "frequency_penalty": 0.3, "logit_bias": ((4, 3.0), (7, -100.0))},
+    {"logit_bias": ((2, 50.0),), "repetition_penalty": 1.4, "min_tokens": 2, "top_logprobs": 1},
     {"top_logprobs": 5},
     {"temperature": 1.0, "top_logprobs": 0},
 ]
@@ -385,6 +426,8 @@ def test_log_probabilities_are_only_returned_on_request() -> None:
         pytest.param({"temperature": 1.5, "top_k": 4, "seed": 3}, id="sampled"),
         pytest.param({"repetition_penalty": 3.0}, id="repetition penalty"),
         pytest.param({"min_tokens": 9}, id="end tokens forbidden"),
+        pytest.param({"presence_penalty": 2.0, "frequency_penalty": 1.0}, id="OpenAI's penalties"),
+        pytest.param({"logit_bias": ((4, 9.0),)}, id="a bias"),
     ],
 )
 def test_log_probabilities_are_those_of_the_raw_logits(params: dict[str, Any]) -> None:
@@ -471,6 +514,33 @@ def test_beam_penalties_apply_to_log_probabilities() -> None:
     assert (best.token, second.token) == (4, 3)
     assert best.score == pytest.approx(raw[4].item())
     assert second.score == pytest.approx(raw[3].item() * 5)
+
+
+def test_scores_of_beams_may_rise_above_zero() -> None:
+    """A bias or a negative penalty raises log-probabilities, which are at most 0."""
+    logits = one_row(_3=2.0, _4=1.0, _6=0.5)
+    raw = logits.log_softmax(-1)[0]
+    biases = ((3, -100.0), (4, 5.0), (6, 5.0), (9, 40.0))
+    params = {"presence_penalty": -2.0, "logit_bias": biases}
+    found = expand(logits, beam(output=3, **params), count=VOCABULARY)
+    expected = raw + 0
+    expected[1] += 2.0  # in the answer
+    for token, bias in biases:
+        expected[token] += bias
+    order = expected.sort(descending=True, stable=True)
+    assert [c.token for c in found] == order.indices.tolist()
+    assert [c.score for c in found] == pytest.approx(order.values.tolist())
+    assert found[0].score > found[1].score > 0 > found[3].score
+
+
+def test_log_probabilities_of_raised_beams_are_those_of_the_raw_logits() -> None:
+    logits = one_row(_3=2.0, _4=1.0)
+    (best,) = expand(logits, beam(top_logprobs=1, logit_bias=((4, 9.0),)), count=1)
+    raw = logits.log_softmax(-1)[0].tolist()
+    assert best.token == 4
+    assert best.logprob is not None
+    assert best.logprob.logprob == pytest.approx(raw[4])
+    assert [(top.token_id, top.logprob) for top in best.logprob.top] == [(3, pytest.approx(raw[3]))]
 
 
 def test_min_tokens_forbids_end_tokens_in_beams() -> None:

@@ -349,7 +349,8 @@ async def test_a_full_queue_rejects_the_next_request(
 async def test_a_request_that_can_never_fit_is_rejected(make: Callable[..., Bench]) -> None:
     bench = make(free=True)
     with pytest.raises(ContextLengthExceeded):
-        await bench.collect("a", 5_000)
+        async for _ in bench.loop.stream(make_request("a", 5_000)):
+            pass
     assert text(await bench.collect("b")) == "abcde"
 
 

@@ -225,21 +225,50 @@ def test_a_full_queue_rejects_requests_until_one_is_admitted() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "params"),
     [
-        pytest.param(64, 2, {}, id="no slot left for a second token"),
-        pytest.param(65, 1, {}, id="prompt too long"),
-        pytest.param(1, 65, {}, id="answer too long"),
-        pytest.param(30, 19, {"n": 2}, id="two samples"),
-        pytest.param(30, 19, {"num_beams": 2}, id="two beams"),
+        pytest.param(65, 1, {}, id="one answer"),
+        pytest.param(66, 9, {"n": 2}, id="two samples"),
+        pytest.param(70, 9, {"num_beams": 4}, id="four beams"),
     ],
 )
-def test_a_request_that_can_never_fit_is_rejected(
+def test_a_prompt_that_can_never_fit_is_rejected(
     prompt: int, max_tokens: int, params: dict[str, int]
 ) -> None:
     s = make_scheduler(slots=64)
     with pytest.raises(ContextLengthExceeded) as error:
         s.add(make_request("a", prompt, max_tokens=max_tokens, **params))
-    assert error.value.param == "max_tokens"
+    assert error.value.param == "prompt"
     assert not s.has_work
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "most"),
+    [
+        pytest.param(64, {}, 1, id="no slot left for a second token"),
+        pytest.param(1, {}, 64, id="one answer"),
+        pytest.param(30, {"n": 2}, 18, id="two samples"),
+        pytest.param(31, {"n": 2}, 17, id="two samples, a slot left over"),
+        pytest.param(30, {"num_beams": 4}, 9, id="four beams"),
+    ],
+)
+@pytest.mark.parametrize("above", [1, 2000])
+def test_an_answer_that_can_never_fit_is_cut(
+    prompt: int, params: dict[str, int], most: int, above: int
+) -> None:
+    simulation = Simulation(make_scheduler(slots=64), 4, 8)
+    request = simulation.add(prompt, most + above, **params)
+    assert request.params.max_tokens == most
+    assert request.slots_needed <= 64 < request.slots_needed + request.width
+    simulation.finish()
+    simulation.check_answers()
+
+
+def test_a_cut_answer_that_would_be_too_short_is_rejected() -> None:
+    s = make_scheduler(slots=64)
+    with pytest.raises(InvalidRequest, match="35 tokens that 64 KV slots can hold") as error:
+        s.add(make_request("a", 30, max_tokens=99, min_tokens=36))
+    assert error.value.param == "min_tokens"
+    assert not s.has_work
+    s.add(make_request("a", 30, max_tokens=99, min_tokens=35))
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ async def test_form_fields_are_parameters_of_an_upload(
         pytest.param({"num_beams": "3", "length_penalty": "-0.5"}, id="a length penalty"),
         pytest.param({"num_beams": "3", "n": "2"}, id="two answers of three beams"),
         pytest.param({"preset": "caption"}, id="a preset"),
+        pytest.param({"top_p": "0.9", "n": "2"}, id="top_p without a temperature"),
+        pytest.param({"frequency_penalty": "0.5"}, id="a frequency penalty"),
+        pytest.param({"stop": ""}, id="an empty stop string"),
     ],
 )
 async def test_an_upload_accepts_the_parameters_of_json(
@@ -146,7 +149,7 @@ async def test_an_upload_accepts_the_parameters_of_json(
         pytest.param([("image", ("1.png", b""))], {}, "image", id="an empty file"),
         pytest.param([("photo", ("1.png", b"one"))], {}, "photo", id="a file under another name"),
         pytest.param([("image", ("1.png", b"one"))], {"beams": "1"}, "beams", id="unknown field"),
-        pytest.param([("image", ("1.png", b"one"))], {"n": "2"}, "n", id="two greedy answers"),
+        pytest.param([("image", ("1.png", b"one"))], {"n": "17"}, "n", id="too many answers"),
         pytest.param(
             [("image", ("1.png", b"one"))],
             {"num_beams": "2", "early_stopping": "maybe"},

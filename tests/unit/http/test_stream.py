@@ -188,11 +188,15 @@ def scope_of(route: str) -> Scope:
     }
 
 
+@pytest.mark.parametrize("more", [{}, {"n": 2, "temperature": 0}], ids=["one", "two equal"])
 @pytest.mark.parametrize("route", ROUTES[:2])
-async def test_generation_stops_when_the_client_disconnects(route: str) -> None:
+async def test_generation_stops_when_the_client_disconnects(
+    route: str, more: dict[str, Any]
+) -> None:
     backend = FakeBackend(endless=True)
     started = asyncio.Event()
-    unread = [{"type": "http.request", "body": json.dumps(body_for(route, stream=True)).encode()}]
+    body = body_for(route, stream=True, **more)
+    unread = [{"type": "http.request", "body": json.dumps(body).encode()}]
 
     async def receive() -> Message:
         if unread:
@@ -210,13 +214,17 @@ async def test_generation_stops_when_the_client_disconnects(route: str) -> None:
         await backend.stream_closed.wait()
 
 
+@pytest.mark.parametrize("more", [{}, {"n": 2, "temperature": 0}], ids=["one", "two equal"])
 @pytest.mark.parametrize("route", ROUTES[:2])
 @pytest.mark.parametrize(
     "sendable", [pytest.param(0, id="the headers"), pytest.param(3, id="a later chunk")]
 )
-async def test_generation_stops_when_sending_fails(route: str, sendable: int) -> None:
+async def test_generation_stops_when_sending_fails(
+    route: str, sendable: int, more: dict[str, Any]
+) -> None:
     backend = FakeBackend(endless=True)
-    unread = [{"type": "http.request", "body": json.dumps(body_for(route, stream=True)).encode()}]
+    body = body_for(route, stream=True, **more)
+    unread = [{"type": "http.request", "body": json.dumps(body).encode()}]
     sent: list[Message] = []
 
     async def receive() -> Message:

@@ -1,0 +1,64 @@
+"""Middleware for Ray Serve's proxy: its own errors in OpenAI's shape.
+
+A request that runs out of time, or that no replica takes, never gets an answer of the application;
+the proxy answers in plain text. Ray Serve calls `middlewares` where its proxy starts (in the
+ingress replica behind HAProxy) if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+"""
+
+from __future__ import annotations
+
+import json
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable
+
+_ERRORS: dict[int, Blip2ServeError] = {
+    408: TimedOut("the answer took longer than the request or this server allows"),
+    429: Overloaded("too many requests are queued; try again later"),
+    503: Unavailable("no replica can take the request now; try again later"),
+}
+_LOST = Unavailable("a replica was lost while it worked on this; try again")
+
+
+def middlewares() -> list[Middleware]:
+    return [Middleware(OpenAIErrors)]
+
+
+class OpenAIErrors:
+    """Replaces errors in plain text, which the application itself never sends."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray Serve's own routes
+            await self._app(scope, receive, send)
+            return
+        started = replaced = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started, replaced
+            if message["type"] == "http.response.start":
+                started = True
+                error = _ERRORS.get(int(message["status"]))
+                headers = Headers(raw=message.get("headers", []))
+                if error and headers.get("content-type", "").startswith("text/plain"):
+                    replaced = True
+                    await _answer(send, int(message["status"]), error, headers)
+            if not replaced:
+                await send(message)
+
+        await self._app(scope, receive, watched)
+        if not started:
+            await _answer(send, _LOST.status, _LOST, Headers())
+
+
+async def _answer(send: Send, status: int, error: Blip2ServeError, headers: Headers) -> None:
+    body = json.dumps(error.body()).encode()
+    kept = [(k, v) for k, v in headers.raw if k.lower() not in (b"content-type", b"content-length")]
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*kept, *own]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,82 @@
+"""Errors of Ray Serve's own proxy, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from blip2_serve.http.proxy import OpenAIErrors, middlewares
+from support.fake_backend import error_of
+
+TEXT = "Request 7f timed out after 0.05s."
+
+
+async def text(request: Request) -> Response:
+    headers = {"retry-after": "3", "x-request-id": "7f"}
+    return PlainTextResponse(TEXT, int(request.path_params["status"]), headers)
+
+
+async def ours(_: Request) -> Response:
+    return JSONResponse({"error": {"message": "overloaded"}}, 503)
+
+
+async def pieces(_: Request) -> Response:
+    async def some() -> object:
+        for piece in (b"a", b"b"):
+            yield piece
+
+    return StreamingResponse(some(), media_type="text/plain")  # type: ignore[arg-type]
+
+
+async def get(path: str) -> httpx.Response:
+    routes = [
+        Route("/-/healthz/{status}", text),
+        Route("/text/{status}", text),
+        Route("/ours", ours),
+        Route("/pieces", pieces),
+    ]
+    app = Starlette(routes=routes, middleware=middlewares())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+        return await client.get(path)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(408, "timeout"), (429, "overloaded"), (503, "unavailable")]
+)
+async def test_an_error_in_plain_text_gets_openais_shape(status: int, code: str) -> None:
+    response = await get(f"/text/{status}")
+
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    assert (response.headers["retry-after"], response.headers["x-request-id"]) == ("3", "7f")
+    assert error_of(response)["code"] == code
+    assert TEXT not in response.text
+
+
+@pytest.mark.parametrize("path", ["/text/200", "/text/404", "/-/healthz/503"])
+async def test_other_texts_pass(path: str) -> None:
+    response = await get(path)
+
+    assert response.text == TEXT
+    assert response.headers["content-type"].startswith("text/plain")
+
+
+async def test_answers_of_the_application_pass() -> None:
+    assert (await get("/ours")).json() == {"error": {"message": "overloaded"}}
+    assert (await get("/pieces")).text == "ab"
+
+
+async def test_an_answer_that_never_comes_is_a_503() -> None:
+    async def lost(*_: object) -> None:
+        pass
+
+    transport = httpx.ASGITransport(OpenAIErrors(lost))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        response = await client.get("/v1/models")
+
+    assert response.status_code == 503
+    assert error_of(response)["code"] == "unavailable"
