@@ -31,6 +31,9 @@ InitialOngoingRequests = Annotated[
     ),
 ]
 
+# A web page's origin as browsers send it: without a path, and without a slash at its end.
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/?#\s*]+)$")]
+
 HOW_IT_SCALES = "How this package's autoscaling policy chooses the number of replicas."
 
 
@@ -187,6 +190,31 @@ class ImageLimits(_Config):
     )
 
 
+# What evaluation tools put after a question, for models that answer in sentences.
+VQA_INSTRUCTIONS = (
+    "Answer the question using a single word or phrase.",
+    "Answer the question with a single word or phrase.",
+    "Answer the question using a single word.",
+    "Answer the question with a single word.",
+    "Answer the question with a short phrase.",
+    "Answer the question with yes or no.",
+    "Answer the question briefly.",
+    "Answer using a single word or phrase.",
+    "Answer with a single word or phrase.",
+    "Answer in a single word or phrase.",
+    "Answer with a single word.",
+    "Answer in one word.",
+    "Answer with yes or no.",
+    "Answer yes or no.",
+    "Answer briefly.",
+    "Give a short answer.",
+    "Directly provide a short answer to the question.",
+    "When the provided information is insufficient, respond with 'Unanswerable'.",
+    "Short answer:",
+    "Answer:",
+)
+
+
 class ChatConfig(_Config):
     """How chat turns become a prompt: `str.format` templates, by default those of LAVIS."""
 
@@ -209,6 +237,10 @@ class ChatConfig(_Config):
         "{text} ",
         description="Template of the {text} of a system or developer message, which comes first.",
     )
+    vqa_instructions: tuple[str, ...] = Field(
+        VQA_INSTRUCTIONS,
+        description="Instructions that are dropped from the end of a question to NAME:vqa.",
+    )
 
 
 class IngressScaling(ScalingConfig):
@@ -225,6 +257,11 @@ class IngressConfig(StageConfig):
     chat: ChatConfig = Field(ChatConfig(), description=ChatConfig.__doc__)
     max_body_bytes: int = Field(
         64 << 20, ge=1, description="Largest size of a request's body, in bytes."
+    )
+    cors_origins: tuple[Origin, ...] = Field(
+        (),
+        description="Origins whose web pages may call the server from a browser, such as "
+        '"https://app.example.com"; "*" is any. Default: none.',
     )
     feature_cache_entries: int = Field(
         512,

@@ -64,8 +64,9 @@ async def test_the_async_client_can_stream(demo: App) -> None:
 
 
 def test_models_are_listed_and_retrieved(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["demo"]
-    assert client.models.retrieve("demo").object == "model"
+    names = ["demo", "demo:caption", "demo:vqa"]
+    assert [model.id for model in client.models.list()] == names
+    assert [client.models.retrieve(name).id for name in names] == names
 
 
 def test_sampling_is_reproducible_with_a_seed(

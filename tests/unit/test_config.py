@@ -56,11 +56,21 @@ def test_an_unknown_key_is_an_error_that_names_it(values: dict[str, Any], key: s
         pytest.param({"generator": {"quantize": "int4"}}, id="weights of 4 bits"),
         pytest.param({"encoder": {"quantize": "int8"}}, id="an encoder in int8"),
         pytest.param({"ingress": {"feature_cache_entries": -1}}, id="fewer than no entries"),
+        pytest.param({"ingress": {"cors_origins": ["https://a.b/"]}}, id="an origin with a slash"),
+        pytest.param({"ingress": {"cors_origins": ["a.b"]}}, id="an origin without a scheme"),
+        pytest.param({"ingress": {"cors_origins": ["https://*.a.b"]}}, id="a star in an origin"),
     ],
 )
 def test_a_wrong_value_is_an_error(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AppConfig.model_validate(values)
+
+
+@pytest.mark.parametrize("origin", ["https://a.b", "http://localhost:3000", "*", "null"])
+def test_origins_are_taken_as_browsers_send_them(origin: str) -> None:
+    config = AppConfig.model_validate({"ingress": {"cors_origins": [origin]}})
+
+    assert config.ingress.cors_origins == (origin,)
 
 
 def test_the_configuration_cannot_be_changed() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from blip2_serve import __version__
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidRequest, Unavailable
 from blip2_serve.http import openai
-from blip2_serve.http.body import QuickJson, RequestBody
+from blip2_serve.http.body import HeadAsGet, QuickJson, RequestBody
 from blip2_serve.http.captions import Captions
 from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import add_error_handlers, report_broken_stream
 from blip2_serve.http.measure import Measure
+from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.responses import Responses
 from blip2_serve.http.schema import ChatRequest, GenerateRequest
 from blip2_serve.http.schema_completions import CompletionRequest
@@ -40,11 +44,33 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app = FastAPIOffline(title="blip2-serve", version=__version__)
     app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
+    app.add_middleware(HeadAsGet)
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
     for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
+    if config.ingress.cors_origins:
+        _allow_origins(app, config.ingress.cors_origins)
     return app
+
+
+def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Lets web pages of these origins call the routes.
+
+    Around all other middleware, unlike `add_middleware`: pages can read the answer to a failure.
+    """
+    build = app.build_middleware_stack
+
+    def build_with_cors() -> ASGIApp:
+        return CORSMiddleware(
+            build(),
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # OpenAI's client alone sends a dozen of its own
+            expose_headers=["x-request-id"],
+        )
+
+    app.build_middleware_stack = build_with_cors  # type: ignore[method-assign]
 
 
 class Api:
@@ -53,13 +79,16 @@ class Api:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._metrics_page = MetricsPage()
-        self._model_card = {
-            "id": service.config.model_name,
+        card = {
             "object": "model",
             "created": int(time.time()),
             "owned_by": "blip2-serve",
             "license": "MIT",
             "limitations": LIMITATIONS,
+            "root": service.config.model_name,
+        }
+        self._model_cards = {
+            name: {"id": name, **card, "preset": preset} for name, preset in service.names.items()
         }
         self.router = APIRouter(route_class=QuickJson)
         self.router.post("/v1/chat/completions")(self.chat_completions)
@@ -73,14 +102,13 @@ class Api:
 
     async def chat_completions(self, request: ChatRequest) -> Response:
         """Answers a chat about one image, as OpenAI's chat completions do."""
-        self._service.check_model(request.model)
-        params = request.sampling_params()
+        asked = self._service.asked(request)
         template = self._service.config.ingress.chat
-        prompt = prompt_of(request.messages, template, short=request.preset == "vqa")
+        prompt = prompt_of(request.messages, template, preset=asked.preset, rewrite=asked.alias)
         image = await image_of(request.messages, self._service.images)
         names = {"image": "messages", "prompt": "messages", "max_tokens": request.limit_name}
-        call = ModelCall(image, prompt, params, names)
-        return await self._answer(openai.ChatShape, request, call)
+        call = ModelCall(image, prompt, asked.params, names)
+        return await self._answer(openai.ChatShape, request, call, asked.model)
 
     async def completions(self, request: CompletionRequest) -> Response:
         """Continues a raw prompt about an image; the same as `/v1/generate`, in OpenAI's form."""
@@ -92,18 +120,22 @@ class Api:
 
     async def generate(self, request: GenerateRequest) -> Response:
         """Continues a raw prompt about an image; answers as OpenAI's completions do."""
-        self._service.check_model(request.model)
-        params = request.sampling_params()
+        asked = self._service.asked(request)
         image = await self._service.images.fetch(request.image, "image")
-        call = ModelCall(image, request.prompt or "", params)
-        return await self._answer(openai.TextShape, request, call)
+        prompt = default_prompt(asked.preset) if request.prompt is None else request.prompt
+        call = ModelCall(image, prompt, asked.params)
+        return await self._answer(openai.TextShape, request, call, asked.model)
 
     async def _answer(
-        self, shape: openai.Shape, request: ChatRequest | GenerateRequest, call: ModelCall
+        self,
+        shape: openai.Shape,
+        request: ChatRequest | GenerateRequest,
+        call: ModelCall,
+        model: str,
     ) -> Response:
         writer = openai.Writer(
             shape,
-            self._service.config.model_name,
+            model,
             return_token_ids=bool(request.return_token_ids),
             include_usage=request.include_usage,
         )
@@ -114,13 +146,13 @@ class Api:
         return TokenStreamResponse(tokens, writer.events(tokens, report))
 
     async def models(self) -> Response:
-        """Lists the one served model."""
-        return JSONResponse({"object": "list", "data": [self._model_card]})
+        """Lists the served model: its own name first, then one for each preset."""
+        return JSONResponse({"object": "list", "data": [*self._model_cards.values()]})
 
     async def model(self, name: str) -> Response:
-        """Describes the served model; any other name is a 404."""
+        """Describes the served model by one of its names; any other name is a 404."""
         self._service.check_model(name)
-        return JSONResponse(self._model_card)
+        return JSONResponse(self._model_cards[name])
 
     async def health(self) -> Response:
         """Answers 200 while the process lives."""

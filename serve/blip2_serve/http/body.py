@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -50,6 +52,37 @@ class RequestBody:
         await self._app(scope, limited, send)
 
 
+class HeadAsGet:
+    """ASGI middleware: answers HEAD as GET is answered, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            is_body = message["type"] == "http.response.body"
+            await send({**message, "body": b""} if is_body else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
+def as_utf8(body: bytes) -> bytes:
+    """A JSON body in UTF-8 without a byte order mark; as it is if it cannot be decoded.
+
+    Windows' tools put a mark before JSON, and some of them write UTF-16.
+    """
+    if body.startswith(codecs.BOM_UTF8):
+        return body[len(codecs.BOM_UTF8) :]
+    if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        with contextlib.suppress(UnicodeError):
+            return body.decode(json.detect_encoding(body)).encode()
+    return body
+
+
 class QuickJson(APIRoute):
     """A route that reads JSON with pydantic's parser instead of Python's, and keeps deadlines.
 
@@ -68,7 +101,7 @@ class QuickJson(APIRoute):
 
 class _QuickRequest(Request):
     async def json(self) -> Any:
-        body = await self.body()
+        body = as_utf8(await self.body())
         try:
             return from_json(body)
         except ValueError:

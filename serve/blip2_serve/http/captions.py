@@ -12,9 +12,10 @@ from starlette.datastructures import UploadFile
 
 from blip2_serve.concurrency import gather
 from blip2_serve.errors import Blip2ServeError, InvalidRequest
-from blip2_serve.http.body import QuickJson
+from blip2_serve.http.body import QuickJson, as_utf8
 from blip2_serve.http.measure import note_error
 from blip2_serve.http.openai import Json, usage
+from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.schema import MAX_IMAGES, CaptionFields, CaptionRequest
 from blip2_serve.http.service import ModelCall, Service
 from blip2_serve.http.validation import explain
@@ -60,17 +61,16 @@ class Captions:
             fields, images = await _read_form(request)
         else:
             fields, images = await _read_json(request)
-        self._service.check_model(fields.model)
-        params = fields.sampling_params()
-        prompt = fields.prompt or ""
-        results = await gather(self._caption(image, prompt, params) for image in images)
+        asked = self._service.asked(fields)
+        prompt = default_prompt(asked.preset) if fields.prompt is None else fields.prompt
+        results = await gather(self._caption(image, prompt, asked.params) for image in images)
         errors = [result for result in results if isinstance(result, Blip2ServeError)]
         fatal = errors.pop(0) if len(errors) == len(results) else None
         for error in errors:
             note_error(self._service.recorder, error, answers=False)
         if fatal:
             raise fatal  # counted as the answer to the request
-        return JSONResponse(_caption_list(self._service.config.model_name, results, fields))
+        return JSONResponse(_caption_list(asked.model, results, fields))
 
     async def _caption(
         self, image: str | bytes, prompt: str, params: SamplingParams
@@ -88,7 +88,7 @@ class Captions:
 
 
 async def _read_json(request: Request) -> tuple[CaptionFields, list[str | bytes]]:
-    body = await request.body()
+    body = as_utf8(await request.body())
     try:
         parsed = CaptionRequest.model_validate_json(body)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections import defaultdict
@@ -18,6 +19,10 @@ Json = dict[str, Any]
 
 # json.dumps would make an encoder for every chunk.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+# Many clients split events at whatever Unicode calls the end of a line. JSON escapes the others of
+# these itself. Half a surrogate pair has no UTF-8.
+_UNSAFE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
@@ -209,4 +214,7 @@ def _text(entry: TokenLogprob) -> str:
 
 def event_of(data: Json) -> bytes:
     """A server-sent event with `data` as JSON."""
-    return b"data: " + _encode(data).encode() + b"\n\n"
+    text = _encode(data)
+    if not text.isascii():
+        text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return b"data: " + text.encode() + b"\n\n"

@@ -18,9 +18,9 @@ from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import report_broken_stream
 from blip2_serve.http.openai import ChatShape, Json, Stripper, event_of
 from blip2_serve.http.schema_responses import ResponsesRequest
-from blip2_serve.http.service import ModelCall, Service
+from blip2_serve.http.service import Asked, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
-from blip2_serve.types import Completion, FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from blip2_serve.types import Completion, FinishReason, TokenEvent, TokenLogprob
 
 
 class Responses:
@@ -33,31 +33,30 @@ class Responses:
 
     async def create(self, request: ResponsesRequest) -> Response:
         """Answers a chat about one image, as OpenAI's Responses API does. Nothing is stored."""
-        self._service.check_model(request.model)
-        params = request.sampling_params()
-        call = await self._call(request, params)
-        writer = Writer(request, params, self._service.config.model_name)
+        asked = self._service.asked(request)
+        call = await self._call(request, asked)
+        writer = Writer(request, asked)
         if not request.stream:
             return JSONResponse(writer.body(await self._service.complete(call)))
         tokens = await self._service.stream(call)
         report = partial(report_broken_stream, recorder=self._service.recorder)
         return TokenStreamResponse(tokens, writer.events(tokens, report))
 
-    async def _call(self, request: ResponsesRequest, params: SamplingParams) -> ModelCall:
+    async def _call(self, request: ResponsesRequest, asked: Asked) -> ModelCall:
         messages, template = request.messages, self._service.config.ingress.chat
         try:
-            prompt = prompt_of(messages, template, short=request.preset == "vqa")
+            prompt = prompt_of(messages, template, preset=asked.preset, rewrite=asked.alias)
             image = await image_of(messages, self._service.images)
         except InvalidRequest as error:
             raise error.about("input") from error
         names = {"image": "input", "prompt": "input", "max_tokens": request.limit_name}
-        return ModelCall(image, prompt, params, names)
+        return ModelCall(image, prompt, asked.params, names)
 
 
 class Writer:
     """Writes the response to one request: one message with one text."""
 
-    def __init__(self, request: ResponsesRequest, params: SamplingParams, model: str) -> None:
+    def __init__(self, request: ResponsesRequest, asked: Asked) -> None:
         self._return_token_ids = bool(request.return_token_ids)
         self._message_id = f"msg_{uuid.uuid4().hex}"
         self._place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
@@ -66,7 +65,7 @@ class Writer:
             "id": f"resp_{uuid.uuid4().hex}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": model,
+            "model": asked.model,
             "background": False,
             "conversation": None,
             "instructions": request.instructions,
@@ -80,12 +79,12 @@ class Writer:
             "safety_identifier": request.safety_identifier,
             "service_tier": "default",
             "store": False,
-            "temperature": params.temperature,
+            "temperature": asked.params.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [],
             "top_logprobs": request.top_logprobs or 0,
-            "top_p": params.top_p,
+            "top_p": asked.params.top_p,
             "truncation": "disabled",
             "user": request.user,
         }

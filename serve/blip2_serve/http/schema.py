@@ -10,16 +10,15 @@ Descriptions appear on /docs and in the documentation, so each stands alone.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from blip2_serve.errors import InvalidRequest
-from blip2_serve.http.chat import Message
+from blip2_serve.http.chat import Message, check_parts
 from blip2_serve.http.compatibility import OpenAIFields, because
+from blip2_serve.http.presets import PRESETS, Preset
 from blip2_serve.http.validation import Strict
 from blip2_serve.types import SamplingParams
 
@@ -30,16 +29,6 @@ MAX_CHOICES = 16
 MAX_BEAMS = 8
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
-
-Preset = Literal["caption", "vqa"]
-
-# The settings of LAVIS for BLIP-2 OPT on COCO captions and on VQA. Lengths are in new tokens.
-PRESETS: Mapping[Preset, SamplingParams] = MappingProxyType(
-    {
-        "caption": SamplingParams(num_beams=5, max_tokens=30, min_tokens=8),
-        "vqa": SamplingParams(num_beams=5, max_tokens=10, length_penalty=0.0),
-    }
-)
 
 _INT64 = 1 << 63
 
@@ -78,8 +67,8 @@ class GenerationFields(Strict):
 
     model: str | None = Field(
         None,
-        description="Name of the served model, as listed by `/v1/models`. May be left out; any "
-        "other name is an error.",
+        description="Name of the served model, as listed by `/v1/models`: `NAME`, or "
+        "`NAME:caption` or `NAME:vqa` for a preset. May be left out; any other name is an error.",
     )
     max_tokens: int | None = Field(
         None,
@@ -207,8 +196,9 @@ class GenerationFields(Strict):
     preset: Preset | None = Field(
         None,
         description="Settings of LAVIS, BLIP-2's reference code. `caption`: 5 beams, 8 to 30 "
-        "tokens. `vqa`: 5 beams, up to 10 tokens, length penalty 0 and, in a chat, a prompt that "
-        "asks for a short answer. Other fields of the request override the preset's.",
+        "tokens and, without a prompt or a question, the prompt `a photo of`. `vqa`: 5 beams, 1 to "
+        "10 tokens, length penalty 0 and, in a chat, a prompt that asks for a short answer. Other "
+        "fields of the request override the preset's.",
     )
 
     @field_validator("stop")
@@ -354,6 +344,12 @@ class ChatRequest(GenerationFields, OpenAIFields, StreamFields):
         description="Number of likeliest tokens to return at each position with their "
         f"log-probabilities, 0 to {MAX_TOP_LOGPROBS}. Needs `logprobs`.",
     )
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _only_parts_that_a_role_may_have(cls, messages: Any) -> Any:
+        check_parts(messages)
+        return messages
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatRequest:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.chat import (
     AssistantMessage,
     ImagePart,
@@ -90,7 +91,7 @@ class OutputText(Strict):
 
 class OutputRefusal(Strict):
     type: Literal["refusal"]
-    refusal: str = Field(description="Text of an earlier refusal. Left out of the prompt.")
+    refusal: str = Field(description="Text of an earlier answer that refused.")
 
 
 _UserPart = Annotated[
@@ -168,8 +169,8 @@ def _as_chat_part(part: InputText | InputImage) -> TextPart | ImagePart:
 def _joined(content: str | list[Any]) -> str:
     if isinstance(content, str):
         return content
-    parts = (part for part in content if not isinstance(part, OutputRefusal))
-    return " ".join(filter(None, (part.text.strip() for part in parts)))
+    texts = (p.refusal if isinstance(p, OutputRefusal) else p.text for p in content)
+    return " ".join(filter(None, map(str.strip, texts)))
 
 
 def _known_item(item: Any) -> Any:
@@ -275,6 +276,18 @@ class ResponsesRequest(GenerationFields, OpenAIFields, StreamFields):
     background_options: dict[str, Any] | None = Field(None, description=_IGNORED)
     access_programs: dict[str, Any] | None = Field(None, description=_IGNORED)
     image: dict[str, Any] | None = Field(None, description=_IGNORED)
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> ResponsesRequest:
+        items = [] if isinstance(self.input, str) else [*enumerate(self.input)]
+        for i, item in reversed(items):
+            if isinstance(item, UserItem):
+                break
+            if isinstance(item, AssistantItem) and _joined(item.content):
+                raise InvalidRequest(
+                    f"input[{i}]: the last message must have the role user", "input"
+                )
+        return self
 
     @property
     def messages(self) -> list[Message]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidRequest, ModelNotFound
 from blip2_serve.http.images import ImageReader
 from blip2_serve.http.measure import StreamTimer
+from blip2_serve.http.presets import Preset, names_of, within
+from blip2_serve.http.schema import GenerationFields
 from blip2_serve.http.stream import TokenStream
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
@@ -58,6 +60,19 @@ class ModelCall:
     names: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks of the model by its fields `model` and `preset` and its parameters.
+
+    `alias` says that the preset is part of the model's name: the client expects its prompt, too.
+    """
+
+    model: str
+    preset: Preset | None
+    alias: bool
+    params: SamplingParams
+
+
 class Service:
     """The backend, the configuration and the image reader of one ingress replica."""
 
@@ -66,18 +81,42 @@ class Service:
         self.config = config
         self.recorder = recorder
         self.images = ImageReader(config.ingress.images)
+        self.names = names_of(config.model_name)
 
     def check_model(self, name: str | None) -> None:
-        """Accepts the served model's name, and None for a request that names no model.
+        """Accepts the served model's names, and None for a request that names no model.
 
         Raises:
             ModelNotFound: `name` is another model.
         """
-        served = self.config.model_name
-        if name not in (None, served):
+        if name is not None and name not in self.names:
             raise ModelNotFound(
-                f"model {name!r} does not exist on this server; use {served!r}", "model"
+                f"model {name!r} does not exist on this server; use {self.config.model_name!r}",
+                "model",
             )
+
+    def asked(self, request: GenerationFields) -> Asked:
+        """The model's name, the preset and the parameters of a request.
+
+        Under an alias, `max_tokens` only lowers the preset's limit, and a `temperature` above 0
+        samples instead of searching with beams: its clients send both without knowing the preset.
+
+        Raises:
+            ModelNotFound: the request names another model.
+            InvalidRequest: the parameters contradict each other or the alias.
+        """
+        self.check_model(request.model)
+        name = request.model or self.config.model_name
+        preset = self.names[name]
+        if preset is None:
+            return Asked(name, request.preset, False, request.sampling_params())
+        if request.preset not in (None, preset):
+            raise InvalidRequest(f"preset contradicts model {name!r}; leave it out", "preset")
+        implied: dict[str, Any] = {"preset": preset}
+        if request.temperature and request.num_beams is None:
+            implied["num_beams"] = 1
+        params = request.model_copy(update=implied).sampling_params()
+        return Asked(name, preset, True, within(params, preset))
 
     async def complete(self, call: ModelCall) -> Completion:
         """Computes a whole answer.

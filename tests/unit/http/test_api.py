@@ -144,7 +144,8 @@ async def test_the_backend_gets_the_parameters_of_a_preset(
     response = await post(client, route, body_for(route, preset="vqa", max_tokens=4, seed=0))
 
     assert response.status_code == 200, response.text
-    assert backend.params == [SamplingParams(num_beams=5, max_tokens=4, length_penalty=0.0)]
+    expected = SamplingParams(num_beams=5, max_tokens=4, min_tokens=1, length_penalty=0.0)
+    assert backend.params == [expected]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ async def test_the_served_model_is_listed_and_found_by_name(name: str) -> None:
         answered = await post(client, "/v1/chat/completions", chat(model=name))
 
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == [name]
+    assert [model["id"] for model in listed["data"]] == [name, f"{name}:caption", f"{name}:vqa"]
     assert listed["data"][0]["object"] == "model"
     assert found.json() == listed["data"][0]
     assert answered.json()["model"] == name

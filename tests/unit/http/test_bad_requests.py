@@ -121,7 +121,7 @@ async def test_an_error_message_starts_with_the_field_as_the_client_wrote_it(
     "url",
     [
         pytest.param("data:image/png;base64,@@@@", id="invalid base64"),
-        pytest.param("data:image/png;base64,aGk", id="truncated base64"),
+        pytest.param("data:image/png;base64,aGkxM", id="truncated base64"),
         pytest.param("data:image/png,aGk=", id="a data URL without base64"),
         pytest.param("data:image/png;base64", id="a data URL without data"),
         pytest.param("data:image/png;base64,", id="an empty image"),
@@ -254,7 +254,7 @@ ASSISTANT = {"role": "assistant", "content": "a circle"}
         pytest.param({"messages": [user()]}, "messages", id="no image"),
         pytest.param({"messages": [user(b"one", b"two")]}, "messages", id="two different images"),
         pytest.param(
-            {"messages": [{"role": "tool", "content": "x"}]}, "messages", id="an unknown role"
+            {"messages": [{"role": "judge", "content": "x"}]}, "messages", id="an unknown role"
         ),
         pytest.param({"messages": [{"content": "x"}]}, "messages", id="a message without a role"),
         pytest.param(
@@ -264,8 +264,11 @@ ASSISTANT = {"role": "assistant", "content": "a circle"}
             {"messages": [user(b"picture"), ASSISTANT]}, "messages", id="assistant message last"
         ),
         pytest.param(
-            {"messages": [ASSISTANT, user(b"picture")]}, "messages", id="assistant message first"
+            {"messages": [user(b"picture"), {"role": "tool", "content": "x"}]},
+            "messages[1].role",
+            id="a tool's message",
         ),
+        pytest.param({"messages": [ASSISTANT]}, "messages", id="no user message"),
         pytest.param(
             {"messages": [{**user(b"picture"), "mood": "good"}]},
             "messages",
@@ -277,7 +280,7 @@ ASSISTANT = {"role": "assistant", "content": "a circle"}
             id="an unknown field of an image",
         ),
         pytest.param(
-            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "smell"}]}]},
             "messages",
             id="an unknown kind of content",
         ),

@@ -134,7 +134,7 @@ def test_only_the_last_question_asks_for_a_short_answer(
 ) -> None:
     request = ChatRequest.model_validate({"messages": messages})
 
-    assert prompt_of(request.messages, ChatConfig(), short=True) == expected
+    assert prompt_of(request.messages, ChatConfig(), preset="vqa") == expected
 
 
 @pytest.mark.parametrize(
@@ -142,14 +142,15 @@ def test_only_the_last_question_asks_for_a_short_answer(
     [
         pytest.param([says("user", "Q"), says("assistant", "A")], id="assistant message last"),
         pytest.param([says("system", "S")], id="only a system message"),
-        pytest.param([says("assistant", "A"), says("user", "Q")], id="assistant message first"),
+        pytest.param([says("assistant", "A")], id="only an assistant message"),
+        pytest.param([says("assistant", "")], id="only an empty assistant message"),
         pytest.param(
-            [says("user", "Q"), says("assistant", "A"), says("assistant", "B"), says("user", "Q")],
-            id="two answers to one question",
+            [says("user", "Q"), says("assistant", "A"), says("system", "S")],
+            id="assistant message last but for a system message",
         ),
         pytest.param(
-            [says("user", "Q"), says("system", "S"), says("user", "Q")],
-            id="system message after the first question",
+            [says("user", "Q"), says("assistant", "A"), says("assistant", "")],
+            id="assistant message last but for an empty one",
         ),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -28,6 +29,32 @@ OPEN = ImageLimits(allow_urls=True, max_bytes=1000)
         pytest.param(
             "data:image/png;base64," + base64.encodebytes(DATA).decode(), id="wrapped lines"
         ),
+        pytest.param(f"data:image/png;base64,{ENCODED.rstrip('=')}", id="without padding"),
+        pytest.param(
+            f"data:image/png;base64,{base64.urlsafe_b64encode(DATA).decode()}",
+            id="URL-safe alphabet",
+        ),
+        pytest.param(
+            f"data:image/png;base64,{base64.urlsafe_b64encode(DATA).decode().rstrip('=')}",
+            id="URL-safe alphabet without padding",
+        ),
+        pytest.param(f"data:image/png;base64,{quote(ENCODED, safe='')}", id="escapes"),
+        pytest.param(
+            f"data:image/png;base64,{ENCODED.replace('+', '%2b').replace('=', '%3d')}",
+            id="escapes in lower case",
+        ),
+        pytest.param(
+            f"data:image/png;base64,{ENCODED[:9]}%0A{ENCODED[9:99]}%20{ENCODED[99:]}",
+            id="escaped blanks",
+        ),
+        pytest.param(f"data:image/png;base64, {ENCODED[:9]} \t{ENCODED[9:]}\r\n", id="blanks"),
+        pytest.param(f" \ndata:image/png;base64,{ENCODED}\n", id="blanks around the URL"),
+        pytest.param(f"data:image/png; base64,{ENCODED}", id="a blank before base64"),
+        pytest.param(f"data:image/png;charset=utf-8;base64,{ENCODED}", id="with a charset"),
+        pytest.param(f"data:image/png;base64;name=a.png,{ENCODED}", id="base64 not last"),
+        pytest.param(quote(f"data:image/png;base64,{ENCODED}", safe=":/"), id="escaped as a whole"),
+        pytest.param(f"data:image/png,{quote(DATA)}", id="escaped bytes without base64"),
+        pytest.param(f"data:,{quote(DATA)}", id="escaped bytes without a media type"),
     ],
 )
 async def test_a_data_url_is_decoded(url: str) -> None:
@@ -38,8 +65,15 @@ async def test_a_data_url_is_decoded(url: str) -> None:
     "url",
     [
         pytest.param("data:image/png;base64,a", id="truncated"),
-        pytest.param("data:image/png;base64,a-_b", id="URL-safe alphabet"),
+        pytest.param("data:image/png;base64,aGkxM", id="not a whole number of bytes"),
+        pytest.param("data:image/png;base64,aG=k", id="padding inside"),
+        pytest.param("data:image/png;base64,aG!k", id="another alphabet"),
+        pytest.param("data:image/png;base64,b'aGk='", id="Python's notation of bytes"),
         pytest.param("data:image/png;base64,äöü=", id="not ASCII"),
+        pytest.param("data:image/png;base64,aGk%", id="half an escape"),
+        pytest.param("data:image/png;base64,aGk%zz", id="not an escape"),
+        pytest.param("data:image/png,%89PNGä", id="escapes, and not ASCII"),
+        pytest.param("data:image/png", id="only a header"),
         pytest.param(f"data:image/png,{ENCODED}", id="without base64"),
         pytest.param("data:image/png;base64", id="without data"),
         pytest.param("data:image/png;base64,", id="empty"),

@@ -57,12 +57,12 @@ def caption(**fields: Any) -> SamplingParams:
         ),
         pytest.param(
             {"preset": "vqa", "num_beams": 1, "top_p": 0.9},
-            SamplingParams(max_tokens=10, length_penalty=0),
+            SamplingParams(max_tokens=10, min_tokens=1, length_penalty=0),
             id="a preset without beams",
         ),
         pytest.param(
             {"preset": "vqa", "num_beams": 1, "n": 2},
-            SamplingParams(max_tokens=10, length_penalty=0, n=2),
+            SamplingParams(max_tokens=10, min_tokens=1, length_penalty=0, n=2),
             id="two answers of a preset without beams",
         ),
         pytest.param(

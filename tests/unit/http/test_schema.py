@@ -189,12 +189,12 @@ def test_values_out_of_range_are_refused(fields: dict[str, Any]) -> None:
         ),
         pytest.param(
             {"preset": "vqa"},
-            SamplingParams(num_beams=5, max_tokens=10, length_penalty=0.0),
+            SamplingParams(num_beams=5, max_tokens=10, min_tokens=1, length_penalty=0.0),
             id="vqa",
         ),
         pytest.param(
             {"preset": "vqa", "length_penalty": -1, "num_beams": 3, "n": 2, "max_tokens": 4},
-            SamplingParams(num_beams=3, max_tokens=4, length_penalty=-1.0, n=2),
+            SamplingParams(num_beams=3, max_tokens=4, min_tokens=1, length_penalty=-1.0, n=2),
             id="fields override the preset",
         ),
         pytest.param(
