@@ -30,6 +30,7 @@ from blip2_serve.config import (
     ScalingConfig,
     StageConfig,
 )
+from blip2_serve.http.compatibility import OpenAIFields
 from blip2_serve.http.schema import (
     CaptionRequest,
     ChatRequest,
@@ -37,6 +38,8 @@ from blip2_serve.http.schema import (
     GenerationFields,
     StreamFields,
 )
+from blip2_serve.http.schema_completions import CompletionRequest
+from blip2_serve.http.schema_responses import ResponsesRequest
 from blip2_serve.observe import metrics
 from blip2_serve.types import SamplingParams
 
@@ -266,6 +269,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "parameters.stream": lambda: parameters(StreamFields),
     "parameters.chat": lambda: parameters(ChatRequest, GenerationFields, StreamFields),
     "parameters.generate": lambda: parameters(GenerateRequest, GenerationFields, StreamFields),
+    "parameters.completions": lambda: parameters(CompletionRequest, GenerateRequest),
+    "parameters.responses": lambda: parameters(
+        ResponsesRequest, GenerationFields, OpenAIFields, StreamFields
+    ),
     "parameters.caption": lambda: parameters(CaptionRequest, GenerationFields),
     "config": _application,
     "config.stages": lambda: common_keys(StageConfig, STAGES),

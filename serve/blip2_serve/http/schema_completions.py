@@ -11,7 +11,6 @@ from blip2_serve.http.schema import GenerateRequest
 from blip2_serve.http.validation import Strict
 
 _OneUrl = Annotated[list[str], Field(min_length=1, max_length=1)]
-_SAME = "Same as `image`, in the form of {}."
 
 
 def _one_prompt(value: Any) -> Any:
@@ -39,12 +38,10 @@ class CompletionRequest(GenerateRequest):
         description="Data URL of an image file (`data:image/jpeg;base64,...`), or an https URL if "
         "the server allows them. Required, in this form or another.",
     )
-    image_urls: _OneUrl | None = Field(None, description=_SAME.format("a list of one URL"))
-    media_urls: Media | None = Field(
-        None, description=_SAME.format('an object, `{"image": [URL]}`')
-    )
+    image_urls: _OneUrl | None = Field(None, description="The same as `image`: `[URL]`.")
+    media_urls: Media | None = Field(None, description='The same as `image`: `{"image": [URL]}`.')
     multi_modal_data: Media | None = Field(
-        None, description=_SAME.format('vLLM\'s `LLM.generate`, `{"image": URL}`')
+        None, description='The same as `image`, as in vLLM\'s `LLM.generate`: `{"image": URL}`.'
     )
     prompt: Annotated[
         str | None, BeforeValidator(_one_prompt, json_schema_input_type=str | list[str] | None)
