@@ -38,6 +38,8 @@ from blip2_serve.http.schema import (
     GenerationFields,
     StreamFields,
 )
+from blip2_serve.http.schema_completions import CompletionRequest
+from blip2_serve.http.schema_responses import ResponsesRequest
 from blip2_serve.observe import metrics
 from blip2_serve.types import SamplingParams
 
@@ -270,6 +272,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "parameters.stream": lambda: parameters(StreamFields),
     "parameters.chat": lambda: parameters(ChatRequest, *_SHARED, StreamFields),
     "parameters.generate": lambda: parameters(GenerateRequest, *_SHARED, StreamFields),
+    "parameters.completions": lambda: parameters(CompletionRequest, GenerateRequest),
+    "parameters.responses": lambda: parameters(ResponsesRequest, *_SHARED, StreamFields),
     "parameters.caption": lambda: parameters(CaptionRequest, *_SHARED),
     "config": _application,
     "config.stages": lambda: common_keys(StageConfig, STAGES),

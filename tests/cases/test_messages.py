@@ -35,7 +35,7 @@ from support.fake_backend import (
 from support.monitoring import needs, write_rules
 from support.recorder import FakeRecorder
 
-CHAT, GENERATE, CAPTION = ROUTES
+CHAT, GENERATE, CAPTION, _ = ROUTES
 Messages = list[dict[str, Any]]
 
 

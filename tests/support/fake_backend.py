@@ -17,6 +17,7 @@ from blip2_serve.http.api import create_app
 from blip2_serve.types import (
     Choice,
     Completion,
+    FinishReason,
     ImageFeatures,
     SamplingParams,
     TokenEvent,
@@ -29,7 +30,7 @@ PROMPT_TOKENS = 9
 PIECES = ("\n", " a", " small ", "", " red", " circle", " \n")
 TEXT = "".join(PIECES)
 TOKEN_IDS = tuple(range(10, 10 + len(PIECES)))
-ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption")
+ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption", "/v1/completions")
 
 
 @dataclass
@@ -45,6 +46,7 @@ class FakeBackend:
     stream_fails_after: int | None = None  # tokens; None: never
     stream_failure: Exception = field(default_factory=lambda: Unavailable("a replica was lost"))
     endless: bool = False
+    finish_reason: FinishReason = "stop"
     encoded: list[bytes] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
@@ -74,7 +76,7 @@ class FakeBackend:
         self._record(prompt, params)
         answers = [pieces_of(features, index) for index in range(params.n)]
         choices = [
-            Choice(TOKEN_IDS, "".join(pieces), "stop", logprobs_of(pieces, params))
+            Choice(TOKEN_IDS, "".join(pieces), self.finish_reason, logprobs_of(pieces, params))
             for pieces in answers
         ]
         return Completion(tuple(choices), PROMPT_TOKENS)
@@ -88,7 +90,7 @@ class FakeBackend:
             for i, token in enumerate(TOKEN_IDS):
                 if i == self.stream_fails_after:
                     raise self.stream_failure
-                reason: Any = "stop" if i == len(TOKEN_IDS) - 1 else None
+                reason = self.finish_reason if i == len(TOKEN_IDS) - 1 else None
                 for index, pieces in enumerate(answers):
                     logprobs = logprobs_of(pieces, params)[i : i + 1]
                     last = reason is not None and index == params.n - 1
@@ -153,7 +155,7 @@ def chat(**more: Any) -> dict[str, Any]:
 
 
 def body_for(route: str, **more: Any) -> dict[str, Any]:
-    """Returns a valid body for any of the three routes."""
+    """Returns a valid body for any of ROUTES."""
     return chat(**more) if "chat" in route else {"image": data_url(b"picture"), **more}
 
 

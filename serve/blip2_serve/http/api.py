@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from blip2_serve import __version__
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import Unavailable
+from blip2_serve.errors import InvalidRequest, Unavailable
 from blip2_serve.http import openai
 from blip2_serve.http.body import HeadAsGet, QuickJson, RequestBody
 from blip2_serve.http.captions import Captions
@@ -22,7 +22,9 @@ from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import add_error_handlers, report_broken_stream
 from blip2_serve.http.measure import Measure
 from blip2_serve.http.presets import default_prompt
+from blip2_serve.http.responses import Responses
 from blip2_serve.http.schema import ChatRequest, GenerateRequest
+from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.service import Backend, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
 from blip2_serve.observe.metrics import Recorder
@@ -45,7 +47,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app.add_middleware(HeadAsGet)
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
-    for api in (Api(service), Captions(service)):
+    for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
     if config.ingress.cors_origins:
         _allow_origins(app, config.ingress.cors_origins)
@@ -90,6 +92,7 @@ class Api:
         }
         self.router = APIRouter(route_class=QuickJson)
         self.router.post("/v1/chat/completions")(self.chat_completions)
+        self.router.post("/v1/completions")(self.completions)
         self.router.post("/v1/generate")(self.generate)
         self.router.get("/v1/models")(self.models)
         self.router.get("/v1/models/{name:path}")(self.model)
@@ -107,8 +110,16 @@ class Api:
         call = ModelCall(image, prompt, asked.params, names)
         return await self._answer(openai.ChatShape, request, call, asked.model)
 
+    async def completions(self, request: CompletionRequest) -> Response:
+        """Continues a raw prompt about an image; the same as `/v1/generate`, in OpenAI's form."""
+        try:
+            return await self.generate(request)
+        except InvalidRequest as error:
+            param = request.image_field if error.param == "image" else error.param
+            raise error.about(param) from error
+
     async def generate(self, request: GenerateRequest) -> Response:
-        """Continues a raw prompt about an image, as OpenAI's completions do."""
+        """Continues a raw prompt about an image; answers as OpenAI's completions do."""
         asked = self._service.asked(request)
         image = await self._service.images.fetch(request.image, "image")
         prompt = default_prompt(asked.preset) if request.prompt is None else request.prompt

@@ -173,7 +173,7 @@ class Writer:
                 if choice := self._delta(event, sent[event.index]):
                     yield self._chunk([choice])
         except Exception as error:
-            yield _event(report(error).body())
+            yield event_of(report(error).body())
             return
         if self._include_usage:
             yield self._chunk([], usage(prompt_tokens, completion_tokens))
@@ -197,7 +197,7 @@ class Writer:
         chunk = {**self._chunk_head, "choices": choices}
         if self._include_usage:
             chunk["usage"] = total  # null in all chunks but the last, as OpenAI has it
-        return _event(chunk)
+        return event_of(chunk)
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
@@ -212,7 +212,8 @@ def _text(entry: TokenLogprob) -> str:
     return entry.token.decode(errors="replace")
 
 
-def _event(data: Json) -> bytes:
+def event_of(data: Json) -> bytes:
+    """A server-sent event with `data` as JSON."""
     text = _encode(data)
     if not text.isascii():
         text = _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
