@@ -18,7 +18,7 @@ from blip2_serve.demo import scenes
 from support.images import data_url, image_message
 from support.server import App
 
-PICTURES = [data_url(scenes.sample(seed).image) for seed in (3_001, 3_002)]
+PICTURES = [data_url(scenes.sample(seed).image) for seed in (9_101, 9_102)]
 QUESTION = "how many shapes are there?"
 
 
