@@ -53,7 +53,7 @@ CASES = [
     pytest.param({"presence_penalty": -0.3, "frequency_penalty": 0.3}, id="presence encouraged"),
     pytest.param({"logit_bias": ((3, 1.5), (8, -1.5), (40, 0.25))}, id="biased"),
     pytest.param(
-        {"repetition_penalty": 2, "frequency_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 2.0))},
+        {"repetition_penalty": 2.0, "frequency_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 2.0))},
         id="biased tokens with penalties",
     ),
     pytest.param({"logit_bias": ((11, 100.0),)}, id="one token only"),
