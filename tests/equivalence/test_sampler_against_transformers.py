@@ -52,6 +52,10 @@ CASES = [
     pytest.param({"presence_penalty": 2.0}, id="presence penalised"),
     pytest.param({"presence_penalty": -0.3, "frequency_penalty": 0.3}, id="presence encouraged"),
     pytest.param({"logit_bias": ((3, 1.5), (8, -1.5), (40, 0.25))}, id="biased"),
+    pytest.param(
+        {"repetition_penalty": 2.0, "frequency_penalty": 0.5, "logit_bias": ((3, 2.0), (4, 2.0))},
+        id="biased tokens with penalties",
+    ),
     pytest.param({"logit_bias": ((11, 100.0),)}, id="one token only"),
     pytest.param({"logit_bias": ((2, 100.0), (17, 9.0)), "min_tokens": 4}, id="a biased end token"),
     pytest.param({"min_tokens": 4}, id="below min_tokens"),

@@ -41,7 +41,7 @@ async def test_max_tokens_is_cut_to_the_positions_that_the_prompt_leaves() -> No
     exact = await generate(generator, LONG, max_tokens=left - 1, ignore_eos=True)
     assert exact.completion_tokens == left - 1
     again = await generate(generator, LONG, max_tokens=2048, min_tokens=left, ignore_eos=True)
-    assert again.choices == answer.choices
+    assert again.completion_tokens == left
     with pytest.raises(InvalidRequest) as caught:
         await generate(generator, LONG, max_tokens=2048, min_tokens=left + 1)
     assert caught.value.param == "min_tokens"
