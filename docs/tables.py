@@ -264,16 +264,17 @@ def _scaling() -> str:
     return common_keys(ScalingConfig, {stage: kind for stage, kind in kinds.items() if kind})
 
 
+_SHARED = (GenerationFields, OpenAIFields)
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "parameters": lambda: parameters(GenerationFields),
+    "parameters.openai": lambda: parameters(OpenAIFields),
     "parameters.stream": lambda: parameters(StreamFields),
-    "parameters.chat": lambda: parameters(ChatRequest, GenerationFields, StreamFields),
-    "parameters.generate": lambda: parameters(GenerateRequest, GenerationFields, StreamFields),
+    "parameters.chat": lambda: parameters(ChatRequest, *_SHARED, StreamFields),
+    "parameters.generate": lambda: parameters(GenerateRequest, *_SHARED, StreamFields),
     "parameters.completions": lambda: parameters(CompletionRequest, GenerateRequest),
-    "parameters.responses": lambda: parameters(
-        ResponsesRequest, GenerationFields, OpenAIFields, StreamFields
-    ),
-    "parameters.caption": lambda: parameters(CaptionRequest, GenerationFields),
+    "parameters.responses": lambda: parameters(ResponsesRequest, *_SHARED, StreamFields),
+    "parameters.caption": lambda: parameters(CaptionRequest, *_SHARED),
     "config": _application,
     "config.stages": lambda: common_keys(StageConfig, STAGES),
     "config.scaling": _scaling,

@@ -142,19 +142,18 @@ LONG = {"image": data_url(IMAGES[0]), "max_tokens": 450, "ignore_eos": True}
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_request_that_runs_out_of_time_gets_an_openai_error(demo: App, stream: bool) -> None:
-    """Ray #37942. Below a few milliseconds the proxy cuts first, above that the ingress."""
+    """Ray #37942. Either Ray Serve's proxy cuts first, or the ingress."""
     for limit in (0.001, 0.003, 0.01, 0.02, 0.05, 0.1):
         headers = {"x-request-timeout-seconds": str(limit)}
         response = demo.post("/v1/generate", json={**LONG, "stream": stream}, headers=headers)
         if response.status_code == httpx.codes.OK:
             assert stream
             event = response.text.rstrip().split("\n\n")[-1].removeprefix("data: ")
-            error = json.loads(event)["error"]
+            assert json.loads(event)["error"]["code"] in ("timeout", "unavailable")
         else:
             assert response.status_code == httpx.codes.REQUEST_TIMEOUT
             assert response.headers["content-type"] == "application/json"
-            error = response.json()["error"]
-        assert error["code"] == "timeout"
+            assert response.json()["error"]["code"] == "timeout"
 
 
 def test_work_that_ran_out_of_time_stops(demo: App) -> None:

@@ -91,6 +91,23 @@ def test_bad_input_has_openais_shape(
     assert answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("limit", ["0.005", "0.05", "0.2"])
+def test_a_request_that_runs_out_of_time_gets_openais_error(
+    limit: str, stream: bool, server: Up
+) -> None:
+    headers = {"x-request-timeout-seconds": limit}
+    url = f"{server.url}/v1/generate"
+    answer = httpx.post(url, json={**LONG, "stream": stream}, headers=headers, timeout=60)
+    if answer.status_code == httpx.codes.OK:
+        assert stream
+        event = answer.text.rstrip().split("\n\n")[-1].removeprefix("data: ")
+        assert json.loads(event)["error"]["code"] in ("timeout", "unavailable")
+    else:
+        assert answer.status_code == httpx.codes.REQUEST_TIMEOUT, answer.text
+        assert answer.json()["error"]["code"] == "timeout"
+
+
 @pytest.mark.parametrize("leave", ["while waiting", "while streaming"])
 def test_the_request_of_a_client_that_goes_away_is_dropped(leave: str, server: Up) -> None:
     before = _dropped(server)

@@ -1,12 +1,14 @@
 """Middleware for Ray Serve's proxy: its own errors in OpenAI's shape.
 
-A request that runs out of time, or that no replica takes, never gets an answer of the application;
-the proxy answers in plain text. Ray Serve calls `middlewares` where its proxy starts (in the
-ingress replica behind HAProxy) if RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+A request that runs out of time, or that no replica takes, never gets an answer of the application:
+the proxy answers in plain text, or leaves a stream without an end. Ray Serve calls `middlewares`
+where its proxy starts (behind HAProxy, in the ingress replica) if
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from starlette.datastructures import Headers
@@ -21,6 +23,7 @@ _ERRORS: dict[int, Blip2ServeError] = {
     503: Unavailable("no replica can take the request now; try again later"),
 }
 _LOST = Unavailable("a replica was lost while it worked on this; try again")
+_CUT = Unavailable("the answer was cut off: it took too long, or a replica was lost; try again")
 
 
 def middlewares() -> list[Middleware]:
@@ -28,7 +31,7 @@ def middlewares() -> list[Middleware]:
 
 
 class OpenAIErrors:
-    """Replaces errors in plain text, which the application itself never sends."""
+    """Replaces errors in plain text, which the application never sends, and ends cut streams."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -37,23 +40,37 @@ class OpenAIErrors:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray Serve's own routes
             await self._app(scope, receive, send)
             return
-        started = replaced = False
+        media_type = ""  # of an answer that has begun
+        replaced = ended = False
 
         async def watched(message: Message) -> None:
-            nonlocal started, replaced
+            nonlocal media_type, replaced, ended
             if message["type"] == "http.response.start":
-                started = True
-                error = _ERRORS.get(int(message["status"]))
                 headers = Headers(raw=message.get("headers", []))
-                if error and headers.get("content-type", "").startswith("text/plain"):
-                    replaced = True
+                media_type = headers.get("content-type", "none")
+                error = _ERRORS.get(int(message["status"]))
+                if error and media_type.startswith("text/plain"):
+                    replaced = ended = True
                     await _answer(send, int(message["status"]), error, headers)
+            elif message["type"] == "http.response.body":
+                ended = ended or not message.get("more_body", False)
             if not replaced:
                 await send(message)
 
-        await self._app(scope, receive, watched)
-        if not started:
-            await _answer(send, _LOST.status, _LOST, Headers())
+        async def finish() -> None:
+            if not media_type:
+                await _answer(send, _LOST.status, _LOST, Headers())
+            elif not ended and media_type.startswith("text/event-stream"):
+                event = b"data: " + json.dumps(_CUT.body()).encode() + b"\n\n"
+                await send({"type": "http.response.body", "body": event})
+
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:  # how Ray Serve ends a request behind HAProxy
+            if media_type:
+                await finish()
+            raise
+        await finish()
 
 
 async def _answer(send: Send, status: int, error: Blip2ServeError, headers: Headers) -> None:

@@ -84,7 +84,12 @@ class Ingress:
     ) -> Completion:
         """Returns the whole answers."""
         with stage_errors():
-            completion: Completion = await self._generate.remote(features, prompt, params)
+            response = self._generate.remote(features, prompt, params)
+            try:
+                completion: Completion = await response
+            except asyncio.CancelledError:
+                response.cancel()  # Ray Serve would, if the client had left: not at a deadline
+                raise
             return completion
 
     async def stream(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
+
 import httpx
 import pytest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from blip2_serve.http.proxy import OpenAIErrors, middlewares
 from support.fake_backend import error_of
@@ -68,6 +73,32 @@ async def test_other_texts_pass(path: str) -> None:
 async def test_answers_of_the_application_pass() -> None:
     assert (await get("/ours")).json() == {"error": {"message": "overloaded"}}
     assert (await get("/pieces")).text == "ab"
+
+
+@pytest.mark.parametrize("how", [None, asyncio.CancelledError], ids=["returns", "is cancelled"])
+async def test_a_stream_that_is_cut_off_ends_with_an_error(how: type[BaseException] | None) -> None:
+    sent: list[Message] = []
+
+    async def cut(_: Scope, __: Receive, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        if how:
+            raise how
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError("not called")
+
+    with contextlib.suppress(asyncio.CancelledError):
+        await OpenAIErrors(cut)({"type": "http", "path": "/v1/generate"}, receive, send)
+    last = sent[-1]
+    assert not last.get("more_body")
+    error = json.loads(last["body"].removeprefix(b"data: "))["error"]
+    assert error["code"] == "unavailable"
+    assert last["body"].endswith(b"\n\n")
 
 
 async def test_an_answer_that_never_comes_is_a_503() -> None:
