@@ -280,6 +280,19 @@ async def test_instructions_come_before_all_messages(
     assert backend.prompts == ["I S Question: what is it? Answer:"]
 
 
+async def test_an_alias_of_the_model_rewrites_the_input(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    question = "what is it? Answer the question using a single word or phrase."
+    body = {"input": [says("user", image(), text(question))], "instructions": "I"}
+    vqa = await post(client, ROUTE, {**body, "model": "demo:vqa"})
+    caption = await post(client, ROUTE, {**body, "model": "demo:caption", "max_output_tokens": 99})
+
+    assert [vqa.json()["model"], caption.json()["model"]] == ["demo:vqa", "demo:caption"]
+    assert backend.prompts == ["Question: what is it? Short answer:", "a photo of"]
+    assert [params.max_tokens for params in backend.params] == [10, 30]
+
+
 async def test_a_conversation_can_go_on_with_the_output_of_a_response(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
@@ -299,6 +312,12 @@ async def test_a_conversation_can_go_on_with_the_output_of_a_response(
         pytest.param({}, "input", "required", id="no input"),
         pytest.param({"input": "hello"}, "input", "no image", id="a text without an image"),
         pytest.param({"input": []}, "input", "user", id="no items"),
+        pytest.param(
+            {"input": [ASKED, says("assistant", "A1"), {"type": "reasoning", "id": "r"}]},
+            "input",
+            "input[1]: the last message",
+            id="an answer last",
+        ),
         pytest.param({"input": [3]}, "input", "role", id="an item that is no object"),
         pytest.param({"input": [says("robot", "x")]}, "input", "role", id="an unknown role"),
         pytest.param(
