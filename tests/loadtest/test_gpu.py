@@ -53,12 +53,15 @@ def test_it_reports_every_stage_against_its_floor(run: tuple[str, dict[str, obje
         *(f"ViT and Q-Former, {images} images" for images in (1, 2, 4, 8)),
         "prompts, 1 of 12",
         "decode step of 1, by the engine",
+        "decode step of 1, sampled",
         "decode step of 1 at 28 tokens",
         "decode step of 1 at 64 tokens",
         "prompts, 8 of 12",
         "decode step of 8, by the engine",
+        "decode step of 8, sampled",
         "decode step of 8 at 28 tokens",
         "decode step of 8 at 64 tokens",
+        "prompts, 8 of 351 in all",
     ]
     assert all(stage["ms"] > stage["floor_ms"] > 0 for stage in report["stages"])
     assert all(rate > 0 for rate in report["captions_per_s"].values())
