@@ -35,10 +35,10 @@ def decode_webp(data: bytes) -> tuple[Image.Image, int]:
     first_is_there = False
     for name, body, whole in _riff_chunks(data):
         if name in (b"VP8 ", b"VP8L", b"ANMF"):
-            if not whole:
-                raise cut_off("WebP")
-            if not first_is_there:
+            if whole and not first_is_there:
                 kept.append(_riff_chunk(name, body))
+            elif not first_is_there:
+                raise cut_off("WebP")
             first_is_there = True
         elif name == b"VP8X" and len(body) >= 10:
             flags = body[0]
