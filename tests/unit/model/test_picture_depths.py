@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -386,17 +387,56 @@ def test_samples_of_many_bytes_are_bounded() -> None:
         pixels(bytes(large))
 
 
-def test_a_tiff_of_countless_strips_is_refused() -> None:
-    data = tiff(np.zeros((200_000, 1), np.uint8), rows_per_strip=1)
-    with pytest.raises(InvalidImage, match="strips"):
-        pixels(data)
+MANY = 100_001
+JPEG_START = encode(Image.fromarray(RGB), "JPEG")
+COUNTLESS = {
+    "TIFF": tiff(np.zeros((MANY, 1), np.uint8), rows_per_strip=1),
+    "JPEG": JPEG_START[:2] + MANY * b"\xff\xfe\0\2" + JPEG_START[2:],
+    "PNG": png_of(GREY, 0, 8, MANY * chunk(b"teXt")),
+    "WebP": b"RIFF    WEBP" + MANY * (b"quux" + bytes(4)),
+    "HEIC": b"\0\0\0\x0cftypheic" + MANY * b"\0\0\0\x08free",
+}
 
 
-@pytest.mark.parametrize("name", ["WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "JPEG", "PNG"])
+@pytest.mark.parametrize("name", COUNTLESS)
+def test_a_file_of_countless_parts_is_refused(name: str) -> None:
+    with pytest.raises(InvalidImage, match="more than 100,000 parts"):
+        pixels(COUNTLESS[name])
+
+
+def enlarged(name: str) -> bytes:
+    """A file of a few pixels that claims 16,000 x 15,000."""
+    image = Image.fromarray(RGB)
+    if name == "TIFF":
+        data = bytearray(tiff(GREY))
+        for tag, size in ((256, 16_000), (257, 15_000)):
+            place = data.index(struct.pack("<HHL", tag, 4, 1)) + 8
+            data[place : place + 4] = struct.pack("<L", size)
+        return bytes(data)
+    data = bytearray(encode(image, "WEBP" if name == "animated WebP" else name))
+    if name == "animated WebP":
+        canvas = (15_999).to_bytes(3, "little") + (14_999).to_bytes(3, "little")
+        return bytes(data[:12]) + b"VP8X\x0a\0\0\0\0\0\0\0" + canvas + bytes(data[12:])
+    place, form = {
+        "JPEG": (data.find(b"\xff\xc0") + 5, ">2H"),
+        "PNG": (16, ">2L"),
+        "WEBP": (26, "<2H"),
+        "GIF": (6, "<2H"),
+        "BMP": (18, "<2L"),
+        "AVIF": (data.find(b"ispe") + 8, ">2L"),
+        "HEIF": (data.find(b"ispe") + 8, ">2L"),
+    }[name]
+    sizes = (15_000, 16_000) if name == "JPEG" else (16_000, 15_000)
+    data[place : place + struct.calcsize(form)] = struct.pack(form, *sizes)
+    if name == "PNG":
+        data[29:33] = struct.pack(">L", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name", ["JPEG", "PNG", "WEBP", "animated WebP", "AVIF", "HEIF", "GIF", "BMP", "TIFF"]
+)
 def test_too_many_pixels_are_refused_before_they_are_decoded(name: str) -> None:
-    side = {"WEBP": 16383, "AVIF": 8100, "HEIF": 8100}.get(name, 20_000)
-    image = Image.new("1" if name in ("PNG", "BMP", "TIFF") else "L", (side, 8100))
-    options = {"AVIF": {"speed": 10}, "WEBP": {"method": 0}}.get(name, {})
-    with pytest.raises(InvalidImage, match="too large") as caught:
-        pixels(encode(image, name, **options))
+    with pytest.raises(InvalidImage, match="too large: 16000 x 15000 pixels") as caught:
+        pixels(enlarged(name))
     assert caught.value.kind == "pixels"

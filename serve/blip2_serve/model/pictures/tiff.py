@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError, _imaging
 from blip2_serve.model.pictures.colours import by_bands
 from blip2_serve.model.pictures.faults import (
     MAX_SAMPLE_BYTES,
+    check_parts,
     check_size,
     cut_off,
     damaged,
@@ -59,7 +60,6 @@ _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
 _LOOKED_AT = {*_OF_PIXELS, _ORIENTATION, _SAMPLE_MIN, _SAMPLE_MAX, _XMP}
 
 _MAX_SAMPLES = 32
-_MAX_PARTS = 100_000  # strips or tiles; Pillow keeps several objects for each
 
 _LONG = 4
 _OF_BIG_TIFF = {16, 17}
@@ -167,8 +167,7 @@ def _check(directory: _Directory) -> None:
     if width < 1 or height < 1:
         raise damaged("TIFF")
     for tag in (_STRIP_OFFSETS, _TILE_OFFSETS):
-        if len(directory.numbers(tag)) > _MAX_PARTS:
-            raise unsupported(f"TIFF images of more than {_MAX_PARTS:,} strips or tiles")
+        check_parts(len(directory.numbers(tag)), "TIFF")
     if directory.number(_SAMPLES, 1) > _MAX_SAMPLES:
         raise unsupported(f"TIFF images of more than {_MAX_SAMPLES} channels")
 
