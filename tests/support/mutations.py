@@ -218,7 +218,7 @@ def _split_jpeg(data: bytes) -> Parts:
     """Segments before the scan; what follows is the body of a last part without a name."""
     parts: Parts = []
     position = 2
-    while data[position : position + 1] == b"\xff" and data[position + 1] != 0xDA:
+    while data[position : position + 1] == b"\xff" and data[position + 1 :][:1] not in b"\xda":
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         parts.append((data[position : position + 2], data[position + 4 : end]))
         position = end
@@ -250,12 +250,25 @@ def _join_riff(parts: Parts) -> bytes:
     return b"RIFF" + struct.pack("<L", len(body)) + body
 
 
+def _split_tiff(data: bytes) -> Parts:
+    """The entries of the first directory, between what is before and after them."""
+    start = int.from_bytes(data[4:8], "little")
+    end = start + 2 + 12 * int.from_bytes(data[start : start + 2], "little")
+    entries = [(b"", data[i : i + 12]) for i in range(start + 2, min(end, len(data)), 12)]
+    return [(b"", data[: start + 2]), *entries, (b"", data[end:])]
+
+
+def _join_tiff(parts: Parts) -> bytes:
+    return b"".join(body for _, body in parts)
+
+
 _CONTAINERS: tuple[
     tuple[Callable[[bytes], bool], Callable[[bytes], Parts], Callable[[Parts], bytes]], ...
 ] = (
     (lambda d: d.startswith(PNG_SIGNATURE), lambda d: [*chunks(d)], _join_png),
     (lambda d: d.startswith(b"\xff\xd8"), _split_jpeg, _join_jpeg),
     (lambda d: d[:4] == b"RIFF", _split_riff, _join_riff),
+    (lambda d: d[:4] == b"II*\0", _split_tiff, _join_tiff),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def tiff(
     sample_format = {"u": 1, "b": 1, "i": 2, "f": 3}[values.dtype.kind]
     offsets, sizes = (324, 325) if tile else (273, 279)
     start = 16 if big else 8
-    places = [start + sum(map(len, parts[:i])) for i in range(len(parts))]
+    places = [*accumulate((len(part) for part in parts[:-1]), initial=start)]
     entries: dict[int, Sequence[float]] = {
         256: [width],
         257: [height],

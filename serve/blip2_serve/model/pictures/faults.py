@@ -16,6 +16,9 @@ MAX_PIXELS = 64_000_000
 # Decoded samples of more than 8 bits, which only TIFF has in any number and width.
 MAX_SAMPLE_BYTES = 4 * MAX_PIXELS
 
+# Segments, chunks, boxes, strips or tiles of one file; each costs time and memory in Python.
+MAX_PARTS = 100_000
+
 # Above twice this Pillow refuses by itself. It sees samples of any width as one pixel per byte.
 Image.MAX_IMAGE_PIXELS = MAX_SAMPLE_BYTES // 2
 
@@ -51,6 +54,15 @@ def check_size(width: int, height: int) -> None:
     """
     if width * height > MAX_PIXELS:
         raise too_large(width, height)
+
+
+def check_parts(number: int, name: str) -> None:
+    """
+    Raises:
+        InvalidImage: more than `MAX_PARTS`.
+    """
+    if number > MAX_PARTS:
+        raise unsupported(f"{name} images of more than {MAX_PARTS:,} parts")
 
 
 @contextmanager

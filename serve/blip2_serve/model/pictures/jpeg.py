@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from PIL import Image
 
 from blip2_serve.errors import InvalidImage
-from blip2_serve.model.pictures.faults import check_size, cut_off, decoding, unsupported
+from blip2_serve.model.pictures.faults import (
+    check_parts,
+    check_size,
+    cut_off,
+    decoding,
+    unsupported,
+)
 from blip2_serve.model.pictures.orientation import find_orientation
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as each side still has this many
@@ -96,6 +102,7 @@ def _header(data: bytes) -> tuple[list[_Segment], int | None]:
         end = position + length
         if length >= 2 and end > len(data):
             break
+        check_parts(len(segments), "JPEG")
         segments.append(_Segment(marker, start, end, data[position + 2 : end]))
         position = max(end, position + 2)
     raise cut_off("JPEG")
@@ -135,7 +142,7 @@ def _has_all_scans(data: bytes) -> bool:
     """Whether a scan brings each coefficient of each component to its last bit, or begins to."""
     missing: dict[int, set[int]] = {}
     progressive = False
-    position = 2
+    position, parts = 2, 0
     while match := _AFTER_SCAN.search(data, position):
         marker, position = data[match.start() + 1], match.end()
         if marker in _NO_LENGTH or position + 2 > len(data):
@@ -143,6 +150,8 @@ def _has_all_scans(data: bytes) -> bool:
         (length,) = struct.unpack_from(">H", data, position)
         body = data[position + 2 : position + length]
         position += length
+        parts += 1
+        check_parts(parts, "JPEG")
         if marker in _FRAMES and len(body) >= 6:
             progressive = marker in _PROGRESSIVE
             missing = {component: set(range(64)) for component in body[6::3]}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from blip2_serve.errors import InvalidImage
 from blip2_serve.model.pictures.colours import Pixels, by_bands, narrow, on_white
-from blip2_serve.model.pictures.faults import check_size, cut_off, damaged, decoding
+from blip2_serve.model.pictures.faults import check_parts, check_size, cut_off, damaged, decoding
 from blip2_serve.model.pictures.orientation import find_orientation
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -83,11 +83,13 @@ def _read(data: bytes) -> _File:
     """
     view = memoryview(data)
     file: _File | None = None
-    position = len(SIGNATURE)
+    position, parts = len(SIGNATURE), 0
     while position + 8 <= len(data):
         (length,) = struct.unpack_from(">L", data, position)
         name = data[position + 4 : position + 8]
         end = position + 12 + length
+        parts += 1
+        check_parts(parts, "PNG")
         if not (name.isalpha() and name.isascii()):
             raise damaged("PNG")
         body = view[position + 8 : end - 4]

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError, _imaging
 from blip2_serve.model.pictures.colours import by_bands
 from blip2_serve.model.pictures.faults import (
     MAX_SAMPLE_BYTES,
+    check_parts,
     check_size,
     cut_off,
     damaged,
@@ -59,9 +60,9 @@ _COLOURS = {_WHITE_IS_ZERO: 1, _BLACK_IS_ZERO: 1, _RGB: 3, _CMYK: 4}
 _LOOKED_AT = {*_OF_PIXELS, _ORIENTATION, _SAMPLE_MIN, _SAMPLE_MAX, _XMP}
 
 _MAX_SAMPLES = 32
-_MAX_PARTS = 100_000  # strips or tiles; Pillow keeps several objects for each
 
-_LONG, _LONG8 = 4, 16
+_LONG = 4
+_OF_BIG_TIFF = {16, 17}
 # Bytes and letter of `struct`, by TIFF's number of a type.
 _TYPES = {
     1: (1, "B"),
@@ -91,7 +92,6 @@ class _Directory:
     """The first directory of a file: those tags that are looked at."""
 
     order: str  # "<" or ">"
-    big: bool
     tags: dict[int, _Value]
 
     def numbers(self, tag: int) -> tuple[float, ...]:
@@ -101,14 +101,18 @@ class _Directory:
         size, letter = _TYPES[value.type]
         return struct.unpack(f"{self.order}{len(value.raw) // size}{letter}", value.raw)
 
+    def integers(self, tag: int) -> tuple[int, ...]:
+        return tuple(int(number) for number in self.numbers(tag) if math.isfinite(number))
+
     def number(self, tag: int, default: int) -> int:
-        numbers = self.numbers(tag)
-        return int(numbers[0]) if numbers and math.isfinite(numbers[0]) else default
+        return (*self.integers(tag)[:1], default)[0]
 
     def value(self, *numbers: int) -> _Value:
         """Numbers as they stand in a file like this one."""
-        kind = _LONG8 if self.big else _LONG
-        return _Value(kind, struct.pack(f"{self.order}{len(numbers)}{_TYPES[kind][1]}", *numbers))
+        try:
+            return _Value(_LONG, struct.pack(f"{self.order}{len(numbers)}L", *numbers))
+        except struct.error:
+            raise damaged("TIFF") from None
 
 
 def decode(data: bytes) -> tuple[Image.Image, int]:
@@ -151,9 +155,9 @@ def _read(data: bytes) -> _Directory:
                 tags[tag] = _Value(kind, data[place : place + length])
             elif tag in _OF_PIXELS:
                 raise cut_off("TIFF")
-    except struct.error:
+    except (struct.error, OverflowError):
         raise cut_off("TIFF") from None
-    directory = _Directory(order, big, {tag: value for tag, value in tags.items() if value.raw})
+    directory = _Directory(order, {tag: value for tag, value in tags.items() if value.raw})
     _check(directory)
     return directory
 
@@ -163,8 +167,7 @@ def _check(directory: _Directory) -> None:
     if width < 1 or height < 1:
         raise damaged("TIFF")
     for tag in (_STRIP_OFFSETS, _TILE_OFFSETS):
-        if len(directory.numbers(tag)) > _MAX_PARTS:
-            raise unsupported(f"TIFF images of more than {_MAX_PARTS:,} strips or tiles")
+        check_parts(len(directory.numbers(tag)), "TIFF")
     if directory.number(_SAMPLES, 1) > _MAX_SAMPLES:
         raise unsupported(f"TIFF images of more than {_MAX_SAMPLES} channels")
 
@@ -173,27 +176,28 @@ def _layout(directory: _Directory) -> Layout | None:
     """How samples.py may take the pixels; None if Pillow must know the compression's own way."""
     photometric = directory.number(_PHOTOMETRIC, _WHITE_IS_ZERO)  # Pillow's default
     samples = directory.number(_SAMPLES, 1)
-    bits = {*directory.numbers(_BITS)} or {1}
-    formats = {*directory.numbers(_SAMPLE_FORMAT)[:samples]} or {1}
+    bits = {*directory.integers(_BITS)} or {1}
+    formats = {*directory.integers(_SAMPLE_FORMAT)[:samples]} or {1}
     colours = _COLOURS.get(photometric, samples + 1)
     if (
         directory.number(_COMPRESSION, 1) not in _OF_BYTES
         or colours > samples
         or len(bits) > 1
         or len(formats) > 1
+        or directory.number(_TILE_WIDTH, 0) < 0
     ):
         return None
-    extra = directory.numbers(_EXTRA_SAMPLES) or ((2,) if samples == colours + 1 else ())
+    extra = directory.integers(_EXTRA_SAMPLES) or ((2,) if samples == colours + 1 else ())
     layout = Layout(
         order=directory.order,
         width=directory.number(_WIDTH, 0),
         height=directory.number(_HEIGHT, 0),
-        bits=int(bits.pop()),
-        format=int(formats.pop()),
+        bits=bits.pop(),
+        format=formats.pop(),
         samples=samples,
         colours=colours,
         white_is_zero=photometric == _WHITE_IS_ZERO,
-        alpha={1: "premultiplied", 2: "straight"}.get(int(extra[0]) if extra else 0, ""),
+        alpha={1: "premultiplied", 2: "straight"}.get((*extra, 0)[0], ""),
         planar=directory.number(_PLANAR, 1) == 2 and samples > 1,
         predictor=directory.number(_PREDICTOR, 1),
         tile_width=directory.number(_TILE_WIDTH, 0),
@@ -264,29 +268,29 @@ def _as_bytes(directory: _Directory, layout: Layout, plane: int) -> _Directory:
                 if not part:
                     raise damaged("TIFF")
                 tags[tag] = _Value(value.type, value.raw[plane * part : (plane + 1) * part])
-    return _Directory(directory.order, directory.big, tags)
+    return _Directory(directory.order, tags)
 
 
 def _rewrite(data: bytes, directory: _Directory) -> bytes:
-    """The file with a new directory at its end."""
-    order, big = directory.order, directory.big
+    """The file with a new directory at its end, and no longer a BigTIFF."""
+    order = directory.order
+    tags = {
+        tag: directory.value(*directory.integers(tag)) if value.type in _OF_BIG_TIFF else value
+        for tag, value in sorted(directory.tags.items())
+        if tag in _OF_PIXELS
+    }
     start = len(data) + len(data) % 2
-    tags = {tag: value for tag, value in sorted(directory.tags.items()) if tag in _OF_PIXELS}
-    head, entry_form, count_form, room = ("Q", "HHQ", "Q", 8) if big else ("L", "HHL", "H", 4)
-    entry_size = struct.calcsize(f"={entry_form}") + room
-    entries = [struct.pack(order + count_form, len(tags))]
+    entries = [struct.pack(f"{order}H", len(tags))]
     far: list[bytes] = []
-    place = start + len(entries[0]) + entry_size * len(tags) + room
+    place = start + 2 + 12 * len(tags) + 4
     for tag, value in tags.items():
         count = len(value.raw) // _TYPES[value.type][0]
-        entries.append(struct.pack(order + entry_form, tag, value.type, count))
-        if len(value.raw) <= room:
-            entries.append(value.raw.ljust(room, b"\0"))
+        entries.append(struct.pack(f"{order}HHL", tag, value.type, count))
+        if len(value.raw) <= 4:
+            entries.append(value.raw.ljust(4, b"\0"))
         else:
-            entries.append(struct.pack(order + head, place))
-            far.append(value.raw + b"\0" * (len(value.raw) % 2))
+            entries.append(struct.pack(f"{order}L", place))
+            far.append(value.raw + bytes(len(value.raw) % 2))
             place += len(far[-1])
-    header = data[:room] + struct.pack(order + head, start)
-    return b"".join(
-        (header, data[len(header) :], bytes(len(data) % 2), *entries, bytes(room), *far)
-    )
+    header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}L", start)
+    return b"".join((header, data[8:], bytes(len(data) % 2), *entries, bytes(4), *far))
