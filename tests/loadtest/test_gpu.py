@@ -61,7 +61,7 @@ def test_it_reports_every_stage_against_its_floor(run: tuple[str, dict[str, obje
         "decode step of 8, sampled",
         "decode step of 8 at 28 tokens",
         "decode step of 8 at 64 tokens",
-        "prompts, 8 of 351 in all",
+        "prompts, 8 of 362 in all",
     ]
     assert all(stage["ms"] > stage["floor_ms"] > 0 for stage in report["stages"])
     assert all(rate > 0 for rate in report["captions_per_s"].values())
