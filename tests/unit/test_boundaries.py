@@ -93,7 +93,9 @@ def test_a_folder_reaches_nothing_that_it_must_not_know(module: str, forbidden: 
     assert not reached_by(module, SOURCES) & forbidden
 
 
-@pytest.mark.parametrize("module", modules_under("model/processor.py", "model/source.py"))
+@pytest.mark.parametrize(
+    "module", modules_under("model/processor.py", "model/pictures", "model/source.py")
+)
 def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
     assert not reached_by(module, SOURCES) & {"torch", "transformers"}
 

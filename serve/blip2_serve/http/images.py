@@ -103,8 +103,14 @@ class ImageReader:
                     data += piece
                     if len(data) > self._limits.max_bytes:
                         break
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise InvalidImage(f"the image cannot be downloaded: {error}", param, "fetch") from None
+        except httpx.InvalidURL:
+            raise InvalidImage("the image URL is not valid", param, "url") from None
+        except httpx.HTTPError:
+            raise InvalidImage(
+                "the image cannot be downloaded: its server cannot be reached or broke off",
+                param,
+                "fetch",
+            ) from None
         return bytes(data)
 
 
