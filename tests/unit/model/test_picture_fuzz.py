@@ -1,4 +1,4 @@
-"""Broken files of every format give pixels or an error of ours, and no line on stderr or in logs."""
+"""Broken files give pixels or an error of ours, and no line on stderr or in logs."""
 
 from __future__ import annotations
 
