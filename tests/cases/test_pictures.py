@@ -292,3 +292,11 @@ def test_an_error_says_what_the_file_is_and_what_to_do(data: bytes, message: str
         pixels(data)
     assert message in caught.value.message
     assert "send JPEG, PNG, WebP" in caught.value.message or "maximum" in caught.value.message
+
+
+def test_decoders_write_nothing_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    data = bytearray(encode(NOISE, "TIFF", compression="tiff_adobe_deflate"))
+    data[20:40] = bytes(20)
+    with pytest.raises(InvalidImage, match="damaged"):
+        pixels(bytes(data))
+    assert capfd.readouterr().err == ""

@@ -16,7 +16,7 @@ from blip2_serve.errors import InvalidImage
 from blip2_serve.model.pictures import jpeg, png, tiff
 from blip2_serve.model.pictures.colours import to_rgb
 from blip2_serve.model.pictures.containers import brand_of, decode_avif, decode_heif, decode_webp
-from blip2_serve.model.pictures.faults import ACCEPTED, unsupported
+from blip2_serve.model.pictures.faults import ACCEPTED, damaged, unsupported
 from blip2_serve.model.pictures.orientation import upright
 from blip2_serve.model.pictures.simple import decode_bmp, decode_gif
 
@@ -26,6 +26,8 @@ Image.init()  # registers every format: Image.open(formats=...) only knows regis
 # set once per process because `warnings.catch_warnings` is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+_log = logging.getLogger(__name__)
 
 _Decoder = Callable[[bytes], tuple[Image.Image, int]]
 
@@ -61,11 +63,18 @@ def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
     Raises:
         InvalidImage: The file is none of an accepted format, is broken, or has too many pixels.
     """
-    if data.startswith(b"\xff\xd8\xff"):
-        image, orientation = jpeg.decode(data, size)
-    else:
-        image, orientation = _decoder(data)(data)
-    return upright(to_rgb(image), orientation)
+    try:
+        if data.startswith(b"\xff\xd8\xff"):
+            image, orientation = jpeg.decode(data, size)
+        else:
+            image, orientation = _decoder(data)(data)
+        return upright(to_rgb(image), orientation)
+    except InvalidImage:
+        raise
+    except Exception as error:
+        # A mistake of this package, which the operator may report; the file is broken all the same.
+        _log.exception("decoding an image of %d bytes failed", len(data))
+        raise damaged("image") from error
 
 
 def _decoder(data: bytes) -> _Decoder:

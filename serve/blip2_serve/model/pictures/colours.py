@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
@@ -17,11 +17,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Converts a mode of 8 bits per channel or less. White shows through what is transparent."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None
-        return converted
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.mode == "La":
             image = image.convert("LA")

@@ -188,6 +188,7 @@ def _layout(directory: _Directory) -> Layout | None:
     ):
         return None
     extra = directory.integers(_EXTRA_SAMPLES) or ((2,) if samples == colours + 1 else ())
+    extra = extra[: samples - colours]
     layout = Layout(
         order=directory.order,
         width=directory.number(_WIDTH, 0),
