@@ -282,3 +282,15 @@ def test_requests_join_and_leave_at_every_step(prefix_caching: bool) -> None:
             assert bench.texts(name) == expected
             for index, text in enumerate(expected):
                 assert bench.answer(name, index) == (tokens(text, EOS), text, "stop")
+
+
+def test_an_abort_while_the_prompt_is_computed_leaves_the_cache_intact() -> None:
+    bench = Bench(prefix_caching=True, step=100)
+    bench.add("a", "cat", prompt=30)
+    bench.engine.step()
+    bench.engine.abort("a")
+    bench.finish()
+    bench.engine.check_integrity()
+    bench.add("b", "cow", prompt=30)
+    bench.finish()
+    assert bench.texts("b") == ["cow"]
