@@ -8,6 +8,7 @@ import ray
 import torch
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from blip2_serve import environment
 from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
@@ -15,6 +16,12 @@ from blip2_serve.stages.encoder import Encoder
 from blip2_serve.stages.generator import Generator
 from blip2_serve.stages.ingress import Ingress
 from blip2_serve.stages.preprocessor import Preprocessor
+from blip2_serve.stages.router import CallRouter
+
+# A replica that has stalled is replaced after about as many seconds as both together.
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 1.0, 4.0
+
+CALL_ROUTER = RequestRouterConfig.model_validate({"request_router_class": CallRouter})
 
 # How encoder and generator share a cluster's only GPU; the language model is by far the larger.
 GPU_SHARES = (0.3, 0.7)
@@ -60,9 +67,13 @@ def _place(cls: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deploy
         if stage.autoscaling
         else {"num_replicas": stage.num_replicas}
     )
+    routed = {} if cls is Ingress else {"request_router_config": CALL_ROUTER}
     deployment: Any = serve.deployment(cls)
     placed: serve.Deployment = deployment.options(
         **scaling,
+        **routed,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
         ray_actor_options={

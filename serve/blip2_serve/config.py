@@ -243,6 +243,39 @@ class ChatConfig(_Config):
     )
 
 
+class AdmissionConfig(_Config):
+    """Which requests an ingress replica takes on, and which it refuses with status 429."""
+
+    max_wait_s: float = Field(
+        2.0,
+        gt=0,
+        description="Seconds within which the work that was admitted before a request must be done "
+        "for the request to be admitted, by what the stages can do.",
+    )
+    min_requests: int = Field(
+        8, ge=1, description="Requests under way below which every further one is admitted."
+    )
+    initial_requests: int = Field(
+        32,
+        ge=1,
+        description="Most requests under way while nobody knows what the stages can do: at the "
+        "start, or while a stage has no replica.",
+    )
+    max_held_bytes: int = Field(
+        512 << 20,
+        ge=1,
+        description="Most bytes that the bodies of all requests under way may have.",
+    )
+    max_total_tokens: int = Field(
+        32768,
+        ge=1,
+        description="Most tokens that one request may ask for: n or num_beams, times max_tokens.",
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="Seconds within which a request's body must arrive."
+    )
+
+
 class IngressScaling(ScalingConfig):
     """The ingress does not measure its capacity, so its ongoing requests decide."""
 
@@ -252,12 +285,19 @@ class IngressScaling(ScalingConfig):
 class IngressConfig(StageConfig):
     """The stage that speaks HTTP."""
 
+    max_ongoing_requests: int = Field(
+        4096,
+        ge=1,
+        description="Connections with a request that one replica may have at once. Far more than "
+        "`admission` lets in: a request that is refused is one of them until it is answered.",
+    )
     scaling: IngressScaling = Field(IngressScaling(), description=HOW_IT_SCALES)
     images: ImageLimits = Field(ImageLimits(), description=ImageLimits.__doc__)
     chat: ChatConfig = Field(ChatConfig(), description=ChatConfig.__doc__)
     max_body_bytes: int = Field(
         64 << 20, ge=1, description="Largest size of a request's body, in bytes."
     )
+    admission: AdmissionConfig = Field(AdmissionConfig(), description=AdmissionConfig.__doc__)
     cors_origins: tuple[Origin, ...] = Field(
         (),
         description="Origins whose web pages may call the server from a browser, such as "

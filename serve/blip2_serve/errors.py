@@ -7,8 +7,10 @@
     ├── ModelNotFound               404  invalid_request_error, code model_not_found
     ├── RequestTooLarge             413  invalid_request_error, code request_too_large
     ├── TimedOut                    408  server_error, code timeout
+    ├── Overloaded                  429  rate_limit_error, code overloaded
+    ├── Quarantined                 500  server_error, code quarantined
     ├── Unavailable                 503  server_error, code unavailable
-    │   └── Overloaded              503  server_error, code overloaded
+    │   └── WrongCheckpoint         503
     └── StartupError                 --  the server cannot start; the message says what to do
 
 A class has an HTTP status and OpenAI's error type and code. An instance has a message and, if one
@@ -18,23 +20,32 @@ field of the request is at fault, that field's name. Errors can be pickled.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Self
 
 
 class Blip2ServeError(Exception):
     """Base class of all errors here, and an internal error itself.
 
-    `message` is meant for the client; `param` names the field at fault.
+    `message` is meant for the client; `param` names the field at fault. After `retry_after_s`
+    seconds the client may try again.
     """
 
     status = 500
     type = "server_error"
     code: str | None = None
+    # What clients that repeat failed requests by themselves should do; None: as they like.
+    should_retry: bool | None = None
+    retry_after_s: float | None = None
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, *, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message, param)
         self.message = message
         self.param = param
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return self.message
@@ -51,6 +62,15 @@ class Blip2ServeError(Exception):
     def body(self) -> dict[str, dict[str, str | None]]:
         """The JSON body of an error response, as OpenAI's API has it."""
         return {"error": self.details()}
+
+    def headers(self) -> dict[str, str]:
+        """The headers of an error response. OpenAI's clients obey both."""
+        headers = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.should_retry is not None:
+            headers["x-should-retry"] = str(self.should_retry).lower()
+        return headers
 
     def details(self) -> dict[str, str | None]:
         """What `body` has under "error"."""
@@ -102,19 +122,34 @@ class TimedOut(Blip2ServeError):
 
     status = 408
     code = "timeout"
+    should_retry = False
+
+
+class Overloaded(Blip2ServeError):
+    """The server is busy; the same request may succeed later."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+    retry_after_s = 1.0
+
+
+class Quarantined(Blip2ServeError):
+    """Replicas died while they worked on this content, so it is refused."""
+
+    code = "quarantined"
+    should_retry = False
 
 
 class Unavailable(Blip2ServeError):
-    """A stage is not ready or has been lost; the same request may succeed later."""
+    """A stage is not there; the same request may succeed later."""
 
     status = 503
     code = "unavailable"
 
 
-class Overloaded(Unavailable):
-    """A queue is full; the same request may succeed later."""
-
-    code = "overloaded"
+class WrongCheckpoint(Unavailable):
+    """The image features come from another checkpoint than the language model."""
 
 
 class StartupError(Blip2ServeError):

@@ -7,10 +7,13 @@ way to read that, nor to start work that outlives the request.
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Awaitable
 from typing import Any
 
 import opentelemetry.context
 from ray.serve import context
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
 
 
 def request_id() -> str:
@@ -31,3 +34,16 @@ def detached_context() -> contextvars.Context:
     detached.run(context._serve_request_context.set, about)
     detached.run(opentelemetry.context.attach, opentelemetry.context.get_current())
     return detached
+
+
+async def broadcast(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[Awaitable[Any]]:
+    """Calls a method of every replica; returns what to await for the answer of each.
+
+    Ray Serve's own way to read a broadcast waits for all: a replica that is silent would hide the
+    others' answers.
+    """
+    try:
+        results = await handle.broadcast(method, *args)._fetch_replica_results_async()
+    except DeploymentUnavailableError:  # there are no replicas
+        return []
+    return [result.get_async() for result in results]

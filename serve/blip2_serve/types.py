@@ -18,12 +18,46 @@ class ImageFeatures:
         data: Row-major memory of a tensor of shape [queries, hidden].
         shape: That shape.
         dtype: Name of the tensor's dtype, such as "bfloat16".
+        fingerprint: Of the checkpoint that they come from.
     """
 
     digest: str
     data: bytes
     shape: tuple[int, int]
     dtype: str
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What travels with every call from the ingress to a stage.
+
+    Attributes:
+        id: Names the attempt; a call that is tried again gets another.
+        seconds_left: Until the deadline of the request, when the call was sent. None: no deadline.
+    """
+
+    id: str
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a replica of a stage tells each ingress replica about itself, once per second.
+
+    Attributes:
+        replica: Ray Serve's unique id of the replica.
+        callers: How many ingress replicas have asked it lately, this one included.
+        capacity: Requests (or images) per second that it can do, if it knows yet.
+        start_s: Seconds from the start of its process until it was ready.
+        fingerprint: Of the checkpoint that it holds; empty for a stage without one.
+    """
+
+    replica: str
+    callers: int = 1
+    capacity: float | None = None
+    start_s: float | None = None
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import httpx
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import Unavailable
+from blip2_serve.http.admission import Capacity
 from blip2_serve.http.api import create_app
 from blip2_serve.types import (
     Choice,
@@ -54,7 +55,15 @@ class FakeBackend:
     metrics_pages: dict[str, str] = field(default_factory=dict)
     held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # encoding waits for the event
     abandoned: list[bytes] = field(default_factory=list)  # held images whose wait was cancelled
+    can_do: Capacity = field(default_factory=lambda: Capacity(100.0, 100.0))
+    known: set[bytes] = field(default_factory=set)  # images whose features are held
     together: asyncio.Barrier | None = None  # makes calls of `features` wait for each other
+
+    def capacity(self) -> Capacity:
+        return self.can_do
+
+    def holds(self, image: bytes) -> bool:
+        return image in self.known
 
     async def features(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)

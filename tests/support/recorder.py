@@ -30,6 +30,10 @@ class FakeRecorder:
     def observe(self, metric: Histogram, value: float, **labels: str) -> None:
         self.observed[_key(metric, labels)].append(value)
 
+    def total(self, name: str, *labels: str) -> float:
+        """A counter's value, by its name and the values of its labels."""
+        return self.counted[name, *labels]
+
     def report_every_second(self, report: Callable[[], None]) -> None:
         self.report = report
 

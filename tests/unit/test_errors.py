@@ -15,10 +15,12 @@ from blip2_serve.errors import (
     InvalidRequest,
     ModelNotFound,
     Overloaded,
+    Quarantined,
     RequestTooLarge,
     StartupError,
     TimedOut,
     Unavailable,
+    WrongCheckpoint,
 )
 
 HTTP = {
@@ -30,7 +32,9 @@ HTTP = {
     RequestTooLarge: (413, "invalid_request_error", "request_too_large"),
     TimedOut: (408, "server_error", "timeout"),
     Unavailable: (503, "server_error", "unavailable"),
-    Overloaded: (503, "server_error", "overloaded"),
+    WrongCheckpoint: (503, "server_error", "unavailable"),
+    Overloaded: (429, "rate_limit_error", "overloaded"),
+    Quarantined: (500, "server_error", "quarantined"),
 }
 
 
@@ -99,3 +103,15 @@ def test_about_returns_a_copy_that_names_another_field() -> None:
     assert shared.param is None
     again = pickle.loads(pickle.dumps(copies[0]))
     assert (again.message, again.param, again.kind) == ("broken", "image", "format")
+
+
+def test_the_time_to_wait_survives_pickling_and_is_a_header_in_whole_seconds() -> None:
+    error = Overloaded("busy", retry_after_s=2.2)
+
+    assert pickle.loads(pickle.dumps(error)).headers() == {"Retry-After": "3"}
+    assert Unavailable("gone").headers() == {}
+
+
+@pytest.mark.parametrize("kind", [TimedOut, Quarantined])
+def test_clients_are_told_not_to_repeat_what_would_fail_again(kind: type[Blip2ServeError]) -> None:
+    assert kind("it failed").headers() == {"x-should-retry": "false"}

@@ -63,6 +63,7 @@ class Captions:
             fields, images = await _read_json(request)
         asked = self._service.asked(fields)
         prompt = default_prompt(asked.preset) if fields.prompt is None else fields.prompt
+        self._service.plan(asked.params, len(images))
         results = await gather(self._caption(image, prompt, asked.params) for image in images)
         errors = [result for result in results if isinstance(result, Blip2ServeError)]
         fatal = errors.pop(0) if len(errors) == len(results) else None

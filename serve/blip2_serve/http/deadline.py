@@ -29,6 +29,12 @@ def current() -> float | None:
     return _deadline.get()
 
 
+def time_left() -> float | None:
+    """Seconds that the current request has left; None: as many as it needs."""
+    deadline = _deadline.get()
+    return None if deadline is None else deadline - asyncio.get_running_loop().time()
+
+
 @asynccontextmanager
 async def limited(request: Request) -> AsyncIterator[None]:
     """Runs the block within the request's limit, if it has one.

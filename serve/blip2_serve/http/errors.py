@@ -23,7 +23,9 @@ def add_error_handlers(app: FastAPI, recorder: Recorder) -> None:
     async def answer(_: Request, error: Exception) -> Response:
         known = to_known_error(error)
         note_error(recorder, known)
-        headers = getattr(error, "headers", None)  # such as Allow, of a 405
+        headers = known.headers()
+        if isinstance(error, HTTPException):
+            headers |= error.headers or {}  # such as Allow, of a 405
         return JSONResponse(known.body(), status_code=known.status, headers=headers)
 
     for kind in (Exception, Blip2ServeError, RequestValidationError, HTTPException):

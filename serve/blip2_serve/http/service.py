@@ -9,11 +9,14 @@ from typing import Any, Protocol
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidRequest, ModelNotFound
+from blip2_serve.http import deadline, gate
+from blip2_serve.http.admission import Admission, Capacity
 from blip2_serve.http.images import ImageReader
 from blip2_serve.http.measure import StreamTimer
 from blip2_serve.http.presets import Preset, names_of, within
 from blip2_serve.http.schema import GenerationFields
 from blip2_serve.http.stream import TokenStream
+from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
 
@@ -24,6 +27,12 @@ class Backend(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether a request has passed through every stage."""
+
+    def capacity(self) -> Capacity:
+        """What the stages can do for this ingress replica."""
+
+    def holds(self, image: bytes) -> bool:
+        """Whether the features of an image file are there, or on their way."""
 
     async def features(self, image: bytes) -> ImageFeatures:
         """The features of an image file in any accepted format.
@@ -82,6 +91,7 @@ class Service:
         self.recorder = recorder
         self.images = ImageReader(config.ingress.images)
         self.names = names_of(config.model_name)
+        self.admission = Admission(config.ingress.admission, backend.capacity, recorder)
 
     def check_model(self, name: str | None) -> None:
         """Accepts the served model's names, and None for a request that names no model.
@@ -109,14 +119,41 @@ class Service:
         name = request.model or self.config.model_name
         preset = self.names[name]
         if preset is None:
-            return Asked(name, request.preset, False, request.sampling_params())
+            params = self._within_limits(request.sampling_params(), request)
+            return Asked(name, request.preset, False, params)
         if request.preset not in (None, preset):
             raise InvalidRequest(f"preset contradicts model {name!r}; leave it out", "preset")
         implied: dict[str, Any] = {"preset": preset}
         if request.temperature and request.num_beams is None:
             implied["num_beams"] = 1
-        params = request.model_copy(update=implied).sampling_params()
-        return Asked(name, preset, True, within(params, preset))
+        params = within(request.model_copy(update=implied).sampling_params(), preset)
+        return Asked(name, preset, True, self._within_limits(params, request))
+
+    def _within_limits(self, params: SamplingParams, request: GenerationFields) -> SamplingParams:
+        limit = self.config.ingress.admission.max_total_tokens
+        most = params.max_tokens or self.config.generator.default_max_tokens
+        answers = max(params.n, params.num_beams)
+        if answers > 1 and answers * most > limit:
+            raise InvalidRequest(
+                f"{answers} answers or beams of {most} tokens are too many: a request may ask for "
+                f"{limit} tokens",
+                request.limit_name,
+            )
+        return params
+
+    def plan(self, params: SamplingParams, images: int) -> None:
+        """Settles whether the request is admitted, before any stage is called for it.
+
+        `images`: how many have to be encoded, with an answer about each; 0 asks for one answer
+        about an image whose features are held. A request that is not planned is by its first call.
+
+        Raises:
+            Overloaded: the server is too busy.
+        """
+        if ticket := gate.ticket():
+            answers = self.admission.answers(params, self.config.generator.default_max_tokens)
+            ticket.plan(images, max(1, images) * answers, deadline.time_left())
+            self.recorder.add(metrics.ADMITTED)
 
     async def complete(self, call: ModelCall) -> Completion:
         """Computes a whole answer.
@@ -125,9 +162,10 @@ class Service:
             Blip2ServeError: an InvalidRequest names its field as `call.names` has it.
         """
         with _naming_fields(call):
-            features = await self._features(call.image)
+            features = await self._features(call)
             params, copies = _computed(call.params)
             completion = await self.backend.generate(features, call.prompt, params)
+            self.admission.learn(completion.completion_tokens, params.n)
             return replace(completion, choices=completion.choices * copies)
 
     async def stream(self, call: ModelCall) -> TokenStream:
@@ -137,18 +175,34 @@ class Service:
             Blip2ServeError: as for `complete`, for all that fails before the first token.
         """
         with _naming_fields(call):
-            features = await self._features(call.image)
+            features = await self._features(call)
             params, copies = _computed(call.params)
-            events = self.backend.stream(features, call.prompt, params)
+            events = self._learning(self.backend.stream(features, call.prompt, params), params.n)
             if copies > 1:
                 events = _copied(events, copies)
             return await TokenStream.start(events, StreamTimer(self.recorder))
 
-    async def _features(self, image: bytes) -> ImageFeatures:
+    async def _learning(
+        self, events: AsyncGenerator[TokenEvent, None], answers: int
+    ) -> AsyncGenerator[TokenEvent, None]:
+        tokens = 0
+        async with aclosing(events):
+            async for event in events:
+                tokens += len(event.token_ids)
+                yield event
+        self.admission.learn(tokens, answers)
+
+    async def _features(self, call: ModelCall) -> ImageFeatures:
+        ticket = gate.ticket()
+        if ticket and not ticket.planned:
+            self.plan(call.params, 0 if self.backend.holds(call.image) else 1)
         try:
-            return await self.backend.features(image)
+            features = await self.backend.features(call.image)
         except InvalidRequest as error:
             raise error.about("image") from error  # the stages know no field names
+        if ticket:
+            ticket.encoded()
+        return features
 
 
 def _computed(params: SamplingParams) -> tuple[SamplingParams, int]:

@@ -21,7 +21,7 @@ from blip2_serve.engine.loop import Step
 from blip2_serve.engine.sequence import Request
 from blip2_serve.observe import metrics
 from blip2_serve.observe.loading import LoadReport
-from blip2_serve.observe.meter import BatchMeter, EngineMeter
+from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter
 from blip2_serve.observe.metrics import Recorder, harmless
 from blip2_serve.scaling import Signals
 
@@ -54,6 +54,7 @@ class Instruments(ABC):
     """What the instruments of all stages share."""
 
     stage: ClassVar[str]  # the metrics' label
+    _meter: Meter
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -70,6 +71,15 @@ class Instruments(ABC):
     @abstractmethod
     def signals(self) -> Signals:
         """For the autoscaling policy. Call once per reporting interval."""
+
+    @property
+    def start_s(self) -> float | None:
+        """Seconds from the start of the process until it could take requests; None before."""
+        return self._meter.start_s
+
+    @abstractmethod
+    def capacity(self) -> float | None:
+        """Requests (or images) per second that the replica can do; None until it is known."""
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:
@@ -101,6 +111,7 @@ class PreprocessorInstruments(Instruments):
     """Measures the decoding of images in `threads` threads."""
 
     stage = "preprocessor"
+    _meter: BatchMeter
 
     def __init__(self, recorder: Recorder, threads: int) -> None:
         super().__init__(recorder)
@@ -138,6 +149,9 @@ class PreprocessorInstruments(Instruments):
     def signals(self) -> Signals:
         return self._meter.signals(self._waiting())
 
+    def capacity(self) -> float | None:
+        return self._meter.capacity()
+
     def stats(self) -> dict[str, Any]:
         """Images since the start, and the seconds that threads spent on them."""
         return {"images": self._meter.items, "seconds": self._meter.seconds}
@@ -150,6 +164,7 @@ class EncoderInstruments(Instruments):
     """Measures batches of up to `max_batch_size` images."""
 
     stage = "encoder"
+    _meter: BatchMeter
 
     def __init__(self, recorder: Recorder, max_batch_size: int) -> None:
         super().__init__(recorder)
@@ -178,6 +193,9 @@ class EncoderInstruments(Instruments):
     def signals(self) -> Signals:
         return self._meter.signals(self._waiting())
 
+    def capacity(self) -> float | None:
+        return self._meter.capacity()
+
     def stats(self) -> dict[str, Any]:
         """Images, batches and their seconds since the start, and the cost of loading."""
         return {
@@ -199,6 +217,7 @@ class GeneratorInstruments(Instruments):
     """Measures requests and the steps, of up to `max_num_seqs` sequences, that they share."""
 
     stage = "generator"
+    _meter: EngineMeter
 
     def __init__(self, recorder: Recorder, max_num_seqs: int) -> None:
         super().__init__(recorder)
@@ -264,9 +283,16 @@ class GeneratorInstruments(Instruments):
         record.add(metrics.BATCH_CAPACITY, self._max_num_seqs, stage=self.stage)
 
     def signals(self) -> Signals:
+        return self._meter.signals(*self._load())
+
+    def capacity(self) -> float | None:
+        return self._meter.capacity(*self._load())
+
+    def _load(self) -> tuple[int, int, float]:
+        """Sequences running, requests waiting, and the share of the KV slots that is in use."""
         engine = self._engine()
         kv_share = min(engine.kv_slots_used, engine.kv_slots_needed) / engine.kv_slots_total
-        return self._meter.signals(engine.running, engine.waiting, kv_share)
+        return engine.running, engine.waiting, kv_share
 
     def stats(self) -> dict[str, Any]:
         """The engine's state, seconds of requests in the stage, and the cost of loading."""

@@ -118,11 +118,11 @@ class Meter:
         self._cost = StepCost()
         self._deltas = Deltas(clock)
         self._age = age
-        self._start_s: float | None = None
+        self.start_s: float | None = None
 
     def ready(self) -> None:
         """Takes the replica's age as its start-up time. Call when it can take requests."""
-        self._start_s = self._age()
+        self.start_s = self._age()
 
 
 class BatchMeter(Meter):
@@ -155,11 +155,13 @@ class BatchMeter(Meter):
         `waiting` is the number of items that no batch has taken yet.
         """
         seconds, growth = self._deltas.read(finished=self.items)
-        capacity = None
-        if self._cost.known:
-            full_batch_s = self._cost.seconds(self._max_batch_size)
-            capacity = self._threads * self._max_batch_size / full_batch_s
-        return Signals(_rate(growth["finished"], seconds), waiting, capacity, self._start_s)
+        return Signals(_rate(growth["finished"], seconds), waiting, self.capacity(), self.start_s)
+
+    def capacity(self) -> float | None:
+        """Items per second with full batches; None until it is known."""
+        if not self._cost.known:
+            return None
+        return self._threads * self._max_batch_size / self._cost.seconds(self._max_batch_size)
 
 
 class EngineMeter(Meter):
@@ -177,6 +179,7 @@ class EngineMeter(Meter):
     ) -> None:
         super().__init__(clock, age)
         self._max_num_seqs = max_num_seqs
+        self._work = Deltas(clock)
         self._arrived = self._left = self._answered = self._answer_tokens = 0
         self._steps = self._step_tokens = self._step_seconds = 0.0
         self._tokens_per_request = RecentMean()  # computed for it, prompt and answers
@@ -211,30 +214,38 @@ class EngineMeter(Meter):
         `running` counts sequences, `waiting` requests; `kv_share` is the share of the KV slots
         (0 to 1) that running requests hold.
         """
-        begun = self._arrived - self._left - waiting
         seconds, growth = self._deltas.read(
-            left=self._left,
-            answered=self._answered,
-            done=self._answered + self.RUNNING_IS_DONE * begun,
-            answer_tokens=self._answer_tokens,
-            steps=self._steps,
-            step_tokens=self._step_tokens,
-            step_seconds=self._step_seconds,
+            left=self._left, steps=self._steps, step_seconds=self._step_seconds
         )
-        self._tokens_per_request.add(growth["step_tokens"], max(0.0, growth["done"]))
-        self._tokens_per_answer.add(growth["answer_tokens"], growth["answered"])
         occupancy = max(running / self._max_num_seqs, kv_share)
         steps = growth["steps"]
-        capacity = self._capacity(running / occupancy if running else self._max_num_seqs)
+        capacity = self.capacity(running, waiting, kv_share)
         return Signals(
             finished=_rate(growth["left"], seconds),
             waiting=waiting + self._surplus(running, capacity),
             capacity=capacity,
-            start_s=self._start_s,
+            start_s=self.start_s,
             occupancy=occupancy,
             step_s=growth["step_seconds"] / steps if steps else None,
             fixed_step_s=self._cost.fixed_and_per_item[0] if self._cost.known else None,
         )
+
+    def capacity(self, running: int, waiting: int, kv_share: float) -> float | None:
+        """Requests per second with as many sequences at once as fit; None until it is known.
+
+        Arguments as for `signals`.
+        """
+        begun = self._arrived - self._left - waiting
+        _, growth = self._work.read(
+            answered=self._answered,
+            done=self._answered + self.RUNNING_IS_DONE * begun,
+            answer_tokens=self._answer_tokens,
+            step_tokens=self._step_tokens,
+        )
+        self._tokens_per_request.add(growth["step_tokens"], max(0.0, growth["done"]))
+        self._tokens_per_answer.add(growth["answer_tokens"], growth["answered"])
+        occupancy = max(running / self._max_num_seqs, kv_share)
+        return self._capacity(running / occupancy if running else self._max_num_seqs)
 
     def _surplus(self, running: int, capacity: float | None) -> float:
         """How many running sequences run only because they slow each other down.

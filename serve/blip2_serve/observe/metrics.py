@@ -125,6 +125,13 @@ INTER_TOKEN_LATENCY = Histogram(
     ("route",),
     _SHORT_SECONDS,
 )
+ADMITTED = Counter("blip2_admitted_total", "Requests that were admitted.")
+SHED = Counter(
+    "blip2_shed_total",
+    "Requests refused because the server was busy, by reason: wait (it would have taken too long), "
+    "deadline (longer than the request had) or bytes (of the bodies under way).",
+    ("reason",),
+)
 REJECTIONS = Counter(
     "blip2_rejections_total",
     "Well-formed requests that were rejected, by error code.",
@@ -155,6 +162,23 @@ QUEUE_TIME = Histogram(
 QUEUE_DEPTH = Gauge("blip2_queue_depth", "Requests waiting in a replica of a stage.", ("stage",))
 DROPPED = Counter(
     "blip2_dropped_total", "Requests a stage dropped because their clients had left.", ("stage",)
+)
+REPLAYS = Counter(
+    "blip2_replays_total",
+    "Calls to a stage that lost their replica and were made again, by how it was lost: died, "
+    "silent, failed or checkpoint (it holds another one).",
+    ("stage", "cause"),
+)
+QUARANTINED = Counter(
+    "blip2_quarantined_total",
+    "Requests that were given up because replicas of the stage died while they worked on them.",
+    ("stage",),
+)
+STREAM_PAUSE = Histogram(
+    "blip2_replay_pause_seconds",
+    "Time from the loss of a stream's replica to the next token, from another one.",
+    (),
+    _SECONDS,
 )
 FEATURE_LOOKUPS = Counter(
     "blip2_feature_cache_lookups_total",

@@ -20,7 +20,8 @@ from blip2_serve.observe.instruments import EncoderInstruments, Model
 from blip2_serve.observe.loading import measured_loading
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.batching import BatchThread
-from blip2_serve.types import ImageFeatures
+from blip2_serve.stages.vital_signs import VitalSigns
+from blip2_serve.types import Call, ImageFeatures, Vitals
 
 _Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImageFeatures
 
@@ -36,6 +37,7 @@ class Encoder:
         self._batching = BatchThread(load, self._encode, limit, self._instruments.batch)
         await self._batching.prepared
         self._instruments.ready(self._loaded, lambda: self._batching.waiting)
+        self._signs = VitalSigns(self._instruments)
 
     def _load(self, config: AppConfig, device: Device) -> None:
         own = config.encoder
@@ -52,7 +54,9 @@ class Encoder:
             self._run = device.prepare_encoder(encoder, own.max_batch_size, own.quantize)
         self._loaded = Model(report, device.gpu_memory)
 
-    async def encode(self, pixels: NDArray[np.uint8], digest: str) -> ImageFeatures:
+    async def encode(
+        self, pixels: NDArray[np.uint8], digest: str, *, call: Call | None = None
+    ) -> ImageFeatures:
         """Turns uint8 [3, S, S] into the features of the image that `digest` names."""
         with self._instruments.in_stage():
             data, shape, dtype = await self._batching.result_of(pixels)
@@ -66,6 +70,10 @@ class Encoder:
         dtype = str(features.dtype).removeprefix("torch.")
         # numpy has no bfloat16, but bytes are bytes.
         return [(f.view(torch.uint8).numpy().tobytes(), shape, dtype) for f in features]
+
+    async def alive(self, caller: str) -> Vitals:
+        """Called by each ingress replica once per second, while it has work here."""
+        return self._signs.answer(caller)
 
     async def check_health(self) -> None:
         """Called by Serve. After a failed batch, tries a blank image and raises if that fails too.

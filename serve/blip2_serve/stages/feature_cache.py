@@ -53,6 +53,14 @@ class FeatureCache:
             self._under_way[digest] = task
         return await asyncio.shield(task)
 
+    def __contains__(self, digest: str) -> bool:
+        """Whether an image's features are kept, or being computed."""
+        return digest in self._kept or digest in self._under_way
+
+    def forget(self, digest: str) -> None:
+        """Drops an image's features, if they are kept."""
+        self._kept.pop(digest, None)
+
     async def _run(
         self, digest: str, compute: Callable[[], Awaitable[ImageFeatures]]
     ) -> ImageFeatures:

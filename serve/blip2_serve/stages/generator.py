@@ -26,7 +26,7 @@ from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
 from blip2_serve.engine.sequence import Request
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Unavailable
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
     longest_sequence,
@@ -41,13 +41,17 @@ from blip2_serve.observe import logs
 from blip2_serve.observe.instruments import GeneratorInstruments, Model
 from blip2_serve.observe.loading import LoadReport, measured_loading
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.stages.progress import Sent
+from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import (
+    Call,
     Choice,
     Completion,
     ImageFeatures,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
+    Vitals,
 )
 
 SWITCH_INTERVAL_S = 0.0002
@@ -81,9 +85,15 @@ class Generator:
             self._loop.stats,
             _build_info(config, place, report),
         )
+        self._signs = VitalSigns(self._instruments)
 
     async def generate(
-        self, features: ImageFeatures, prompt: str, params: SamplingParams
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        *,
+        call: Call | None = None,
     ) -> Completion:
         """Returns the whole answers.
 
@@ -102,7 +112,13 @@ class Generator:
         )
 
     async def stream(
-        self, features: ImageFeatures, prompt: str, params: SamplingParams
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        sent: Sent = (),
+        *,
+        call: Call | None = None,
     ) -> AsyncIterator[TokenEvent]:
         """Yields the answers as they come; raises as `generate`, before the first event."""
         request = self._request(features, prompt, params)
@@ -111,6 +127,12 @@ class Generator:
                 async for event in events:
                     count.tokens += len(event.token_ids)
                     yield self._with_bytes(event)
+
+    async def alive(self, caller: str) -> Vitals:
+        """Called by each ingress replica once per second, while it has work here."""
+        if self._loop.failure:
+            raise Unavailable("the engine has failed")
+        return self._signs.answer(caller)
 
     def check_health(self) -> None:
         """Called by Serve: a replica whose engine has failed is replaced."""

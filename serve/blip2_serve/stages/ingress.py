@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import Blip2ServeError, Overloaded, Unavailable
+from blip2_serve.http import deadline
+from blip2_serve.http.admission import Capacity
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
 from blip2_serve.model.processor import PREPROCESSING_VERSION
@@ -24,7 +23,9 @@ from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.observe import logs, metrics
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.serve_internals import detached_context
+from blip2_serve.stages.calls import StageClient, Work
 from blip2_serve.stages.feature_cache import FeatureCache
+from blip2_serve.stages.progress import Progress
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -45,12 +46,10 @@ class Ingress:
     ) -> None:
         logs.configure(config.log_format)
         self._config = config
-        # Made once: taking a method of a handle makes a new handle, as costly as a small call.
-        self._pixels = _method(preprocessor, "pixels")
-        self._encode_pixels = _method(encoder, "encode")
-        self._generate = _method(generator, "generate")
-        self._stream = _method(generator, "stream", stream=True)
         self._recorder = RayRecorder()
+        self._preprocessor = StageClient("preprocessor", preprocessor, self._recorder)
+        self._encoder = StageClient("encoder", encoder, self._recorder)
+        self._generator = StageClient("generator", generator, self._recorder)
         self._features = FeatureCache(
             config.ingress.feature_cache_entries,
             detached_context,
@@ -70,42 +69,50 @@ class Ingress:
     async def features(self, image: bytes) -> ImageFeatures:
         """Returns an image's features: kept, being computed for someone else, or computed now."""
         name = digest(image, PREPROCESSING_VERSION)
+        features = await self._features.get(name, lambda: self._encode(image, name))
+        if self._generator.serves(features.fingerprint):
+            return features
+        self._features.forget(name)  # the checkpoint has been replaced
         return await self._features.get(name, lambda: self._encode(image, name))
 
+    def holds(self, image: bytes) -> bool:
+        """Whether an image's features are kept, or being computed."""
+        return digest(image, PREPROCESSING_VERSION) in self._features
+
+    def capacity(self) -> Capacity:
+        """What the stages can do for this ingress replica."""
+        decoded, encoded = self._preprocessor.capacity(), self._encoder.capacity()
+        images = None if decoded is None or encoded is None else 1 / (1 / decoded + 1 / encoded)
+        return Capacity(images, self._generator.capacity())
+
     async def _encode(self, image: bytes, name: str) -> ImageFeatures:
-        with stage_errors():
-            # The encoder gets a reference: the pixels do not come through here.
-            pixels = self._pixels.remote(image)
-            features: ImageFeatures = await self._encode_pixels.remote(pixels, name)
-            return features
+        work = Work(name)
+        pixels = await self._preprocessor.call("pixels", image, work=work)
+        features: ImageFeatures = await self._encoder.call("encode", pixels, name, work=work)
+        return features
 
     async def generate(
         self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> Completion:
         """Returns the whole answers."""
-        with stage_errors():
-            response = self._generate.remote(features, prompt, params)
-            try:
-                completion: Completion = await response
-            except asyncio.CancelledError:
-                response.cancel()  # Ray Serve would, if the client had left: not at a deadline
-                raise
-            return completion
+        work = _work(features, prompt, params)
+        completion: Completion = await self._generator.call(
+            "generate", features, prompt, params, work=work
+        )
+        return completion
 
     async def stream(
         self, features: ImageFeatures, prompt: str, params: SamplingParams
     ) -> AsyncGenerator[TokenEvent, None]:
         """Yields the answers as they come; leaving early cancels the generation."""
-        with stage_errors():
-            events = self._stream.remote(features, prompt, params)
-            finished = False
-            try:
-                async for event in events:
-                    finished = event.last
-                    yield event
-            finally:
-                if not finished:
-                    events.cancel()
+        work, progress = _work(features, prompt, params), Progress(params.n)
+        events = self._generator.stream(
+            "stream", features, prompt, params, resume=progress.sent, work=work
+        )
+        async with aclosing(events):
+            async for event in events:
+                progress.add(event)
+                yield event
 
     async def metrics_urls(self) -> dict[str, str]:
         """Returns the URL of Ray's metrics exporter on each node, by its address and port."""
@@ -128,26 +135,7 @@ class Ingress:
                 await asyncio.sleep(WARM_UP_RETRY_S)
 
 
-def _method(deployment: DeploymentHandle[Any], name: str, *, stream: bool = False) -> Any:
-    """The handle of one method. All arguments and results are plain: pickle is enough."""
-    return deployment.options(
-        method_name=name,
-        stream=stream,
-        request_serialization="pickle",
-        response_serialization="pickle",
-    )
-
-
-@contextmanager
-def stage_errors() -> Iterator[None]:
-    """Turns what Ray raises when a stage fails into this package's errors."""
-    try:
-        yield
-    except RayTaskError as error:
-        if isinstance(error.cause, Blip2ServeError):
-            raise error.cause from None
-        raise
-    except BackPressureError as error:
-        raise Overloaded("too many requests are queued; try again later") from error
-    except (RayActorError, DeploymentUnavailableError) as error:
-        raise Unavailable("a replica was lost while it worked on this; try again") from error
+def _work(features: ImageFeatures, prompt: str, params: SamplingParams) -> Work:
+    key = f"{features.digest} {hash((prompt, params))}"
+    size = float(params.max_tokens or 0) * max(params.n, params.num_beams)
+    return Work(key, size, deadline.current(), features.fingerprint)

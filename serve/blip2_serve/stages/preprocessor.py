@@ -16,6 +16,8 @@ from blip2_serve.model.source import find_configuration
 from blip2_serve.observe import logs
 from blip2_serve.observe.instruments import PreprocessorInstruments
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.stages.vital_signs import VitalSigns
+from blip2_serve.types import Call, Vitals
 
 
 class Preprocessor:
@@ -28,8 +30,9 @@ class Preprocessor:
         self._threads = ThreadPoolExecutor(threads, "decode")
         self._instruments = PreprocessorInstruments(RayRecorder(), threads)
         self._instruments.ready()
+        self._signs = VitalSigns(self._instruments)
 
-    async def pixels(self, data: bytes) -> NDArray[np.uint8]:
+    async def pixels(self, data: bytes, *, call: Call | None = None) -> NDArray[np.uint8]:
         """Turns an image file into uint8 [3, S, S].
 
         Raises:
@@ -47,6 +50,10 @@ class Preprocessor:
         start = time.perf_counter()
         pixels = self._processor.pixels(data)
         return pixels, start, time.perf_counter() - start
+
+    async def alive(self, caller: str) -> Vitals:
+        """Called by each ingress replica once per second, while it has work here."""
+        return self._signs.answer(caller)
 
     async def stats(self) -> dict[str, Any]:
         return self._instruments.stats()

@@ -88,7 +88,7 @@ async def test_if_every_image_fails_the_first_error_sets_the_status(
     backend.failures = {b"one": Overloaded("busy"), b"two": InvalidImage("not an image")}
     response = await post(client, "/v1/caption", {"images": [data_url(b"one"), data_url(b"two")]})
 
-    assert response.status_code == 503
+    assert response.status_code == 429
     assert error_of(response)["code"] == "overloaded"
 
 

@@ -139,7 +139,7 @@ async def test_usage_is_the_last_chunk_on_request(client: httpx.AsyncClient, rou
 @pytest.mark.parametrize(
     ("failure", "status"),
     [
-        pytest.param(Overloaded("try again later"), 503, id="queue full"),
+        pytest.param(Overloaded("try again later"), 429, id="queue full"),
         pytest.param(ContextLengthExceeded("too long"), 400, id="too long"),
     ],
 )

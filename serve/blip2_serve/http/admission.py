@@ -1,0 +1,224 @@
+"""One decision for each request: does the server take it on, or is it too busy? No Ray.
+
+Whatever may queue is counted here. A request is admitted if all that was admitted before it will be
+done soon enough: images by what preprocessor and encoder can do, answers by what the generator can
+do and by how long answers have lately been. The decision is made when the headers are there, so
+that most refused bodies are never parsed, and once more when the request is known.
+
+Near the limit some are refused by chance. Otherwise a client whose request has just ended would
+always take the place that this leaves, and one that comes back when it was told to would find none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from blip2_serve.config import AdmissionConfig
+from blip2_serve.errors import Overloaded
+from blip2_serve.observe import metrics
+from blip2_serve.observe.metrics import Recorder
+from blip2_serve.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MEMORY = 50  # requests that means are taken over, roughly
+SMOOTH_OVER = 8  # arrivals
+SOME_FROM = 0.75  # share of `max_wait_s` from which some requests are refused
+MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
+RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
+RETURN_SHARE = 0.08  # of what the server can do: what refused clients may ask for when they return
+LONGEST_RETRY_S = 60
+WARN_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What the stages can do for this ingress replica; None while no replica has told."""
+
+    images_per_s: float | None = None  # decoded and encoded
+    answers_per_s: float | None = None  # average ones
+
+
+class Admission:
+    """Admits requests while the work ahead of them will be done within `max_wait_s`.
+
+    Args:
+        limits: The settings.
+        capacity: Tells what the stages can do.
+        clock: Returns seconds.
+        draw: Returns a random number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        limits: AdmissionConfig,
+        capacity: Callable[[], Capacity],
+        recorder: Recorder,
+        clock: Callable[[], float] = time.monotonic,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self._limits = limits
+        self._capacity = capacity
+        self._recorder = recorder
+        self._clock = clock
+        self._draw = draw
+        # What the admitted requests still ask of the stages.
+        self._requests = 0
+        self._bytes = 0  # of their bodies
+        self._images = self._answers = 0.0
+        self._smooth_wait = 0.0  # seconds, over the latest arrivals
+        # What requests have lately been like.
+        self._mean_images = 1.0  # to encode
+        self._mean_tokens: float | None = None  # of one answer
+        self._mean_work: float | None = None  # tokens of all answers to a request
+        self._finished: deque[float] = deque()  # when
+        self._next_return = -math.inf  # when the next refused client should come back
+        self._warned = -math.inf
+        self._unsaid = 0  # refusals since the last warning
+
+    def enter(self, body_bytes: int) -> Ticket:
+        """Admits a request of which only the headers are known.
+
+        Raises:
+            Overloaded: it would have to wait too long, or too many bytes are held already.
+        """
+        if self._bytes + body_bytes > self._limits.max_held_bytes and self._requests:
+            raise self._refusal("bytes", 0.0)
+        images = self._mean_images > MOSTLY
+        self._check(images=images, time_left=None)
+        self._smooth_wait += (self.wait_s(images=images) - self._smooth_wait) / SMOOTH_OVER
+        share = (self._smooth_wait / self._limits.max_wait_s - SOME_FROM) / (1 - SOME_FROM)
+        if self._requests >= self._limits.min_requests and self._draw() < share:
+            raise self._refusal("wait", 0.0)
+        return Ticket(self, body_bytes)
+
+    def answers(self, params: SamplingParams, default_max_tokens: int) -> float:
+        """How many average answers a request asks for; its limit counts only below the mean."""
+        if self._mean_tokens is None or not self._mean_work:
+            return 1.0
+        length = min(params.max_tokens or default_max_tokens, self._mean_tokens)
+        return max(params.num_beams, params.n) * max(length, params.min_tokens) / self._mean_work
+
+    def learn(self, tokens: int, answers: int) -> None:
+        """Learns from an answered request: the tokens of all its answers, and their number."""
+        self._mean_tokens = _mean(self._mean_tokens, tokens / answers)
+        self._mean_work = _mean(self._mean_work, tokens)
+        self._finished.append(self._clock())
+
+    def wait_s(self, *, images: bool = True) -> float:
+        """Seconds until all admitted work is done; without `images`, all answers."""
+        capacity = self._capacity()
+        if capacity.images_per_s is None or capacity.answers_per_s is None:
+            return 0.0 if self._requests < self._limits.initial_requests else math.inf
+        answers_s = self._answers / capacity.answers_per_s
+        return answers_s + self._images / capacity.images_per_s if images else answers_s
+
+    def _check(self, *, images: bool, time_left: float | None) -> None:
+        if self._requests < self._limits.min_requests:
+            return
+        wait, limit = self.wait_s(images=images), self._limits.max_wait_s
+        if wait > limit:
+            raise self._refusal("wait", wait - limit)
+        if time_left is not None and wait > time_left:
+            raise self._refusal("deadline", wait - time_left)
+
+    def _refusal(self, reason: str, excess_s: float) -> Overloaded:
+        self._recorder.add(metrics.SHED, reason=reason)
+        retry_s = self._retry_after_s(excess_s)
+        self._warn()
+        return Overloaded("the server is busy; try again later", retry_after_s=retry_s)
+
+    def _retry_after_s(self, excess_s: float) -> float:
+        """When a client that is refused now should come back so as to be admitted then.
+
+        Nobody can tell a client that comes back from a new one. So they are asked back one by one,
+        at a rate that is a small share of what the server can do.
+        """
+        now = self._clock()
+        back = max(self._next_return, now + max(excess_s, 1.0))
+        if back > now + LONGEST_RETRY_S:
+            return float(math.ceil(LONGEST_RETRY_S * (1 + self._draw()) / 2))
+        self._next_return = back + 1 / (RETURN_SHARE * self._rate(now))
+        return float(math.ceil(back - now))
+
+    def _rate(self, now: float) -> float:
+        """Requests per second that are finished, or could be while none is."""
+        while self._finished and self._finished[0] <= now - RATE_OVER_S:
+            self._finished.popleft()
+        if self._finished:
+            return len(self._finished) / RATE_OVER_S
+        capacity = self._capacity()
+        return min(capacity.images_per_s or 1.0, capacity.answers_per_s or 1.0)
+
+    def _warn(self) -> None:
+        """Logs at most one line per second, however many are refused."""
+        self._unsaid += 1
+        now = self._clock()
+        if now - self._warned >= WARN_EVERY_S:
+            logger.warning("busy: %d requests refused", self._unsaid)
+            self._warned, self._unsaid = now, 0
+
+
+class Ticket:
+    """An admitted request; a context manager around its work."""
+
+    def __init__(self, admission: Admission, body_bytes: int) -> None:
+        self._admission = admission
+        self._bytes = body_bytes
+        self._images = self._answers = 0.0
+        self.planned = False
+
+    def __enter__(self) -> Self:
+        self._admission._requests += 1
+        self._admission._bytes += self._bytes
+        self._asks(self._admission._mean_images, 1.0)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._asks(0.0, 0.0)
+        self._admission._requests -= 1
+        self._admission._bytes -= self._bytes
+
+    def plan(self, images: int, answers: float, time_left: float | None) -> None:
+        """Tells what the request asks for: images to encode, and average answers.
+
+        Raises:
+            Overloaded: it would have to wait too long, or for longer than it has.
+        """
+        admission, self.planned = self._admission, True
+        admission._mean_images = _mean(admission._mean_images, images)
+        self._asks(0.0, 0.0)
+        # What was admitted since does not count, unless the request turns out to need the encoder.
+        admission._requests -= 1
+        try:
+            if images or time_left is not None:
+                admission._check(images=images > 0, time_left=time_left)
+        finally:
+            admission._requests += 1
+        self._asks(images, answers)
+
+    def encoded(self) -> None:
+        """The features of one image are there."""
+        self._asks(max(0.0, self._images - 1), self._answers)
+
+    def _asks(self, images: float, answers: float) -> None:
+        self._admission._images += images - self._images
+        self._admission._answers += answers - self._answers
+        self._images, self._answers = images, answers
+
+
+def _mean(mean: float | None, value: float) -> float:
+    return value if mean is None else mean + (value - mean) / MEMORY

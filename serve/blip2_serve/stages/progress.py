@@ -1,0 +1,27 @@
+"""What the client of a stream has received, for a replica that continues it. Needs no Ray."""
+
+from __future__ import annotations
+
+from blip2_serve.types import TokenEvent
+
+Sent = tuple[tuple[int, ...] | None, ...]
+
+
+class Progress:
+    """The tokens of the answers to one request."""
+
+    def __init__(self, answers: int) -> None:
+        self._tokens: list[list[int] | None] = [[] for _ in range(answers)]
+
+    def add(self, event: TokenEvent) -> None:
+        """Notes what goes to the client."""
+        if event.finish_reason is not None:
+            self._tokens[event.index] = None
+        elif (tokens := self._tokens[event.index]) is not None:
+            tokens += event.token_ids
+
+    def sent(self) -> Sent:
+        """The token ids sent of each answer, None for a finished one; empty if there are none."""
+        if not any(tokens is None or tokens for tokens in self._tokens):
+            return ()
+        return tuple(None if tokens is None else tuple(tokens) for tokens in self._tokens)

@@ -1,0 +1,207 @@
+"""Admission: who is let in, who is refused, and when the refused are asked back."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from blip2_serve.config import AdmissionConfig
+from blip2_serve.errors import Overloaded
+from blip2_serve.http.admission import Admission, Capacity, Ticket
+from blip2_serve.types import SamplingParams
+from support.recorder import FakeRecorder
+
+PARAMS = SamplingParams(max_tokens=2048)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Server:
+    """An `Admission` of a server of known capacity, and the requests it has let in."""
+
+    def __init__(
+        self, capacity: Capacity, draw: Callable[[], float] | None = None, **limits: float
+    ) -> None:
+        self.capacity = capacity
+        self.clock = Clock()
+        self.recorder = FakeRecorder()
+        settings = AdmissionConfig.model_validate({"min_requests": 1, **limits})
+        # By default, chance lets everyone in, and the limits are sharp.
+        self.admission = Admission(
+            settings, lambda: self.capacity, self.recorder, self.clock, draw or (lambda: 1.0)
+        )
+        self.inside = ExitStack()
+
+    def arrive(
+        self, *, images: int = 1, answers: float = 1.0, time_left: float | None = None
+    ) -> Ticket:
+        ticket = self.inside.enter_context(self.admission.enter(1000))
+        ticket.plan(images, answers, time_left)
+        return ticket
+
+    def admits(self) -> int:
+        """How many requests it takes on before it refuses one."""
+        for count in range(10_000):
+            try:
+                self.arrive()
+            except Overloaded:
+                return count
+        raise AssertionError("nothing was refused")
+
+
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    [
+        pytest.param(Capacity(1e9, 10.0), 20, id="the generator is the bottleneck"),
+        pytest.param(Capacity(10.0, 1e9), 20, id="the encoder is the bottleneck"),
+        pytest.param(Capacity(20.0, 20.0), 20, id="both take their time"),
+    ],
+)
+def test_requests_are_admitted_while_the_work_ahead_takes_max_wait_at_most(
+    capacity: Capacity, expected: int
+) -> None:
+    server = Server(capacity, max_wait_s=2.0)
+
+    assert abs(server.admits() - expected) <= 1
+
+
+def test_a_request_that_ends_makes_room_for_one_more() -> None:
+    server = Server(Capacity(1e9, 10.0))
+    with server.admission.enter(1000):
+        server.admits()
+    server.arrive()
+
+    with pytest.raises(Overloaded):
+        server.arrive()
+
+
+def test_few_requests_are_always_admitted_however_slow_the_server_is() -> None:
+    assert Server(Capacity(0.01, 0.01), min_requests=8).admits() == 8
+
+
+def test_a_stage_that_is_not_there_yet_gets_a_bounded_number_of_requests() -> None:
+    assert Server(Capacity(None, None), initial_requests=32).admits() == 32
+
+
+def test_images_whose_features_are_held_cost_the_encoder_nothing() -> None:
+    server = Server(Capacity(1.0, 1000.0), max_wait_s=2.0)
+    for _ in range(200):  # so that it does not expect every request to need the encoder
+        with server.admission.enter(0) as ticket:
+            ticket.plan(0, 1.0, None)
+    for _ in range(2):
+        server.arrive(images=1)
+    with pytest.raises(Overloaded):
+        server.arrive(images=1)
+
+    for _ in range(100):
+        server.arrive(images=0)
+
+
+def test_an_encoded_image_no_longer_counts() -> None:
+    server = Server(Capacity(1.0, 1e9), max_wait_s=2.0)
+    tickets = [server.arrive() for _ in range(2)]
+    with pytest.raises(Overloaded):
+        server.arrive()
+    for ticket in tickets:
+        ticket.encoded()
+
+    server.arrive()
+
+
+def test_long_limits_count_as_long_as_answers_really_are() -> None:
+    server = Server(Capacity(100.0, 100.0))
+    for _ in range(100):
+        server.admission.learn(10, 1)
+
+    assert server.admission.answers(PARAMS, 64) == pytest.approx(1)
+    assert server.admission.answers(SamplingParams(max_tokens=5), 64) == pytest.approx(0.5)
+    assert server.admission.answers(SamplingParams(n=4, temperature=1.0), 64) == pytest.approx(4)
+    assert server.admission.answers(SamplingParams(num_beams=5), 64) == pytest.approx(5)
+    assert server.admission.answers(SamplingParams(min_tokens=20), 64) == pytest.approx(2)
+
+
+def test_a_request_that_cannot_be_answered_by_its_deadline_is_refused() -> None:
+    server = Server(Capacity(1e9, 10.0), max_wait_s=2.0)
+    for _ in range(11):
+        server.arrive()
+
+    server.arrive(time_left=1.5)
+    with pytest.raises(Overloaded):
+        server.arrive(time_left=1.0)
+    assert server.recorder.total("blip2_shed_total", "deadline") == 1
+
+
+def test_the_bytes_of_bodies_are_bounded_but_one_large_body_is_always_taken() -> None:
+    server = Server(Capacity(100.0, 100.0), max_held_bytes=10_000)
+
+    with server.admission.enter(20_000), pytest.raises(Overloaded):
+        server.admission.enter(1)
+    with server.admission.enter(6_000), pytest.raises(Overloaded):
+        server.admission.enter(6_000)
+
+
+def test_refusals_are_logged_once_per_second(caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(Capacity(1e9, 10.0))
+    server.admits()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(300):
+            server.clock.now += 0.01
+            with pytest.raises(Overloaded):
+                server.arrive()
+
+    assert 3 <= len(caplog.records) <= 4
+
+
+def test_a_client_is_asked_back_within_a_minute() -> None:
+    server = Server(Capacity(1e9, 10.0))
+    server.admits()
+    for _ in range(5_000):
+        with pytest.raises(Overloaded) as refused:
+            server.arrive()
+        assert 1 <= (refused.value.retry_after_s or 0) <= 60
+
+
+@pytest.mark.parametrize("rate", [10.0, 200.0])
+def test_clients_that_come_back_when_they_are_told_to_are_admitted(rate: float) -> None:
+    """A closed population of three times what the server holds, on a simulated clock."""
+    draw = random.Random(5)
+    server = Server(Capacity(1e9, rate), draw.random)
+    population = 3 * server.admits()
+    server.inside.close()
+    step, service_s = 0.01, 2.0
+    due = [(draw.random(), False) for _ in range(population)]  # when a client asks, and if again
+    working: list[tuple[float, Ticket]] = []
+    admitted = returned = done = 0
+    for tick in range(int(200 / step)):
+        now = server.clock.now = tick * step
+        # The server works off `rate` requests per second, in order, each for at least a moment.
+        while working and working[0][0] <= now and done < rate * now:
+            _, ticket = working.pop(0)
+            ticket.__exit__(None, None, None)
+            server.admission.learn(10, 1)
+            due.append((now, False))
+            done += 1
+        ready, due = [d for d in due if d[0] <= now], [d for d in due if d[0] > now]
+        for _, again in ready:
+            counted = again and now > 60  # the first minute is the burst at the start
+            returned += counted
+            try:
+                ticket = server.admission.enter(0).__enter__()
+                ticket.plan(1, 1.0, None)
+                working.append((now + service_s / 4, ticket))
+                admitted += counted
+            except Overloaded as error:
+                due.append((now + (error.retry_after_s or 0), True))
+
+    assert returned > 20
+    assert admitted / returned >= 0.9
+    assert done >= 0.85 * rate * 200

@@ -1,0 +1,119 @@
+"""The gate: refusals before the body, slow bodies, and what a refused client sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from blip2_serve.config import AppConfig
+from blip2_serve.http.admission import Capacity
+from support.fake_backend import ROUTES, FakeBackend, body_for, client_of, error_of, post
+from support.recorder import FakeRecorder
+
+
+def config_of(**admission: float) -> AppConfig:
+    return AppConfig.model_validate({"ingress": {"admission": admission}})
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "/v1/responses"])
+async def test_a_busy_server_answers_429_with_the_time_to_come_back(route: str) -> None:
+    backend, recorder = FakeBackend(can_do=Capacity(1e9, 0.1)), FakeRecorder()
+    backend.held[b"picture"] = asyncio.Event()
+    body = body_for(route)
+    if route == "/v1/responses":
+        content = [{"type": "input_image", "image_url": body["image"]}]
+        body = {"input": [{"role": "user", "content": content}]}
+    async with client_of(backend, config_of(min_requests=1), recorder) as client:
+        first = asyncio.create_task(post(client, route, body))
+        while not backend.encoded:
+            await asyncio.sleep(0)
+        refused = await post(client, route, body)
+        backend.held[b"picture"].set()
+
+    assert (await first).status_code == 200
+    assert refused.status_code == 429
+    assert error_of(refused)["code"] == "overloaded"
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert len(backend.encoded) == 1
+    assert recorder.total("blip2_shed_total", "wait") == 1
+    assert recorder.total("blip2_admitted_total") == 1
+
+
+async def test_probes_and_lists_are_answered_however_busy_the_server_is() -> None:
+    backend = FakeBackend(can_do=Capacity(1e-9, 1e-9))
+    backend.held[b"picture"] = asyncio.Event()
+    async with client_of(backend, config_of(min_requests=1)) as client:
+        first = asyncio.create_task(post(client, "/v1/caption", body_for("/v1/caption")))
+        while not backend.encoded:
+            await asyncio.sleep(0)
+        for path in ("/health", "/ready", "/v1/models"):
+            assert (await client.get(path)).status_code == 200
+        backend.held[b"picture"].set()
+        await first
+
+
+async def test_the_body_of_a_refused_request_is_read_to_its_end() -> None:
+    backend = FakeBackend(can_do=Capacity(1e-9, 1e-9))
+    backend.held[b"picture"] = asyncio.Event()
+    sent = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(64):
+            sent += 1
+            yield bytes(65_536)
+
+    async with client_of(backend, config_of(min_requests=1)) as client:
+        first = asyncio.create_task(post(client, "/v1/caption", body_for("/v1/caption")))
+        while not backend.encoded:
+            await asyncio.sleep(0)
+        refused = await client.post("/v1/caption", content=body())
+        backend.held[b"picture"].set()
+        await first
+
+    assert refused.status_code == 429
+    assert sent == 64
+
+
+async def test_a_body_that_does_not_arrive_in_time_is_a_408() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with client_of(FakeBackend(), config_of(body_timeout_s=0.05)) as client:
+        response = await client.post("/v1/caption", content=body())
+
+    assert response.status_code == 408
+    assert error_of(response)["code"] == "timeout"
+
+
+async def test_a_request_leaves_nothing_behind_however_it_ends() -> None:
+    backend = FakeBackend(can_do=Capacity(1e-9, 1e-9))
+    async with client_of(backend, config_of(min_requests=1)) as client:
+        for _ in range(3):
+            assert (await post(client, "/v1/caption", b"not JSON")).status_code == 400
+            answer: httpx.Response = await post(client, "/v1/caption", body_for("/v1/caption"))
+            assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        pytest.param({"n": 8, "temperature": 1, "max_tokens": 100}, 200, id="at the limit"),
+        pytest.param({"n": 8, "temperature": 1, "max_tokens": 101}, 400, id="many long answers"),
+        pytest.param({"num_beams": 8, "max_tokens": 101}, 400, id="long beams"),
+        pytest.param({"max_tokens": 2000}, 200, id="one answer, which the model's length cuts"),
+    ],
+)
+async def test_a_request_cannot_ask_for_more_tokens_than_the_limit(
+    fields: dict[str, float], status: int
+) -> None:
+    async with client_of(FakeBackend(), config_of(max_total_tokens=800)) as client:
+        response = await post(client, "/v1/generate", body_for("/v1/generate", **fields))
+
+    assert response.status_code == status
+    if status == 400:
+        assert error_of(response)["param"] == "max_tokens"

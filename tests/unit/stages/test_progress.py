@@ -1,0 +1,19 @@
+"""What a stream's client has received."""
+
+from __future__ import annotations
+
+from blip2_serve.stages.progress import Progress
+from blip2_serve.types import TokenEvent
+
+
+def test_nothing_was_sent_before_the_first_event() -> None:
+    assert Progress(3).sent() == ()
+
+
+def test_the_tokens_of_each_answer_add_up_and_finished_answers_have_none() -> None:
+    progress = Progress(3)
+    progress.add(TokenEvent((1, 2), " a", index=0))
+    progress.add(TokenEvent((9,), " b", "stop", index=2))
+    progress.add(TokenEvent((3,), " c", index=0))
+
+    assert progress.sent() == ((1, 2, 3), (), None)
