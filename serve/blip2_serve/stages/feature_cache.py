@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 
 from blip2_serve.types import ImageFeatures
@@ -32,13 +32,14 @@ class FeatureCache:
         self._on_lookup = on_lookup
         self._kept: OrderedDict[str, ImageFeatures] = OrderedDict()
         self._under_way: dict[str, asyncio.Task[ImageFeatures]] = {}
+        self._waiting: Counter[asyncio.Task[ImageFeatures]] = Counter()  # callers
 
     async def get(
         self, digest: str, compute: Callable[[], Awaitable[ImageFeatures]]
     ) -> ImageFeatures:
         """Returns the features of an image, computing them if need be.
 
-        A caller that is cancelled does not cancel the computation. What the computation raises
+        A computation is cancelled when the last caller that waits for it is. What it raises
         reaches every caller that waits for it, and is not kept.
         """
         if digest in self._kept:
@@ -51,7 +52,16 @@ class FeatureCache:
             task = asyncio.create_task(self._run(digest, compute), context=self._new_context())
             task.add_done_callback(_retrieve)
             self._under_way[digest] = task
-        return await asyncio.shield(task)
+        self._waiting[task] += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiting[task] -= 1
+            if not self._waiting[task]:
+                del self._waiting[task]
+                if not task.done():
+                    self._under_way.pop(digest, None)
+                    task.cancel()
 
     def __contains__(self, digest: str) -> bool:
         """Whether an image's features are kept, or being computed."""
@@ -67,7 +77,8 @@ class FeatureCache:
         try:
             features = await compute()
         finally:
-            del self._under_way[digest]
+            if self._under_way.get(digest) is asyncio.current_task():
+                del self._under_way[digest]
         self._kept[digest] = features
         while len(self._kept) > self._entries:
             self._kept.popitem(last=False)

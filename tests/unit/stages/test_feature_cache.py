@@ -89,30 +89,40 @@ async def test_a_client_that_leaves_does_not_cancel_it_for_the_others(leaving: i
     assert encoder.calls["a"] == 1
 
 
-async def test_features_are_kept_even_if_every_client_left() -> None:
+async def test_nothing_is_computed_for_clients_that_have_all_left() -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
     tasks = await waiters(encoder, cache, 2)
+    (encoding,) = cache._under_way.values()
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.wait([*tasks, encoding])
+
+    assert encoding.cancelled()
+    assert "a" not in cache
+
+
+async def test_a_client_that_comes_as_the_last_one_leaves_is_answered() -> None:
+    encoder, cache = Encoder(open_gate=False), FeatureCache(8)
+    (leaving,) = await waiters(encoder, cache, 1)
+    leaving.cancel()
+    await asyncio.sleep(0)
     encoder.gate.set()
 
     assert (await encoder.get(cache, "a")).digest == "a"
-    assert encoder.calls["a"] == 1
+    assert "a" in cache
 
 
-async def test_a_failure_after_every_client_left_is_not_logged_as_unretrieved(
+async def test_a_failure_as_every_client_leaves_is_not_logged_as_unretrieved(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     encoder, cache = Encoder(open_gate=False), FeatureCache(8)
     encoder.failure = InvalidImage("broken")
     clients = await waiters(encoder, cache, 2)
+    (encoding,) = cache._under_way.values()
+    encoder.gate.set()
     for client in clients:
         client.cancel()
-    await asyncio.wait(clients)
-    encoding = [*cache._under_way.values()]
-    encoder.gate.set()
-    await asyncio.wait(encoding)
+    await asyncio.wait([*clients, encoding])
     del encoding, clients, client
     gc.collect()  # asyncio complains when the task is freed
 
