@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from blip2_serve.engine.engine import EngineStats
 from blip2_serve.engine.loop import Step
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.step import EngineStats
 from blip2_serve.observe import metrics
 from blip2_serve.observe.loading import LoadReport
 from blip2_serve.observe.meter import BatchMeter, EngineMeter

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from blip2_serve.engine.engine import EngineStats, StepReport
 from blip2_serve.engine.loop import Step
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.step import EngineStats, StepReport
 from blip2_serve.observe import metrics
 from blip2_serve.observe.instruments import (
     Batch,
