@@ -104,6 +104,7 @@ class Bench:
         step: int = 16,
         prefix_caching: bool = False,
     ) -> None:
+        self.now = 0.0  # the engine's clock
         self.scripts: dict[str, list[list[int]]] = {}
         self.runner = FakeRunner()
         scheduler = Scheduler(
@@ -120,6 +121,7 @@ class Bench:
             decode=decode,
             eos_token_ids=(EOS, OTHER_EOS),
             asynchronous=self.asynchronous,
+            clock=lambda: self.now,
         )
         self.events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
         self.failures: dict[str, Blip2ServeError] = {}
@@ -130,12 +132,13 @@ class Bench:
         *scripts: Script,
         prompt: int | list[int] = 3,
         sent: tuple[tuple[int, ...] | None, ...] = (),
+        expires: float | None = None,
         **params: Any,
     ) -> Request:
         self.scripts[name] = [s if isinstance(s, list) else tokens(s) for s in scripts]
         longest = max(map(len, self.scripts[name]))
         request = make_request(name, prompt, **{"max_tokens": longest, **params})
-        request.sent = sent
+        request.sent, request.expires = sent, expires
         self.engine.add(request)
         return request
 

@@ -6,6 +6,8 @@ HTTP, nor of torch: logits pass from the runner to the sampler unseen.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +27,7 @@ from blip2_serve.engine.step import (
     StepReport,
     StepResult,
 )
-from blip2_serve.errors import Blip2ServeError, Unavailable
+from blip2_serve.errors import Blip2ServeError, TimedOut, Unavailable
 from blip2_serve.types import FinishReason, TokenLogprob
 
 
@@ -58,6 +60,7 @@ class Engine:
 
     `decode` turns token ids into text without special tokens; `eos_token_ids` end an answer.
     `asynchronous` says that the runner only launches work and the sampler's results wait for it.
+    `clock` tells the seconds that `Request.expires` is compared with.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Engine:
         decode: Decode,
         eos_token_ids: tuple[int, ...],
         asynchronous: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -76,6 +80,8 @@ class Engine:
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
         self._asynchronous = asynchronous
+        self._clock = clock
+        self._next_expiry = math.inf  # no request expires before that
         self._live: dict[str, Live] = {}
         self._ended: list[Event] = []  # of resumed answers that had nothing left to compute
         self._failures: list[Failure] = []
@@ -105,6 +111,8 @@ class Engine:
         self._scheduler.add(request)
         ends = frozenset[int]() if request.params.ignore_eos else self._eos
         live = self._live[request.id] = Live(request, self._decode, ends)
+        if request.expires is not None:
+            self._next_expiry = min(self._next_expiry, request.expires)
         events = live.resume() if request.sent else []
         if not live.unfinished:
             self.abort(request.id)
@@ -119,9 +127,11 @@ class Engine:
     def step(self) -> StepResult:
         """Takes the tokens of the step under way, launches the next, and returns what is new.
 
+        Requests whose time is over end with TimedOut before that, whether they run or wait.
         So the device computes while this thread turns tokens into text. A runner that is not
         asynchronous has computed a step once it is launched: its tokens are taken at once.
         """
+        self._expire()
         report, news = self._collect()
         admitted = self._launch()
         if not self._asynchronous:
@@ -146,6 +156,20 @@ class Engine:
         """Drops a request that has no answer."""
         self.abort(live.request.id)
         self._failures.append((live.request.id, error))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if now < self._next_expiry:
+            return
+        self._next_expiry = math.inf
+        for live in [*self._live.values()]:
+            expires = live.request.expires
+            if expires is None:
+                continue
+            if expires <= now:
+                self._fail(live, TimedOut("the time of the request was over before its answer"))
+            else:
+                self._next_expiry = min(self._next_expiry, expires)
 
     # -- launching a step ----------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ class Step:
     admitted: tuple[Admission, ...]  # to the step that it launched
     queue_seconds: tuple[float, ...]  # per admitted request: the time since it was submitted
     answered: int  # answer tokens it returned
+    expired: int = 0  # requests that it dropped because their time was over
 
 
 @dataclass
@@ -92,6 +93,7 @@ class EngineLoop:
 
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Engine.add`.
+            TimedOut: the request's time was over.
             Unavailable: the engine has failed, or is closed, or could not resume the answer.
         """
         if self.failure or self._closing:
@@ -156,7 +158,9 @@ class EngineLoop:
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
         answered = sum(len(event.token_ids) for _, event in result.events)
         seconds = time.perf_counter() - start
-        self._observe(Step(result.report, seconds, result.admitted, queue_seconds, answered))
+        self._observe(
+            Step(result.report, seconds, result.admitted, queue_seconds, answered, result.expired)
+        )
 
     def _receive(self) -> bool:
         """Runs the calls in the inbox, waiting while there is nothing to do; False when closing."""

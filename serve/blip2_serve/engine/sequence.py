@@ -79,6 +79,8 @@ class Request:
     `sent` is empty, or has for each of the n answers the tokens that the client has received
     already, None for an answer that it has received to its end. The others go on after these tokens
     as if they had never been interrupted.
+
+    `expires` is when its time is over, by the engine's clock; None: never.
     """
 
     id: str
@@ -87,6 +89,7 @@ class Request:
     digest: str
     params: SamplingParams
     sent: tuple[tuple[int, ...] | None, ...] = ()
+    expires: float | None = None
     sequences: list[Sequence] = field(default_factory=list)  # one until prefill is done
     slots: array[int] = field(default_factory=_no_slots)  # all of them, shared ones included
     unused: array[int] = field(default_factory=_no_slots)  # those without a token yet

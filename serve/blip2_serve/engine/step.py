@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Chunk, Sequence
-from blip2_serve.errors import Blip2ServeError
+from blip2_serve.errors import Blip2ServeError, TimedOut
 from blip2_serve.types import TokenEvent, TokenLogprob
 
 Event = tuple[str, TokenEvent]  # request id, and what is new
@@ -77,3 +77,8 @@ class StepResult:
     report: StepReport | None  # of the step that produced them; None if none had been launched
     admitted: tuple[Admission, ...]  # to the step that was launched
     failures: list[Failure]
+
+    @property
+    def expired(self) -> int:
+        """Requests whose time was over."""
+        return sum(isinstance(error, TimedOut) for _, error in self.failures)

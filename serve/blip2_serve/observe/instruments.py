@@ -33,6 +33,7 @@ class Batch:
     seconds: float
     waited: tuple[float, ...]  # seconds that each item waited for the batch to start
     dropped: int  # items skipped since the last batch because their callers had left
+    expired: int = 0  # items skipped since the last batch because their time was over
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ class EncoderInstruments(Instruments):
         record.observe(metrics.BATCH_SIZE, images, stage=self.stage)
         record.add(metrics.BATCH_CAPACITY, self._max_batch_size, stage=self.stage)
         record.add(metrics.DROPPED, batch.dropped, stage=self.stage)
+        record.add(metrics.EXPIRED, batch.expired, stage=self.stage)
 
     def signals(self) -> Signals:
         return self._meter.signals(self._waiting())
@@ -256,6 +258,7 @@ class GeneratorInstruments(Instruments):
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
         record.add(metrics.GENERATED_TOKENS, step.answered)
+        record.add(metrics.EXPIRED, step.expired, stage=self.stage)
         if not (report := step.report):
             return
         self._meter.stepped(report.tokens, step.seconds)

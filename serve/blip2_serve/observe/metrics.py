@@ -156,6 +156,11 @@ QUEUE_DEPTH = Gauge("blip2_queue_depth", "Requests waiting in a replica of a sta
 DROPPED = Counter(
     "blip2_dropped_total", "Requests a stage dropped because their clients had left.", ("stage",)
 )
+EXPIRED = Counter(
+    "blip2_expired_total",
+    "Requests a stage dropped because their time was over before it had answered.",
+    ("stage",),
+)
 FEATURE_LOOKUPS = Counter(
     "blip2_feature_cache_lookups_total",
     "Lookups in the ingress's cache of image features by result: hit, joined (the image is already "

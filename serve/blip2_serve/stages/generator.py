@@ -41,7 +41,9 @@ from blip2_serve.observe import logs
 from blip2_serve.observe.instruments import GeneratorInstruments, Model
 from blip2_serve.observe.loading import LoadReport, measured_loading
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.stages.deadline import expiry
 from blip2_serve.types import (
+    Call,
     Choice,
     Completion,
     ImageFeatures,
@@ -83,14 +85,19 @@ class Generator:
         )
 
     async def generate(
-        self, features: ImageFeatures, prompt: str, params: SamplingParams
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        *,
+        call: Call | None = None,
     ) -> Completion:
         """Returns the whole answers.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable
+            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, TimedOut
         """
-        request = self._request(features, prompt, params)
+        request = self._request(features, prompt, params, (), call)
         answers: dict[int, TokenEvent] = {}
         with self._instruments.request(request) as count:
             async with aclosing(self._loop.stream(request, whole=True)) as events:
@@ -102,10 +109,25 @@ class Generator:
         )
 
     async def stream(
-        self, features: ImageFeatures, prompt: str, params: SamplingParams
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        sent: tuple[tuple[int, ...] | None, ...] = (),
+        *,
+        call: Call | None = None,
     ) -> AsyncIterator[TokenEvent]:
-        """Yields the answers as they come; raises as `generate`, before the first event."""
-        request = self._request(features, prompt, params)
+        """Yields the answers as they come; raises as `generate`, if possible before any event.
+
+        Args:
+            features: Of the image.
+            prompt: The text after it.
+            params: How to answer.
+            sent: Empty, or what another replica's streams had of each answer: its tokens, or None
+                if it was whole. The events go on from there.
+            call: Whose time it takes.
+        """
+        request = self._request(features, prompt, params, sent, call)
         with self._instruments.request(request) as count:
             async with aclosing(self._loop.stream(request)) as events:
                 async for event in events:
@@ -124,7 +146,15 @@ class Generator:
         """Called by Serve, for the autoscaling policy."""
         return self._instruments.signals().report()
 
-    def _request(self, features: ImageFeatures, prompt: str, params: SamplingParams) -> Request:
+    def _request(
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        sent: tuple[tuple[int, ...] | None, ...],
+        call: Call | None,
+    ) -> Request:
+        expires = expiry(call)
         at_least = self._tokenizer.least_tokens(prompt)
         if at_least >= self._max_model_len:  # tokenising megabytes would block the event loop
             raise ContextLengthExceeded(
@@ -135,7 +165,8 @@ class Generator:
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
         image = _tensor(features, self._device)
-        return Request(uuid.uuid4().hex, ids, image, features.digest, params)
+        name = uuid.uuid4().hex
+        return Request(name, ids, image, features.digest, params, sent, expires)
 
     def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """Returns the parameters checked against the model, with max_tokens set.
