@@ -19,10 +19,11 @@ from transformers import Blip2ForConditionalGeneration, GenerationMixin
 from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.runner import Runner
 from blip2_serve.compute.sampler import Sampler
-from blip2_serve.engine.engine import Engine, EngineStats
+from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Request
 from blip2_serve.engine.slots import KvSlots
+from blip2_serve.engine.step import EngineStats
 from blip2_serve.model.checkpoint import open_checkpoint
 from blip2_serve.model.decoder import OptDecoder
 from blip2_serve.types import SamplingParams, TokenEvent

@@ -12,6 +12,7 @@ from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
+from blip2_serve.errors import Blip2ServeError
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.byte_tokens import EOS, OTHER_EOS, decode, tokens
 from support.requests import make_request
@@ -20,14 +21,27 @@ Script = str | list[int]
 
 
 class FakeRunner:
-    """Computes nothing and counts the tokens it was given."""
+    """Counts the tokens it was given, and asserts that each finds all earlier ones in their slots.
+
+    `memory` models the KV cache: each slot has its token, all tokens before it, and the image.
+    """
 
     def __init__(self) -> None:
         self.computed = 0
+        self.memory: dict[int, int] = {}
 
     def run(self, chunks: list[Chunk]) -> str:
         assert chunks
-        self.computed += sum(chunk.end - chunk.start for chunk in chunks)
+        for chunk in chunks:
+            sequence = chunk.sequence
+            self.computed += chunk.end - chunk.start
+            prefix = hash(sequence.request.digest)
+            for position, token in enumerate(sequence.tokens(0, chunk.end)):
+                prefix = hash((prefix, token))
+                slot = sequence.slots[position]
+                if position >= chunk.start:
+                    self.memory[slot] = prefix
+                assert self.memory[slot] == prefix, "KV of other tokens"
         return "logits"
 
 
@@ -90,6 +104,7 @@ class Bench:
         step: int = 16,
         prefix_caching: bool = False,
     ) -> None:
+        self.now = 0.0  # the engine's clock
         self.scripts: dict[str, list[list[int]]] = {}
         self.runner = FakeRunner()
         scheduler = Scheduler(
@@ -106,25 +121,36 @@ class Bench:
             decode=decode,
             eos_token_ids=(EOS, OTHER_EOS),
             asynchronous=self.asynchronous,
+            clock=lambda: self.now,
         )
         self.events: defaultdict[str, list[TokenEvent]] = defaultdict(list)
+        self.failures: dict[str, Blip2ServeError] = {}
 
     def add(
-        self, name: str, *scripts: Script, prompt: int | list[int] = 3, **params: Any
+        self,
+        name: str,
+        *scripts: Script,
+        prompt: int | list[int] = 3,
+        sent: tuple[tuple[int, ...] | None, ...] = (),
+        expires: float | None = None,
+        **params: Any,
     ) -> Request:
         self.scripts[name] = [s if isinstance(s, list) else tokens(s) for s in scripts]
         longest = max(map(len, self.scripts[name]))
         request = make_request(name, prompt, **{"max_tokens": longest, **params})
+        request.sent, request.expires = sent, expires
         self.engine.add(request)
         return request
 
     def step(self) -> None:
         """Takes the tokens of one step."""
-        result = self.engine.step()
-        if result.report is None and self.engine.has_work:  # only launched the first
-            result = self.engine.step()
-        for name, event in result.events:
-            self.events[name].append(event)
+        results = [self.engine.step()]
+        if results[0].report is None and self.engine.has_work:  # only launched the first
+            results.append(self.engine.step())
+        for result in results:
+            for name, event in result.events:
+                self.events[name].append(event)
+            self.failures |= result.failures
         self.engine.check_integrity()
 
     def finish(self) -> None:

@@ -52,10 +52,12 @@ class Simulation:
         ends_after: int = 1000,
         *,
         digest: str = "picture",
+        sent: tuple[tuple[int, ...] | None, ...] = (),
         **params: Any,
     ) -> Request:
         name = str(len(self.arrived))
         request = make_request(name, prompt, digest=digest, max_tokens=max_tokens, **params)
+        request.sent = sent
         self.scheduler.add(request)
         self.arrived.append(request)
         self.ends_after[name] = ends_after
@@ -79,13 +81,14 @@ class Simulation:
         for chunk in chunks:
             assert chunk.start == chunk.sequence.computed < chunk.end <= chunk.sequence.length
         single = {c.sequence for c in chunks if c.completes and c.end - c.start == 1}
-        assert {s for r in self.scheduler.running for s in r.sequences if s.output} <= single
+        assert {s for r in self.scheduler.running for s in r.sequences if s.decodes} <= single
         self._check_admission(running)
 
         self._compute(chunks)
         self.scheduler.advance(chunks)
-        for request in dict.fromkeys(c.sequence.request for c in chunks if c.completes):
-            self._choose(request)
+        ready = [c.sequence for c in chunks if c.completes]
+        for request in dict.fromkeys(sequence.request for sequence in ready):
+            self._choose(request, [s for s in ready if s.request is request])
         self.scheduler.check_integrity()
         return chunks
 
@@ -100,7 +103,11 @@ class Simulation:
     def check_answers(self) -> None:
         """Asserts that all requests but the aborted ones got the right numbers of answers."""
         for request in self.arrived:
-            if request.id in self.answers:
+            if request.id not in self.answers:
+                continue
+            if request.sent:
+                assert len(self.answers[request.id]) == sum(s is not None for s in request.sent)
+            else:
                 longest = max(map(len, self.answers[request.id]))
                 expected = min(request.params.max_tokens or 0, self.ends_after[request.id])
                 assert longest == expected
@@ -127,13 +134,14 @@ class Simulation:
                     self.memory[slot] = prefix
                 assert self.memory[slot] == prefix, "KV of other tokens"
 
-    def _choose(self, request: Request) -> None:
+    def _choose(self, request: Request, ready: list[Sequence]) -> None:
         if request.params.num_beams > 1:
             self._choose_beams(request)
             return
-        if request.params.n > 1 and not request.sequences[0].output:
-            request.sequences = [request.sequences[0].fork(i) for i in range(request.params.n)]
-        for sequence in [*request.sequences]:
+        if not ready[0].output:
+            request.sequences = request.samples()
+            ready = [sample for sample in request.sequences if not sample.output]
+        for sequence in ready:
             token = self.random.randrange(3)
             # Staggered, so that the samples of a request end at different times.
             if self._ends(request, len(sequence.output) + 1 + sequence.index):

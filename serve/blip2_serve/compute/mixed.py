@@ -42,7 +42,7 @@ class MixedParts:
     def _run(self, chunks: list[Chunk], singles: int) -> Tensor:
         """Single tokens come first -> logits of the completing chunks, in their order."""
         positions = [p for c in chunks for p in range(c.start, c.end)]
-        ids = [c.sequence.token_at(p) for c in chunks for p in range(c.start, c.end)]
+        ids = [token for c in chunks for token in c.sequence.tokens(c.start, c.end)]
         embeddings: Tensor = self._decoder.embed_tokens(self._indices(ids))
         insert_images(embeddings, chunks, self._device)
         hidden = self._decoder(

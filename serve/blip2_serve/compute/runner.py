@@ -64,7 +64,7 @@ class Runner:
 
         The next run may overwrite them.
         """
-        if all(c.sequence.output and c.end - c.start == 1 for c in chunks):
+        if all(c.decodes for c in chunks):
             return self.decode(decode_inputs(chunks, self._device, self._pad_to))[: len(chunks)]
         return self._mixed(chunks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from blip2_serve.engine.detokenizer import Decode, Detokenizer
 from blip2_serve.engine.sequence import Request
@@ -17,6 +17,23 @@ class Answer:
         self._index = index
         self._detokenizer = Detokenizer(decode, request.params.stop)
         self._tokens = 0
+
+    def resume(self, tokens: Sequence[int], ends: Collection[int]) -> TokenEvent | None:
+        """Goes on after tokens that were sent earlier; `ends` are the tokens that end an answer.
+
+        Returns the last event, without tokens, if they have ended the answer.
+        """
+        assert self._request.params.max_tokens is not None
+        at_end = bool(tokens) and tokens[-1] in ends
+        for token in tokens[:-1] if at_end else tokens:
+            self.add([token], [], None)
+            if self._detokenizer.stopped:
+                break
+        if at_end or self._detokenizer.stopped:
+            return self.add([], [], "stop")
+        if len(tokens) >= self._request.params.max_tokens:
+            return self.add([], [], "length")
+        return None
 
     def add(
         self, tokens: list[int], logprobs: Sequence[TokenLogprob], reason: FinishReason | None

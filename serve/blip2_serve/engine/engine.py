@@ -6,90 +6,29 @@ HTTP, nor of torch: logits pass from the runner to the sampler unseen.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
-from blip2_serve.engine.answer import Answer
-from blip2_serve.engine.beam import BeamSearch, Candidate
+from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.detokenizer import Decode
+from blip2_serve.engine.live import Live, check_sent
 from blip2_serve.engine.scheduler import Admission, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
-from blip2_serve.types import FinishReason, TokenEvent, TokenLogprob
-
-Event = tuple[str, TokenEvent]  # request id, and what is new
-
-
-class Runner(Protocol):
-    def run(self, chunks: list[Chunk]) -> Any: ...
-
-
-class Choice(Protocol):
-    @property
-    def token(self) -> int: ...
-    @property
-    def logprob(self) -> TokenLogprob | None: ...
-
-
-class Sampler(Protocol):
-    """Both queue their work behind the runner's and return what waits for the results."""
-
-    def choose(
-        self, logits: Any, rows: list[int], sequences: list[Sequence]
-    ) -> Callable[[], Iterable[Choice]]: ...
-    def expand(
-        self, logits: Any, rows: list[int], beams: list[Sequence], count: int
-    ) -> Callable[[], list[Candidate]]: ...
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Gauges at one moment, and totals since the start."""
-
-    running: int  # sequences
-    waiting: int  # requests
-    kv_slots_used: int  # held by requests or cached
-    kv_slots_cached: int  # kept for later requests, whether held or not
-    kv_slots_total: int
-    kv_slots_needed: int  # by all running requests, counting shared slots once per request
-    steps: int  # total
-    cached_tokens: int  # total of prompt tokens whose keys and values were cached
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a step computed."""
-
-    prefills: int  # sequences with a chunk of their prompt in the step
-    decodes: int  # sequences that advanced by one token
-    tokens: int  # of prompts and answers together
-
-    @classmethod
-    def of(cls, chunks: list[Chunk]) -> StepReport:
-        decodes = sum(bool(chunk.sequence.output) for chunk in chunks)
-        tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        return cls(len(chunks) - decodes, decodes, tokens)
-
-    @property
-    def phase(self) -> str:
-        return "decode" if not self.prefills else "mixed" if self.decodes else "prefill"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    events: list[Event]
-    report: StepReport | None  # of the step that produced them; None if none had been launched
-    admitted: tuple[Admission, ...]  # to the step that was launched
-
-
-@dataclass
-class _Live:
-    """A request under way, with its answers so far."""
-
-    request: Request
-    answers: list[Answer]
-    unfinished: int  # answers
-    search: BeamSearch | None = None
+from blip2_serve.engine.step import (
+    Choice,
+    EngineStats,
+    Event,
+    Failure,
+    Runner,
+    Sampler,
+    StepReport,
+    StepResult,
+)
+from blip2_serve.errors import Blip2ServeError, TimedOut, Unavailable
+from blip2_serve.types import FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -98,17 +37,17 @@ class _Launched:
 
     chunks: list[Chunk]
     report: StepReport
-    forks: list[tuple[Sequence, list[Sequence]]]  # prompts of several samples, with the samples
+    forks: list[tuple[Sequence, list[Sequence]]]  # prompts, with the samples that continue them
     chosen_for: list[Sequence]
     choices: Callable[[], Iterable[Choice]]
-    searches: list[tuple[_Live, list[Sequence], Callable[[], list[Candidate]]]]
+    searches: list[tuple[Live, list[Sequence], Callable[[], list[Candidate]]]]
 
 
 @dataclass(slots=True)  # frozen ones take three times as long to make
 class _News:
     """New tokens of an answer, not yet text."""
 
-    live: _Live
+    live: Live
     index: int  # of the answer
     sequence: Sequence  # the answer's, or one of the beams
     tokens: list[int]
@@ -121,6 +60,7 @@ class Engine:
 
     `decode` turns token ids into text without special tokens; `eos_token_ids` end an answer.
     `asynchronous` says that the runner only launches work and the sampler's results wait for it.
+    `clock` tells the seconds that `Request.expires` is compared with.
     """
 
     def __init__(
@@ -132,6 +72,7 @@ class Engine:
         decode: Decode,
         eos_token_ids: tuple[int, ...],
         asynchronous: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -139,13 +80,17 @@ class Engine:
         self._decode = decode
         self._eos = frozenset(eos_token_ids)
         self._asynchronous = asynchronous
-        self._live: dict[str, _Live] = {}
+        self._clock = clock
+        self._next_expiry = math.inf  # no request expires before that
+        self._live: dict[str, Live] = {}
+        self._ended: list[Event] = []  # of resumed answers that had nothing left to compute
+        self._failures: list[Failure] = []
         self._launched: _Launched | None = None
         self._steps = 0
 
     @property
     def has_work(self) -> bool:
-        return self._launched is not None or self._scheduler.has_work
+        return bool(self._launched or self._scheduler.has_work or self._ended)
 
     def stats(self) -> EngineStats:
         s = self._scheduler
@@ -161,13 +106,18 @@ class Engine:
         )
 
     def add(self, request: Request) -> None:
-        """Queues a request; raises as `Scheduler.add` does."""
+        """Queues a request; raises as `Scheduler.add` does, and InvalidRequest for its `sent`."""
+        check_sent(request)
         self._scheduler.add(request)
-        answers = [Answer(request, index, self._decode) for index in range(request.params.n)]
-        search = None
-        if request.params.num_beams > 1:
-            search = BeamSearch(request, self._ends(request))
-        self._live[request.id] = _Live(request, answers, len(answers), search)
+        ends = frozenset[int]() if request.params.ignore_eos else self._eos
+        live = self._live[request.id] = Live(request, self._decode, ends)
+        if request.expires is not None:
+            self._next_expiry = min(self._next_expiry, request.expires)
+        events = live.resume() if request.sent else []
+        if not live.unfinished:
+            self.abort(request.id)
+            events[-1] = replace(events[-1], last=True)
+        self._ended += [(request.id, event) for event in events]
 
     def abort(self, request_id: str) -> None:
         """Drops a request; does nothing if it has ended already."""
@@ -177,14 +127,19 @@ class Engine:
     def step(self) -> StepResult:
         """Takes the tokens of the step under way, launches the next, and returns what is new.
 
+        Requests whose time is over end with TimedOut before that, whether they run or wait.
         So the device computes while this thread turns tokens into text. A runner that is not
         asynchronous has computed a step once it is launched: its tokens are taken at once.
         """
+        self._expire()
         report, news = self._collect()
         admitted = self._launch()
         if not self._asynchronous:
             report, news = self._collect()
-        return StepResult([*self._events(news)], report, admitted)
+        ended, self._ended = self._ended, []
+        events = [*ended, *self._events(news)]
+        failures, self._failures = self._failures, []
+        return StepResult(events, report, admitted, failures)
 
     def check_integrity(self) -> None:
         """Asserts what must hold between steps."""
@@ -196,6 +151,25 @@ class Engine:
         """Asserts, cheaply, that nothing is held while there is no work."""
         assert self._scheduler.kv.used == self._scheduler.cached.slots
         assert not self._live
+
+    def _fail(self, live: Live, error: Blip2ServeError) -> None:
+        """Drops a request that has no answer."""
+        self.abort(live.request.id)
+        self._failures.append((live.request.id, error))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        if now < self._next_expiry:
+            return
+        self._next_expiry = math.inf
+        for live in [*self._live.values()]:
+            expires = live.request.expires
+            if expires is None:
+                continue
+            if expires <= now:
+                self._fail(live, TimedOut("the time of the request was over before its answer"))
+            else:
+                self._next_expiry = min(self._next_expiry, expires)
 
     # -- launching a step ----------------------------------------------------------------------
 
@@ -214,9 +188,10 @@ class Engine:
                 searches.setdefault(sequence.request.id, []).append(row)
                 continue
             samples = [sequence]
-            if params.n > 1 and not sequence.output:
-                samples = [sequence.fork(index) for index in range(params.n)]
+            if (params.n > 1 or sequence.request.sent) and not sequence.output:
+                samples = sequence.request.samples()
                 forks.append((sequence, samples))
+                samples = [s for s in samples if not s.output]  # the others have more to compute
             rows += [row] * len(samples)
             sequences += samples
         self._launched = _Launched(
@@ -232,7 +207,7 @@ class Engine:
 
     def _expand(
         self, logits: Any, rows: list[int], ready: list[Sequence]
-    ) -> tuple[_Live, list[Sequence], Callable[[], list[Candidate]]]:
+    ) -> tuple[Live, list[Sequence], Callable[[], list[Candidate]]]:
         beams = [ready[row] for row in rows]
         live = self._live[beams[0].request.id]
         assert live.search is not None
@@ -254,8 +229,6 @@ class Engine:
         for sequence, samples in step.forks:
             if _lives(sequence):
                 sequence.request.sequences = [*samples]
-                for sample in samples:
-                    sample.computed = sequence.computed
         news = [
             self._append(sequence, choice)
             for sequence, choice in zip(step.chosen_for, choices, strict=True)
@@ -269,12 +242,12 @@ class Engine:
 
     def _append(self, sequence: Sequence, choice: Choice) -> _News:
         request = sequence.request
+        live = self._live[request.id]
         reason: FinishReason | None = None
-        if choice.token in self._ends(request):
+        if choice.token in live.ends:
             reason = "stop"
         elif len(sequence.output) + 1 == request.params.max_tokens:
             reason = "length"
-        live = self._live[request.id]
         if reason:
             self._scheduler.end(sequence)
         else:
@@ -282,7 +255,7 @@ class Engine:
         logprobs = [choice.logprob] if choice.logprob else []
         return _News(live, sequence.index, sequence, [choice.token], logprobs, reason)
 
-    def _search(self, live: _Live, candidates: list[Candidate]) -> list[_News]:
+    def _search(self, live: Live, candidates: list[Candidate]) -> list[_News]:
         """Advances a beam search by one step."""
         request, search = live.request, live.search
         assert search is not None
@@ -290,17 +263,27 @@ class Engine:
         best = None if beams else search.hypotheses[0]
         if best:
             request.sequences = [best.beam]
-            self._scheduler.end(best.beam)
+        found: list[tuple[int, Sequence, list[int], list[TokenLogprob], FinishReason | None]] = []
         if request.params.n == 1:
-            tokens, logprobs = search.newly_agreed(beams)
             first = best.beam if best else beams[0]
-            return [_News(live, 0, first, tokens, logprobs, best.reason if best else None)]
-        if beams:
+            found = [(0, first, *search.newly_agreed(beams), best.reason if best else None)]
+        elif best:
+            found = [
+                (index, h.beam, h.tokens, h.logprobs, h.reason)
+                for index, h in enumerate(search.hypotheses[: request.params.n])
+                if not live.is_finished(index)
+            ]
+        try:
+            news = [
+                _News(live, index, beam, *live.unsent(index, tokens, logprobs), reason)
+                for index, beam, tokens, logprobs, reason in found
+            ]
+        except Unavailable as error:
+            self._fail(live, error)
             return []
-        return [
-            _News(live, index, h.beam, h.tokens, h.logprobs, h.reason)
-            for index, h in enumerate(search.hypotheses[: request.params.n])
-        ]
+        if best:
+            self._scheduler.end(best.beam)
+        return news
 
     # -- text ----------------------------------------------------------------------------------
 
@@ -322,9 +305,6 @@ class Engine:
                 del self._live[request.id]
                 event = replace(event, last=True)
             yield request.id, event
-
-    def _ends(self, request: Request) -> frozenset[int]:
-        return frozenset() if request.params.ignore_eos else self._eos
 
 
 def _lives(sequence: Sequence) -> bool:

@@ -17,9 +17,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
-from blip2_serve.engine.engine import Engine, EngineStats, Event, StepReport, StepResult
+from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.step import EngineStats, Event, Failure, StepReport, StepResult
 from blip2_serve.errors import Blip2ServeError, Unavailable
 from blip2_serve.observe.metrics import harmless
 from blip2_serve.types import TokenEvent
@@ -38,6 +39,7 @@ class Step:
     admitted: tuple[Admission, ...]  # to the step that it launched
     queue_seconds: tuple[float, ...]  # per admitted request: the time since it was submitted
     answered: int  # answer tokens it returned
+    expired: int = 0  # requests that it dropped because their time was over
 
 
 @dataclass
@@ -90,8 +92,9 @@ class EngineLoop:
         cancellation) aborts the request before the next step.
 
         Raises:
-            Overloaded, ContextLengthExceeded, InvalidRequest: as `Scheduler.add`.
-            Unavailable: the engine has failed, or is closed.
+            Overloaded, ContextLengthExceeded, InvalidRequest: as `Engine.add`.
+            TimedOut: the request's time was over.
+            Unavailable: the engine has failed, or is closed, or could not resume the answer.
         """
         if self.failure or self._closing:
             raise self._unavailable()
@@ -146,8 +149,8 @@ class EngineLoop:
     def _step(self) -> None:
         start = time.perf_counter()
         result = self._engine.step()
-        if result.events:
-            self._call_soon(self._deliver, result.events)
+        if result.events or result.failures:
+            self._call_soon(self._deliver, result.events, result.failures)
         self._measure(start, result)
 
     def _observe_step(self, start: float, result: StepResult) -> None:
@@ -155,7 +158,9 @@ class EngineLoop:
         queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
         answered = sum(len(event.token_ids) for _, event in result.events)
         seconds = time.perf_counter() - start
-        self._observe(Step(result.report, seconds, result.admitted, queue_seconds, answered))
+        self._observe(
+            Step(result.report, seconds, result.admitted, queue_seconds, answered, result.expired)
+        )
 
     def _receive(self) -> bool:
         """Runs the calls in the inbox, waiting while there is nothing to do; False when closing."""
@@ -183,9 +188,11 @@ class EngineLoop:
 
     # -- on the event loop -------------------------------------------------------------------
 
-    def _deliver(self, events: list[Event]) -> None:
+    def _deliver(self, events: list[Event], failures: list[Failure]) -> None:
         for request_id, event in events:
             self._put(request_id, event)
+        for request_id, error in failures:
+            self._put(request_id, error)
 
     def _put(self, request_id: str, item: _Item) -> None:
         reader = self._readers.get(request_id)

@@ -2,9 +2,9 @@
 
 First come, first served. A request is admitted once every KV slot it can ever need is free, less
 those of a cached prefix, so a running request never waits for memory and is never preempted. Each
-step decodes one token of every sequence past its prompt and spends the rest of
+step decodes one token of every sequence that has no more left, and spends the rest of
 `max_num_batched_tokens` on prefill, in chunks: however long a prompt is, it delays the others by
-one bounded step.
+one bounded step. The tokens that an answer is resumed after are computed like a prompt.
 """
 
 from __future__ import annotations
@@ -115,10 +115,10 @@ class Scheduler:
         """Admits what fits and plans the next step: decodes first, then prefill, oldest first."""
         admitted = self._admit()
         sequences = [s for request in self.running for s in request.sequences]
-        chunks = [Chunk(s, s.computed, s.length) for s in sequences if s.output]
+        chunks = [Chunk(s, s.computed, s.length) for s in sequences if s.decodes]
         budget = self._max_num_batched_tokens - len(chunks)
-        for sequence in sequences:
-            if not sequence.output and budget > 0:
+        for sequence in sequences if len(chunks) < len(sequences) else ():
+            if not sequence.decodes and budget > 0:
                 end = min(sequence.length, sequence.computed + budget)
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 budget -= end - sequence.computed

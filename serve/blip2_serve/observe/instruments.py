@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from blip2_serve.engine.engine import EngineStats
 from blip2_serve.engine.loop import Step
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.step import EngineStats
 from blip2_serve.observe import metrics
 from blip2_serve.observe.loading import LoadReport
 from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter
@@ -33,6 +33,7 @@ class Batch:
     seconds: float
     waited: tuple[float, ...]  # seconds that each item waited for the batch to start
     dropped: int  # items skipped since the last batch because their callers had left
+    expired: int = 0  # items skipped since the last batch because their time was over
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ class EncoderInstruments(Instruments):
         record.observe(metrics.BATCH_SIZE, images, stage=self.stage)
         record.add(metrics.BATCH_CAPACITY, self._max_batch_size, stage=self.stage)
         record.add(metrics.DROPPED, batch.dropped, stage=self.stage)
+        record.add(metrics.EXPIRED, batch.expired, stage=self.stage)
 
     def signals(self) -> Signals:
         return self._meter.signals(self._waiting())
@@ -275,6 +277,7 @@ class GeneratorInstruments(Instruments):
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
         record.add(metrics.GENERATED_TOKENS, step.answered)
+        record.add(metrics.EXPIRED, step.expired, stage=self.stage)
         if not (report := step.report):
             return
         self._meter.stepped(report.tokens, step.seconds)

@@ -180,6 +180,11 @@ STREAM_PAUSE = Histogram(
     (),
     _SECONDS,
 )
+EXPIRED = Counter(
+    "blip2_expired_total",
+    "Requests a stage dropped because their time was over before it had answered.",
+    ("stage",),
+)
 FEATURE_LOOKUPS = Counter(
     "blip2_feature_cache_lookups_total",
     "Lookups in the ingress's cache of image features by result: hit, joined (the image is already "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from blip2_serve.errors import TimedOut
 from blip2_serve.observe.instruments import Batch
 from blip2_serve.observe.metrics import harmless
 
@@ -26,7 +27,8 @@ class _Entry(Generic[Item, Result]):
     """An item in the queue."""
 
     item: Item
-    enqueued: float  # time.perf_counter(), in seconds
+    enqueued: float  # by the clock, as `expires`
+    expires: float | None
     result: asyncio.Future[Result]
 
 
@@ -42,6 +44,7 @@ class BatchThread(Generic[Item, Result]):
         limit: the most items of a batch.
         observe: called in the thread after each successful batch, before its results are delivered.
             What it raises is logged.
+        clock: tells the seconds that an item's time is compared with.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class BatchThread(Generic[Item, Result]):
         compute: Callable[[list[Item]], list[Result]],
         limit: int,
         observe: Callable[[Batch], None] = lambda _: None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._prepare = prepare
         self._compute = compute
         self._limit = limit
         self._observe = harmless(observe)
+        self._clock = clock
         self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry[Item, Result]] = SimpleQueue()
@@ -66,13 +71,16 @@ class BatchThread(Generic[Item, Result]):
         """How many items no batch has taken yet."""
         return self._queue.qsize()
 
-    async def result_of(self, item: Item) -> Result:
+    async def result_of(self, item: Item, expires: float | None = None) -> Result:
         """Returns the item's result, or raises what its batch raised.
 
         A batch that raises no `Exception` (a panic of a Rust library) becomes a RuntimeError.
+
+        Raises:
+            TimedOut: no batch had taken it at `expires`, by the clock. It is not computed then.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
-        self._queue.put(_Entry(item, time.perf_counter(), future))
+        self._queue.put(_Entry(item, self._clock(), expires, future))
         return await future
 
     def _run(self) -> None:
@@ -83,9 +91,9 @@ class BatchThread(Generic[Item, Result]):
             return
         self._loop.call_soon_threadsafe(_deliver, [self.prepared], [None])
         while True:
-            entries, dropped = self._next_batch()
+            entries, dropped, expired = self._next_batch()
             futures = [entry.result for entry in entries]
-            start = time.perf_counter()
+            start = self._clock()
             try:
                 results = self._compute([entry.item for entry in entries])
             except BaseException as error:
@@ -94,20 +102,27 @@ class BatchThread(Generic[Item, Result]):
                 continue
             self.failure = None
             waited = tuple(start - entry.enqueued for entry in entries)
-            self._observe(Batch(time.perf_counter() - start, waited, dropped))
+            self._observe(Batch(self._clock() - start, waited, dropped, expired))
             self._loop.call_soon_threadsafe(_deliver, futures, results)
 
-    def _next_batch(self) -> tuple[list[_Entry[Item, Result]], int]:
-        """Waits for an item; returns a batch, and how many were skipped as their callers left."""
+    def _next_batch(self) -> tuple[list[_Entry[Item, Result]], int, int]:
+        """Waits for an item and returns a batch.
+
+        Also how many items were skipped because their callers had left, or their time was over.
+        """
         entries: list[_Entry[Item, Result]] = []
-        dropped = 0
+        dropped = expired = 0
         while not entries or (len(entries) < self._limit and not self._queue.empty()):
             entry = self._queue.get()
             if entry.result.cancelled():
                 dropped += 1
+            elif entry.expires is not None and entry.expires <= self._clock():
+                expired += 1
+                late = TimedOut("the time of the request was over before its turn came")
+                self._loop.call_soon_threadsafe(_fail, [entry.result], late)
             else:
                 entries.append(entry)
-        return entries, dropped
+        return entries, dropped, expired
 
 
 def _deliver(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:

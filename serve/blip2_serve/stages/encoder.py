@@ -20,6 +20,7 @@ from blip2_serve.observe.instruments import EncoderInstruments, Model
 from blip2_serve.observe.loading import measured_loading
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.batching import BatchThread
+from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import Call, ImageFeatures, Vitals
 
@@ -57,9 +58,14 @@ class Encoder:
     async def encode(
         self, pixels: NDArray[np.uint8], digest: str, *, call: Call | None = None
     ) -> ImageFeatures:
-        """Turns uint8 [3, S, S] into the features of the image that `digest` names."""
+        """Turns uint8 [3, S, S] into the features of the image that `digest` names.
+
+        Raises:
+            TimedOut: the call's time was over before a batch had room for the image.
+        """
+        expires = expiry(call)
         with self._instruments.in_stage():
-            data, shape, dtype = await self._batching.result_of(pixels)
+            data, shape, dtype = await self._batching.result_of(pixels, expires)
         return ImageFeatures(digest, data, shape, dtype)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:

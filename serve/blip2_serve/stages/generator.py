@@ -41,6 +41,7 @@ from blip2_serve.observe import logs
 from blip2_serve.observe.instruments import GeneratorInstruments, Model
 from blip2_serve.observe.loading import LoadReport, measured_loading
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.progress import Sent
 from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import (
@@ -98,9 +99,9 @@ class Generator:
         """Returns the whole answers.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable
+            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, TimedOut
         """
-        request = self._request(features, prompt, params)
+        request = self._request(features, prompt, params, (), call)
         answers: dict[int, TokenEvent] = {}
         with self._instruments.request(request) as count:
             async with aclosing(self._loop.stream(request, whole=True)) as events:
@@ -120,8 +121,17 @@ class Generator:
         *,
         call: Call | None = None,
     ) -> AsyncIterator[TokenEvent]:
-        """Yields the answers as they come; raises as `generate`, before the first event."""
-        request = self._request(features, prompt, params)
+        """Yields the answers as they come; raises as `generate`, if possible before any event.
+
+        Args:
+            features: Of the image.
+            prompt: The text after it.
+            params: How to answer.
+            sent: Empty, or what another replica's streams had of each answer: its tokens, or None
+                if it was whole. The events go on from there.
+            call: Whose time it takes.
+        """
+        request = self._request(features, prompt, params, sent, call)
         with self._instruments.request(request) as count:
             async with aclosing(self._loop.stream(request)) as events:
                 async for event in events:
@@ -146,7 +156,15 @@ class Generator:
         """Called by Serve, for the autoscaling policy."""
         return self._instruments.signals().report()
 
-    def _request(self, features: ImageFeatures, prompt: str, params: SamplingParams) -> Request:
+    def _request(
+        self,
+        features: ImageFeatures,
+        prompt: str,
+        params: SamplingParams,
+        sent: tuple[tuple[int, ...] | None, ...],
+        call: Call | None,
+    ) -> Request:
+        expires = expiry(call)
         at_least = self._tokenizer.least_tokens(prompt)
         if at_least >= self._max_model_len:  # tokenising megabytes would block the event loop
             raise ContextLengthExceeded(
@@ -157,7 +175,8 @@ class Generator:
         ids = self._tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
         image = _tensor(features, self._device)
-        return Request(uuid.uuid4().hex, ids, image, features.digest, params)
+        name = uuid.uuid4().hex
+        return Request(name, ids, image, features.digest, params, sent, expires)
 
     def _bounded(self, prompt_tokens: int, params: SamplingParams) -> SamplingParams:
         """Returns the parameters checked against the model, with max_tokens set.

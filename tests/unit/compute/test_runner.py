@@ -196,6 +196,23 @@ def test_a_last_chunk_of_one_token_may_follow_decodes(model: Model) -> None:
     model.check(runner, [Chunk(decoding, 12, 13), Chunk(prompt, 3, 4)])
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_tokens_of_an_answer_can_be_computed_in_chunks(model: Model, size: int) -> None:
+    runner = model.runner()
+    decoding = sequence(5, slots=list(range(20, 40)), seed=1)
+    resumed = sequence(7, slots=list(range(1, 14)), image=3, seed=2)
+    model.check(runner, [Chunk(decoding, 0, 5), Chunk(resumed, 0, 7)])
+    resumed.output += [5, 17, 0, 30, 5, 2]
+    for start in range(7, 13, size):
+        decoding.output.append(start)
+        own = Chunk(decoding, decoding.length - 1, decoding.length)
+        model.check(runner, [own, Chunk(resumed, start, min(start + size, 13))])
+    again = sequence(7, slots=list(range(60, 73)), image=3, seed=2)
+    again.output += resumed.output
+    model.check(runner, [Chunk(again, 0, 4)])
+    model.check(runner, [Chunk(again, 4, 13)])  # the rest of its prompt, and all of its answer
+
+
 def test_a_step_without_completed_chunks_gives_no_logits(model: Model) -> None:
     assert model.runner().run([Chunk(sequence(8), 0, 5)]).shape == (0, VOCABULARY)
 

@@ -16,7 +16,13 @@ from blip2_serve.engine.loop import EngineLoop, Step
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Overloaded, Unavailable
+from blip2_serve.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    Overloaded,
+    TimedOut,
+    Unavailable,
+)
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.requests import make_request
 
@@ -395,6 +401,25 @@ async def test_an_answer_finished_before_a_failure_is_delivered(
     assert isinstance(outcomes[1], Unavailable)
     assert not isinstance(outcomes[0], Unavailable)
     assert text(outcomes[0]) == "a"
+
+
+async def test_a_request_whose_time_is_over_ends_and_is_counted(
+    make: Callable[..., Bench],
+) -> None:
+    steps: list[Step] = []
+    bench = make(observe=steps.append)
+    staying = await bench.begin("a", 3)
+    late = request("b", 400)
+    late.expires = time.perf_counter()  # over before a step can be formed
+    events = bench.loop.stream(late)
+    expiring = asyncio.ensure_future(anext(events))
+    await bench.until_held(1)
+    bench.runner.allow(3)
+    with pytest.raises(TimedOut):
+        await expiring
+    assert text(await staying) == "abc"
+    await until(lambda: len(steps) == 3)
+    assert sum(step.expired for step in steps) == 1
 
 
 async def test_a_failing_observer_does_not_stop_the_engine(

@@ -23,6 +23,14 @@ actions = st.one_of(
     st.tuples(
         st.just("add"), prompts, st.integers(1, 6), st.integers(1, 8), widths, st.sampled_from("xy")
     ),
+    st.tuples(
+        st.just("resume"),
+        prompts,
+        st.lists(st.none() | st.integers(0, 6), min_size=1, max_size=4).filter(
+            lambda sent: sent != [None] * len(sent)
+        ),
+        st.integers(1, 4),
+    ),
     st.tuples(st.just("step")),
     st.tuples(st.just("abort"), st.integers(0, 100)),
 )
@@ -54,6 +62,14 @@ def test_every_request_is_served_in_order_of_arrival(
         if name == "add":
             *arguments, params, digest = arguments
             simulation.add(*arguments, digest=digest, **params)
+        elif name == "resume":
+            prompt, lengths, more = arguments
+            simulation.add(
+                prompt,
+                more + max(length or 0 for length in lengths),
+                n=len(lengths),
+                sent=tuple(None if length is None else (1,) * length for length in lengths),
+            )
         else:
             getattr(simulation, name)(*arguments)
     simulation.finish()

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from blip2_serve.engine.engine import EngineStats, StepReport
 from blip2_serve.engine.loop import Step
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
+from blip2_serve.engine.step import EngineStats, StepReport
 from blip2_serve.observe import metrics
 from blip2_serve.observe.instruments import (
     Batch,
@@ -88,13 +88,14 @@ def test_images_beyond_the_threads_wait(recorder: FakeRecorder) -> None:
 
 def test_a_batch_counts(recorder: FakeRecorder) -> None:
     instruments = encoder(recorder)
-    instruments.batch(Batch(seconds=0.2, waited=(0.1, 0.3), dropped=1))
+    instruments.batch(Batch(seconds=0.2, waited=(0.1, 0.3), dropped=1, expired=2))
 
     assert recorder.observed["blip2_queue_time_seconds", "encoder"] == [0.1, 0.3]
     assert recorder.observed["blip2_step_duration_seconds", "encode"] == [0.2]
     assert recorder.observed["blip2_batch_size", "encoder"] == [2]
     assert recorder.counted["blip2_batch_capacity_total", "encoder"] == 8
     assert recorder.counted["blip2_dropped_total", "encoder"] == 1
+    assert recorder.counted["blip2_expired_total", "encoder"] == 2
     signals, stats = instruments.signals(), instruments.stats()
     assert (signals.finished, signals.waiting) == (2 / 0.5, 4)
     assert (stats["images"], stats["batches"], stats["seconds"]) == (2, 1, 0.2)
@@ -118,7 +119,7 @@ def test_a_step_counts(recorder: FakeRecorder) -> None:
     instruments = generator(recorder)
     admitted = (Admission("a", prompt_tokens=20, cached_tokens=5),)
     report = StepReport(prefills=1, decodes=2, tokens=17)
-    instruments.step(Step(report, 0.05, admitted, queue_seconds=(0.4,), answered=3))
+    instruments.step(Step(report, 0.05, admitted, queue_seconds=(0.4,), answered=3, expired=2))
 
     assert recorder.observed["blip2_queue_time_seconds", "generator"] == [0.4]
     assert recorder.observed["blip2_step_duration_seconds", "mixed"] == [0.05]
@@ -128,6 +129,7 @@ def test_a_step_counts(recorder: FakeRecorder) -> None:
         ("blip2_cached_prompt_tokens_total",): 5,
         ("blip2_batch_capacity_total", "generator"): 16,
         ("blip2_generated_tokens_total",): 3,
+        ("blip2_expired_total", "generator"): 2,
     }
     signals = instruments.signals()
     assert signals.step_s == pytest.approx(0.05)

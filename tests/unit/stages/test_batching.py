@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
+from blip2_serve.errors import TimedOut
 from blip2_serve.observe.instruments import Batch
 from blip2_serve.stages.batching import BatchThread
 
@@ -117,6 +119,32 @@ async def test_items_whose_callers_left_are_dropped_and_counted() -> None:
     assert await first == 2
     assert doubling.batches == [[1], [3]]
     assert [batch.dropped for batch in doubling.observed] == [0, 1]
+
+
+async def test_items_whose_time_is_over_are_not_computed_and_are_counted() -> None:
+    doubling = Doubling()
+    first = await doubling.blocked_by(1)
+    now = time.perf_counter()
+    timely = asyncio.create_task(doubling.batching.result_of(2, now + 3600))
+    late = asyncio.create_task(doubling.batching.result_of(3, now))
+    (left,) = await doubling.wait(4)
+    left.cancel()
+    await asyncio.wait([left])
+    doubling.gate.set()
+    with pytest.raises(TimedOut):
+        await late
+    assert await timely == 4
+    assert await first == 2
+    assert doubling.batches == [[1], [2]]
+    assert [(batch.expired, batch.dropped) for batch in doubling.observed] == [(0, 0), (1, 1)]
+
+
+async def test_an_expired_item_is_refused_before_the_next_one_comes() -> None:
+    doubling = Doubling()
+    with pytest.raises(TimedOut):
+        async with asyncio.timeout(10):
+            await doubling.batching.result_of(1, time.perf_counter())
+    assert await doubling.batching.result_of(2) == 4
 
 
 async def test_a_caller_that_leaves_during_its_batch_does_not_affect_the_others() -> None:

@@ -324,7 +324,7 @@ async def test_a_stream_goes_on_where_it_was_and_its_pause_is_measured() -> None
     recorder = FakeRecorder()
     received: list[int] = []
 
-    async def count(last: int, begin: int, end: int, failure: Exception | None) -> Any:
+    async def count(begin: int, end: int, failure: Exception | None) -> Any:
         async def numbers() -> AsyncIterator[int]:
             for number in range(begin, end):
                 yield number
@@ -333,11 +333,11 @@ async def test_a_stream_goes_on_where_it_was_and_its_pause_is_measured() -> None
 
         return numbers()
 
-    async def first(last: int, begin: int) -> Any:
-        return await count(last, begin, 4, dead())
+    async def first(_: int, begin: int) -> Any:
+        return await count(begin, 4, dead())
 
     async def second(last: int, begin: int) -> Any:
-        return await count(last, begin, last, None)
+        return await count(begin, last, None)
 
     stage = Stage(Replica("first", first, silent=True))
     client = client_of(stage, recorder)

@@ -63,11 +63,10 @@ class Layout:
         for chunk in chunks:
             count = chunk.end - chunk.start
             own = slice(offset, offset + count)
-            tokens = chunk.sequence.request.prompt
             if count == 1:
                 ids[offset] = chunk.sequence.token_at(chunk.start)
             else:
-                ids[own] = tokens[chunk.start : chunk.end]
+                ids[own] = chunk.sequence.tokens(chunk.start, chunk.end)
             positions[own] = np.arange(chunk.start, chunk.end)
             offset += count
         work = ragged_attention.blocks_of([(c.start, c.end) for c in chunks])
