@@ -7,7 +7,7 @@ The second line only shows, in a minute or two, that the script runs. It needs w
 needs, and aiohttp.
 
 Writes a checkpoint with random weights (blip2-opt-2.7b-coco at 364 x 364, bfloat16), starts
-`blip2-serve up --fast`, and lets users ask for captions of 16 tokens of 640 x 480 JPEGs, each
+`blip2-serve up`, and lets users ask for captions of 16 tokens of 640 x 480 JPEGs, each
 again as soon as it is answered, whole and streamed. The server has its caches as by default, but
 every picture is new to them. Then one process encodes the same pictures, decoded in advance, and
 another generates. A window opens once each user had an answer. Means of steps, batches and queues
@@ -237,7 +237,7 @@ def measure_app(run: Run, pictures: list[bytes]) -> None:
     """
     write_json(run.config_file, run.config.model_dump(mode="json", exclude_unset=True))
     port = servers.free_port()
-    command = [sys.executable, "-m", "blip2_serve", "up", "--fast", "--port", str(port)]
+    command = [sys.executable, "-m", "blip2_serve", "up", "--port", str(port)]
     command += ["--config", str(run.config_file)]
     # Ray's workers may run in another folder.
     path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))

@@ -3,9 +3,10 @@
     python -m loadtest.bench.hops [--requests 60]
 
 Sends chat completions one after another on one connection, each with a new JPEG of 640 x 480, to
-the shipped checkpoint on a local Ray: started by default, then as with `--fast`. Prints p50 and p90
-in milliseconds of `total` (at the client), `decode`, `encode` and `engine` (inside the stages), and
-`hops`, the rest: HTTP, JSON, base64, validation, and the way from process to process.
+the shipped checkpoint on a local Ray: behind Ray Serve's own proxy, then behind HAProxy as with
+`blip2-serve up`. Prints p50 and p90 in milliseconds of `total` (at the client), `decode`, `encode`
+and `engine` (inside the stages), and `hops`, the rest: HTTP, JSON, base64, validation, and the way
+from process to process.
 """
 
 from __future__ import annotations
@@ -17,21 +18,23 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 
-from blip2_serve import environment, fast_mode
+from blip2_serve import environment, haproxy
 from blip2_serve.config import AppConfig
 from loadtest.bench import script
 from loadtest.bench.servers import free_port
 from loadtest.bench.workload import Request, data_url, picture
 from loadtest.stats import percentiles
 
-PROFILES = ("default", "fast")
+PROFILES = ("serve", "haproxy")
 PARTS = ("total", "decode", "encode", "engine", "hops")
 WARM_UP = 10
 
@@ -62,8 +65,11 @@ def main() -> None:
 def measure(profile: str, requests: int) -> Times:
     """Starts the application and measures each request."""
     config = AppConfig()
-    default = patch.dict(os.environ, environment.short_hops(config))
-    with fast_mode.profile(config) if profile == "fast" else default:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, environment.short_hops(config)))
+        if profile == "haproxy":
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blip2-")))
+            stack.enter_context(haproxy.profile("127.0.0.1", folder))
         # The handles in this process have no event loop and need a router of their own; the
         # replicas' handles must not get one.
         with patch.dict(os.environ, {"RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1"}):

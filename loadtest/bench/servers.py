@@ -20,7 +20,7 @@ import psutil
 from blip2_serve.client import is_loopback
 
 # The flags of each variant of this project's server.
-KINDS = {"blip2-serve": (), "fast": ("--fast",), "int8": ("--quantize", "int8")}
+KINDS = {"blip2-serve": (), "int8": ("--quantize", "int8")}
 MONOLITH = "monolith"
 NAMES = (*KINDS, MONOLITH)
 

@@ -26,6 +26,11 @@ CALL_ROUTER = RequestRouterConfig.model_validate({"request_router_class": CallRo
 # How encoder and generator share a cluster's only GPU; the language model is by far the larger.
 GPU_SHARES = (0.3, 0.7)
 
+# A replica that is removed finishes its requests first. They get their own time limit, plus this.
+SHUTDOWN_MARGIN_S = 10
+# How often such a replica looks whether it has finished; Ray Serve's default is 2.
+SHUTDOWN_POLL_S = 0.5
+
 
 def build(config: AppConfig) -> Application:
     """Builds the application, for `serve.run`, `serve run` and `serve deploy`."""
@@ -35,10 +40,11 @@ def build(config: AppConfig) -> Application:
         device = "cuda" if gpus else "cpu"
     encoder_gpu, generator_gpu = _gpus_per_replica(device, gpus)
 
-    preprocessor = _place(Preprocessor, config.preprocessor).bind(config)
-    encoder = _place(Encoder, config.encoder, encoder_gpu).bind(config, device)
-    generator = _place(Generator, config.generator, generator_gpu).bind(config, device)
-    return _place(Ingress, config.ingress).bind(config, preprocessor, encoder, generator)
+    time_s = config.request_timeout_s
+    preprocessor = _place(Preprocessor, config.preprocessor, time_s).bind(config)
+    encoder = _place(Encoder, config.encoder, time_s, encoder_gpu).bind(config, device)
+    generator = _place(Generator, config.generator, time_s, generator_gpu).bind(config, device)
+    return _place(Ingress, config.ingress, time_s).bind(config, preprocessor, encoder, generator)
 
 
 def _gpus_per_replica(device: str, gpus: float) -> tuple[float, float]:
@@ -59,7 +65,9 @@ def visible_gpus() -> float:
     return torch.cuda.device_count()
 
 
-def _place(cls: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deployment:
+def _place(
+    cls: Any, stage: StageConfig, request_timeout_s: float, gpu_share: float = 0.0
+) -> serve.Deployment:
     """Makes a deployment of a stage's class, with its replicas, limits and resources."""
     asked = stage.num_gpus if isinstance(stage, ComputeConfig) else None
     scaling = (
@@ -76,6 +84,8 @@ def _place(cls: Any, stage: StageConfig, gpu_share: float = 0.0) -> serve.Deploy
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_ongoing_requests=stage.max_ongoing_requests,
         max_queued_requests=stage.max_queued_requests,
+        graceful_shutdown_timeout_s=request_timeout_s + SHUTDOWN_MARGIN_S,
+        graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
         ray_actor_options={
             "num_cpus": stage.num_cpus,
             "num_gpus": gpu_share if asked is None else asked,

@@ -436,6 +436,17 @@ class AppConfig(_Config):
         description="Most tokens of image, prompt and answer together. Default: as many as the "
         "model has positions.",
     )
+    request_timeout_s: float = Field(
+        120,
+        gt=0,
+        description="Most seconds that a request may take. A client may ask for less by the header "
+        "x-request-timeout-seconds.",
+    )
+    shutdown_grace_s: float = Field(
+        30,
+        ge=0,
+        description="Seconds that requests under way may go on after `up` is told to stop.",
+    )
     ingress: IngressConfig = Field(IngressConfig(), description=IngressConfig.__doc__)
     preprocessor: PreprocessorConfig = Field(
         PreprocessorConfig(), description=PreprocessorConfig.__doc__

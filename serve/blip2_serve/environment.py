@@ -1,8 +1,7 @@
 """The environment variables that this package sets, why, and the only code that sets them.
 
 There are three sets: for `up`, which sets them before it imports Ray and passes them on to a local
-Ray; for `up --fast`, with those of Ray Serve's throughput mode; and for each replica, wherever Ray
-starts it.
+Ray; for Ray Serve behind HAProxy; and for each replica, wherever Ray starts it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ from blip2_serve.config import AppConfig
 # Stages reach each other directly, whatever proxy the environment names.
 _NO_PROXY_BETWEEN_STAGES = {"grpc_proxy": ""}
 
+# In the processes of a server on one machine: its replicas listen on loopback; a file that, once it
+# exists, closes the server to new requests.
+LOOPBACK_ONLY = "BLIP2_SERVE_LOOPBACK_ONLY"
+CLOSED_FILE = "BLIP2_SERVE_CLOSED_FILE"
+
 # Ray sets these in every replica that it starts.
 REPLICA = {
     "BLIP2_SERVE_REPLICA": "1",  # tells `prepare_replica` that it runs in a replica
@@ -28,8 +32,6 @@ REPLICA = {
     # more per shape. Prompts and answers of all lengths would fill a gigabyte.
     "LRU_CACHE_CAPACITY": "128",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    # Ray Serve's throughput mode would leave warnings and tracebacks in files only.
-    "RAY_SERVE_LOG_TO_STDERR": "1",
 }
 
 # The errors of Ray Serve's own proxy have OpenAI's shape.
@@ -47,8 +49,11 @@ class Variables:
     overrides: Mapping[str, str] = field(default_factory=dict)
 
 
-def of_server(config: AppConfig, *, local: bool) -> Variables:
-    """Returns what `up` sets before it imports Ray; `local`: it starts a Ray of its own."""
+def of_server(config: AppConfig, *, local: bool, folder: Path) -> Variables:
+    """Returns what `up` sets before it imports Ray; `local`: it starts a Ray of its own.
+
+    `folder` is the server's own; the file `closed` in it closes a local server to new requests.
+    """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",  # no reports to Ray's makers
         # Seconds. The default of 5 is too short where several processes load torch on two cores.
@@ -60,19 +65,21 @@ def of_server(config: AppConfig, *, local: bool) -> Variables:
         # Restricts Ray to this machine, as on Windows and macOS, so it listens on loopback only.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         defaults |= short_hops(config) | _PROXY_ERRORS
+        own = {LOOPBACK_ONLY: "1", CLOSED_FILE: str(folder / "closed")}
+        return Variables(defaults, _NO_PROXY_BETWEEN_STAGES | own)
     return Variables(defaults, _NO_PROXY_BETWEEN_STAGES)
 
 
-def of_fast_server(config: AppConfig, folder: Path, haproxy: Path, ports: range) -> Variables:
-    """Returns what `up --fast` sets first, for a server with this folder, command and ports.
+def of_haproxy(folder: Path, command: Path, ports: range) -> Variables:
+    """Returns what `up` sets besides, to run HAProxy by this command with this folder and ports.
 
-    The first of `ports` stays unused: it is the claim on all of them. `fast_mode` checks that
-    `folder` has a path short enough for sockets in it.
+    The first of `ports` stays unused: it is the claim on all of them. `folder` has a path short
+    enough for sockets in it.
     """
     defaults = {
-        **short_hops(config),
-        **_PROXY_ERRORS,
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Ray Serve's throughput mode, without its messages in the terminal and its silence in logs.
+        "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+        "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[1]),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[2]),
@@ -84,12 +91,18 @@ def of_fast_server(config: AppConfig, folder: Path, haproxy: Path, ports: range)
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        # A request whose replica dies before it answers goes to another one, if it fits HAProxy's
+        # buffer (bytes; some for each busy connection). No request has effects, so all may.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
+        # One refused connection is enough to turn to the others until health checks succeed again.
+        "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
         # Seconds that a stopping replica stays open until the balancer notices. HAProxy retries on
         # another replica; the default would delay the server's stop by half a minute.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
-    # The operator's own HAProxy is the one that `haproxy` starts.
-    return Variables(defaults, {"RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy)})
+    # The operator's own HAProxy is the one that `command` starts.
+    return Variables(defaults, {"RAY_SERVE_HAPROXY_BINARY_PATH": str(command)})
 
 
 def short_hops(config: AppConfig) -> dict[str, str]:
@@ -124,7 +137,9 @@ def applied(variables: Variables) -> Iterator[None]:
 
 
 def prepare_replica() -> None:
-    """Loads Intel's OpenMP into this process, if it is a replica; must run before torch loads.
+    """Prepares this process, if it is a replica: its server's address, and Intel's OpenMP.
+
+    It must run before torch loads.
 
     What counts is how a thread waits for the others. A thread that sleeps takes as long to wake as
     a small layer takes to compute; one that spins takes the core from another replica. Intel's
@@ -134,6 +149,10 @@ def prepare_replica() -> None:
     """
     if "BLIP2_SERVE_REPLICA" not in os.environ:
         return
+    if LOOPBACK_ONLY in os.environ:
+        from blip2_serve import serve_internals  # late: in a replica, Ray is loaded already
+
+        serve_internals.listen_on_loopback()
     if openmp := _intel_openmp():
         os.environ.setdefault("KMP_BLOCKTIME", "100us")
         # Global symbols of a library loaded first hide those of libgomp, which torch brings along.

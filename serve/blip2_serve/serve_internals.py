@@ -1,16 +1,21 @@
-"""The only module that uses private names of Ray Serve: look here first after an upgrade of Ray.
+"""The only module that uses private names of Ray and Serve: look here first after an upgrade.
 
 Ray Serve keeps, in a context variable, which request the running code works for. It has no public
-way to read that, nor to start work that outlives the request.
+way to read that, nor to start work that outlives the request. Nor can it be told where replicas
+listen for each other, or to tell how many requests are under way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Any
+from unittest import mock
 
 import opentelemetry.context
+import ray
+from ray._private import ray_logging, services
 from ray.serve import context
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -47,3 +52,56 @@ async def broadcast(handle: DeploymentHandle[Any], method: str, *args: Any) -> l
     except DeploymentUnavailableError:  # there are no replicas
         return []
     return [result.get_async() for result in results]
+
+
+def listen_on_loopback() -> None:
+    """Lets the replica of this process listen for other replicas on loopback only.
+
+    To be called before the replica is initialized. Ray Serve would listen on all addresses.
+    """
+    from ray.serve._private import replica
+
+    module: Any = replica
+    add_port = module.add_port_to_grpc_server
+    module.add_port_to_grpc_server = lambda server, _: add_port(server, "127.0.0.1:0")
+
+
+@contextlib.contextmanager
+def ray_in_its_own_session() -> Iterator[None]:
+    """Within the block, `ray.init` starts Ray's processes in sessions of their own.
+
+    A terminal, a supervisor or a container's runtime may send SIGTERM to all processes of a group.
+    Ray's would exit at once, and what is under way would fail before it is finished.
+    """
+
+    class InOwnSession(services.ConsolePopen):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, start_new_session=True, **kwargs)
+
+    with mock.patch.object(services, "ConsolePopen", InOwnSession):
+        yield
+
+
+def hide_worker_lines(part: str) -> None:
+    """Keeps lines of Ray's workers that contain `part` from this process's output."""
+    dispatcher: Any = ray_logging.global_worker_stdstream_dispatcher
+    emit = dispatcher.emit
+
+    def emit_others(batch: dict[str, Any]) -> None:
+        if others := [line for line in batch["lines"] if part not in line]:
+            emit({**batch, "lines": others})
+
+    dispatcher.emit = emit_others
+
+
+def ongoing_requests(application: str, deployment: str) -> int:
+    """How many requests the replicas of a deployment work on; a lost replica counts as idle."""
+    prefix = f"SERVE_REPLICA::{application}#{deployment}#"
+    found = ray.util.list_named_actors(all_namespaces=True)
+    count = 0
+    for actor in found:
+        if actor["name"].startswith(prefix):
+            with contextlib.suppress(Exception):
+                replica: Any = ray.get_actor(actor["name"], actor["namespace"])
+                count += ray.get(replica.get_num_ongoing_requests.remote(), timeout=5)
+    return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,13 +83,22 @@ def test_paths_that_pods_use_are_in_the_image(overlay: str) -> None:
         source_of(path)
 
 
-def test_haproxy_runs_rays_binary_without_splicing() -> None:
+def test_haproxy_is_rays_binary_started_by_the_packages_command(tmp_path: Path) -> None:
     script = source_of("/opt/blip2/haproxy")
     assert script.stat().st_mode & 0o111 == 0o111
-    (binary,) = IN_IMAGE.findall(script.read_text().rpartition("exec")[2])
+    command = shlex.split(script.read_text().rpartition("exec")[2].replace("\\\n", ""))
+    python, binary = (word for word in command if word.startswith("/opt/blip2/venv/"))
+    assert python == "/opt/blip2/venv/bin/python3"
     packages = Path(ray.__file__).parents[1]
     assert (packages / binary.partition("/site-packages/")[2]).exists()
-    assert ' -dS "$@"' in script.read_text()
+
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("defaults\n")
+    own = {python: sys.executable, binary: "/bin/echo", "$@": f"-f {config}"}
+    words = " ".join(own.get(word, word) for word in command).split()
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-dS", "-f", str(config)]
+    assert "errorfile 503" in config.read_text()
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "prod"])

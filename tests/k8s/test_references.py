@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from blip2_serve.app import SHUTDOWN_MARGIN_S
 from blip2_serve.config import AppConfig
+from blip2_serve.environment import of_haproxy
 from support.manifests import (
     K8S,
     OVERLAYS,
@@ -208,12 +211,12 @@ def test_only_pods_with_gpus_go_to_gpu_nodes(overlay: str) -> None:
 def test_shutdown_timeouts_exceed_the_request_timeout(overlay: str) -> None:
     objects, config = build(overlay), serve_config(overlay)
     service = ray_service(objects)["spec"]
-    request = config["http_options"]["request_timeout_s"]
+    (application,) = config["applications"]
+    request = AppConfig.model_validate(application["args"]).request_timeout_s
+    assert config["http_options"]["request_timeout_s"] == request
     drain = float(ray_environment(objects)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-    deployments = {d["name"]: d for d in config["applications"][0]["deployments"]}
-    assert deployments.keys() >= {"Ingress", "Generator"}
-    for deployment in deployments.values():
-        assert request < deployment["graceful_shutdown_timeout_s"] < drain
+    assert request + SHUTDOWN_MARGIN_S < drain
+    assert "deployments" not in application  # whose timeouts would replace those of `app.build`
     assert request < service["rayClusterDeletionDelaySeconds"]
     ray_pods = [pod for pod in pods(objects) if "ray.io/cluster" in pod.labels]
     for pod in ray_pods:
@@ -231,6 +234,17 @@ def test_the_ingress_allows_the_applications_sizes_and_timeouts() -> None:
     timeouts = [v for k, v in annotations.items() if "timeout" in k]
     assert len(timeouts) == 4
     assert all(int(timeout.removesuffix("s")) > request for timeout in timeouts)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_haproxy_is_set_up_as_on_one_machine(overlay: str) -> None:
+    folder = Path("/f")
+    here = of_haproxy(folder, folder / "haproxy", range(20_000, 20_100)).defaults
+    there = ray_environment(build(overlay))
+    shared = {name for name in here if name.startswith("RAY_SERVE_HAPROXY_") and name in there}
+    assert len(shared) == 3  # ports and paths are one machine's
+    assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
+    assert there["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == there["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

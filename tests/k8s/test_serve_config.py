@@ -65,28 +65,6 @@ def test_the_builder_accepts_the_arguments(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_configured_deployments_exist(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (application,) = serve_config(overlay)["applications"]
-    built = deployments(AppConfig.model_validate(application["args"]), monkeypatch)
-    assert {deployment["name"] for deployment in application["deployments"]} <= set(built)
-
-
-def deployments(config: AppConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    monkeypatch.setattr(app, "visible_gpus", lambda: 0)  # as on the head, which builds it
-    placed: dict[str, Any] = {}
-    original = app._place
-
-    def recording(*args: Any) -> Any:
-        deployment = original(*args)
-        placed[deployment.name] = deployment
-        return deployment
-
-    monkeypatch.setattr(app, "_place", recording)
-    app.build(config)
-    return placed
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_stage_has_replicas_and_resources(overlay: str) -> None:
     (application,) = serve_config(overlay)["applications"]
     for stage in STAGES:

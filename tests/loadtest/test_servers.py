@@ -66,7 +66,7 @@ def test_a_server_that_exits_is_reported_with_its_last_lines(
 
     with (
         pytest.raises(servers.ServerFailed, match="no such flag"),
-        servers.running("fast", tmp_path, tmp_path / "logs" / "fast.log"),
+        servers.running("int8", tmp_path, tmp_path / "logs" / "int8.log"),
     ):
         pass
 
@@ -75,7 +75,7 @@ def test_every_kind_serves_the_checkpoint_in_bfloat16_on_the_port() -> None:
     for name in servers.KINDS:
         command = " ".join(servers.command(name, Path("there"), 123))
         assert "--model there --dtype bfloat16 --port 123" in command
-    assert servers.command("fast", Path("there"), 123)[-1] == "--fast"
+    assert servers.command("int8", Path("there"), 123)[-2:] == ["--quantize", "int8"]
     assert servers.command("monolith", Path("there"), 123)[-3:] == ["there", "--port", "123"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socketserver
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -37,16 +39,31 @@ class Up:
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def stop(self, how: signal.Signals) -> None:
-        """Stops the server with a signal and waits until all of its processes have exited."""
+    def stop(self, how: signal.Signals, *, group: bool = True) -> None:
+        """Stops the server with a signal and waits until all of its processes have exited.
+
+        Terminals and some supervisors send it to the process group.
+        """
         family = self.family()
         assert family
-        if how == signal.SIGINT:
-            os.killpg(self.process.pid, how)  # as a terminal does
+        if group:
+            os.killpg(self.process.pid, how)
         else:
             self.process.send_signal(how)
         assert self.process.wait(timeout=60) == 0
         wait_until(lambda: not any(map(_is_alive, family)), within_s=30)
+
+
+def listening(processes: list[psutil.Process]) -> dict[str, set[int]]:
+    """TCP ports on which processes listen beyond loopback, by the process's name."""
+    found: dict[str, set[int]] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("tcp"):
+                address = ip_address(connection.laddr.ip.removeprefix("::ffff:"))
+                if connection.status == psutil.CONN_LISTEN and not address.is_loopback:
+                    found.setdefault(process.name(), set()).add(connection.laddr.port)
+    return found
 
 
 @contextmanager

@@ -171,3 +171,13 @@ def test_a_replica_keeps_little_of_what_is_compiled_for_each_number_of_rows() ->
         check=True,
     )
     assert int(done.stdout) < 150  # megabytes; of all 512 they are 350
+
+
+def test_a_stage_that_is_removed_finishes_its_requests_and_does_not_linger(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placed = placements({"request_timeout_s": 300}, 0, monkeypatch)
+    for name in ("Ingress", "Preprocessor", "Encoder", "Generator"):
+        config = placed[name]._deployment_config
+        assert config.graceful_shutdown_timeout_s > 300
+        assert config.graceful_shutdown_wait_loop_s <= 1

@@ -251,11 +251,8 @@ def test_more_positions_than_the_model_has_are_an_error_that_says_how_many_it_ha
     assert "64" in line
 
 
-def test_fast_on_a_running_ray_is_an_error_that_names_the_variables_to_set_there(up: Up) -> None:
-    line = up("--fast", "--address", "127.0.0.1:6379")
-
-    assert "--address" in line
-    assert "RAY_SERVE_ENABLE_HA_PROXY" in line
+def test_a_host_that_is_not_this_machines_is_an_error_that_names_it(up: Up) -> None:
+    assert "192.0.2.1" in up("--host", "192.0.2.1")
 
 
 def test_a_temporary_folder_that_is_too_long_for_sockets_is_an_error(

@@ -15,9 +15,11 @@ from ray import cloudpickle, serve
 
 from blip2_serve import environment
 from blip2_serve.config import AppConfig
-from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
+from blip2_serve.environment import Variables, applied, of_haproxy, of_server, short_hops
 from blip2_serve.stages.encoder import Encoder
 from blip2_serve.stages.generator import Generator
+
+FOLDER = Path("/f")
 
 
 def test_the_operators_values_win_over_defaults_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,12 +40,15 @@ def test_the_environment_is_as_before_after_a_failure() -> None:
 
 
 def test_stages_use_no_proxy_whatever_the_operator_has_set() -> None:
-    assert of_server(AppConfig(), local=False).overrides == {"grpc_proxy": ""}
+    assert of_server(AppConfig(), local=False, folder=FOLDER).overrides == {"grpc_proxy": ""}
+    assert of_server(AppConfig(), local=True, folder=FOLDER).overrides["grpc_proxy"] == ""
     assert environment.REPLICA["grpc_proxy"] == ""
 
 
 def test_a_local_ray_asks_for_a_token_and_one_that_runs_already_goes_by_its_own_rules() -> None:
-    local, foreign = (of_server(AppConfig(), local=local).defaults for local in (True, False))
+    local, foreign = (
+        of_server(AppConfig(), local=local, folder=FOLDER).defaults for local in (True, False)
+    )
     assert local["RAY_AUTH_MODE"] == "token"
     assert foreign["RAY_AUTH_MODE"] == "disabled"
     assert local.items() >= short_hops(AppConfig()).items()
@@ -52,9 +57,16 @@ def test_a_local_ray_asks_for_a_token_and_one_that_runs_already_goes_by_its_own_
 
 
 def test_the_operators_haproxy_is_started_by_way_of_the_command_of_the_server() -> None:
-    variables = of_fast_server(AppConfig(), Path("/f"), Path("/f/haproxy"), range(20_000, 20_100))
+    variables = of_haproxy(FOLDER, Path("/f/haproxy"), range(20_000, 20_100))
     assert variables.overrides == {"RAY_SERVE_HAPROXY_BINARY_PATH": "/f/haproxy"}
     assert "20000" not in variables.defaults.values()  # the claim on the ports
+
+
+def test_only_replicas_of_a_server_on_one_machine_listen_on_loopback() -> None:
+    local, foreign = (
+        of_server(AppConfig(), local=local, folder=FOLDER).overrides for local in (True, False)
+    )
+    assert environment.LOOPBACK_ONLY in local.keys() - foreign.keys()
 
 
 def test_a_message_may_hold_the_largest_body_and_the_largest_image() -> None:
@@ -133,10 +145,6 @@ def test_the_openmp_of_a_folder_with_a_blank_is_loaded(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from blip2_serve import environment
-from blip2_serve.config import AppConfig
-from blip2_serve.environment import Variables, applied, of_fast_server, of_server, short_hops
-from blip2_serve.stages.encoder import Encoder
-from blip2_serve.stages.generator import Generator
 environment._intel_openmp = lambda: Path({str(copy)!r})
 environment.prepare_replica()
 assert {str(copy)!r} in open("/proc/self/maps").read()

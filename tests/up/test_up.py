@@ -74,5 +74,5 @@ def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
 
 
 def test_sigterm_leaves_no_process_behind(server: Up) -> None:
-    server.stop(signal.SIGTERM)
+    server.stop(signal.SIGTERM, group=False)
     assert "Traceback" not in server.log.read_text()

@@ -54,7 +54,6 @@ def up(
     allow_image_urls: options.AllowImageUrls = False,
     log_format: options.LogFormat = None,
     trace: options.Trace = None,
-    fast: options.Fast = False,
 ) -> None:
     """Start the server and serve until Ctrl-C."""
     flags = given(
@@ -70,7 +69,7 @@ def up(
             "ingress": {"images": {"allow_urls": allow_image_urls or None}},
         }
     )
-    launch = running.Launch(read_config(config, flags), host, port, address, trace, fast)
+    launch = running.Launch(read_config(config, flags), host, port, address, trace)
     running.check(launch)
     running.serve_until_stopped(launch)
 

@@ -50,9 +50,6 @@ Trace = Annotated[
     float | None,
     Option(min=0, max=1, help="Share of requests to trace, besides those that ask for it."),
 ]
-Fast = Annotated[
-    bool, Option("--fast", help="Use Ray Serve's throughput mode, behind HAProxy; Linux only.")
-]
 
 # -- clients ---------------------------------------------------------------------------------------
 

@@ -6,23 +6,27 @@ import contextlib
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
-from blip2_serve import client, environment, fast_mode, preflight
-from blip2_serve.cli.terminal import err, greet, tell_open_ports
+from blip2_serve import client, environment, haproxy, preflight
+from blip2_serve.cli.terminal import err, greet
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
 
 APP_NAME = "blip2"
 READY_POLL_S = 0.2
+DRAIN_POLL_S = 0.1
 STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
 
 _ANY_HOST = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
@@ -37,7 +41,6 @@ class Launch:
     port: int
     address: str | None = None  # of a running Ray; None: start a local one
     trace: float | None = None  # share of requests to trace, 0 to 1; None: trace none
-    fast: bool = False
 
     @property
     def url(self) -> str:
@@ -52,8 +55,6 @@ def check(launch: Launch) -> None:
     Raises:
         StartupError: something would.
     """
-    if launch.fast:
-        fast_mode.check(launch.host, launch.address)
     if launch.address is None:
         preflight.check_temporary_folder()
         preflight.check_port(launch.host, launch.port)
@@ -73,21 +74,45 @@ def serve_until_stopped(launch: Launch) -> None:
     """
     signals = StopSignals()
     signals.install()
-    mode = fast_mode.profile(launch.config) if launch.fast else contextlib.nullcontext()
-    with contextlib.suppress(KeyboardInterrupt), mode, _running(launch, signals):
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _folder() as folder,
+        _proxy(launch, folder) as host,
+        _running(launch, folder, host, signals),
+    ):
         with client.connect(launch.url, on_this_machine=True) as server:
             wait_until_ready(server)
-            if launch.fast:
-                tell_open_ports()
             greet(server, launch.url, launch.config.model_name)
-        signals.received.wait()
+        signals.first.wait()
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for the server's files, which only its owner can read."""
+    folder = Path(tempfile.mkdtemp(prefix="blip2-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _proxy(launch: Launch, folder: Path) -> Iterator[str]:
+    """Sets up HAProxy, where it can run; yields the address that Ray Serve listens on."""
+    if reason := haproxy.missing(launch.address):
+        err.print(f"without HAProxy: {reason}", markup=False)
+        yield launch.host
+    else:
+        with haproxy.profile(launch.host, folder):
+            yield "127.0.0.1"  # HAProxy listens on the host
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set `received`; the first one also interrupts what is under way."""
+    """SIGINT and SIGTERM set `first`, then `second`, and each time interrupt what is under way."""
 
     def __init__(self) -> None:
-        self.received = threading.Event()
+        self.first = threading.Event()
+        self.second = threading.Event()
 
     def install(self) -> None:
         """Takes over both signals; to be called again after ray.init, which takes SIGTERM."""
@@ -95,30 +120,59 @@ class StopSignals:
             signal.signal(kind, self._on_signal)
 
     def _on_signal(self, *_: object) -> None:
-        if not self.received.is_set():  # else it is stopping already
-            self.received.set()
+        if not self.second.is_set():  # else it is stopping at once already
+            (self.second if self.first.is_set() else self.first).set()
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _running(launch: Launch, signals: StopSignals) -> Iterator[None]:
+def _running(launch: Launch, folder: Path, host: str, signals: StopSignals) -> Iterator[None]:
     """Runs Ray with the application on it; both stop afterwards, but not a Ray at `address`."""
-    with environment.applied(environment.of_server(launch.config, local=launch.address is None)):
+    local = launch.address is None
+    with environment.applied(environment.of_server(launch.config, local=local, folder=folder)):
         import ray  # only now: it reads the environment when it is imported
-        from ray import serve
+
+        from blip2_serve.serve_internals import hide_worker_lines
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
         try:
             _init_ray(launch.address)
+            if local:
+                hide_worker_lines("won't accept connections from HAProxy on other nodes")
             signals.install()
-            _start_application(launch)
+            _start_application(launch, host)
             yield
         finally:
             if ray.is_initialized():
                 err.print("stopping")
-                with contextlib.suppress(Exception):
-                    serve.delete(APP_NAME)  # lets requests under way finish
+                with contextlib.suppress(KeyboardInterrupt, Exception):
+                    _stop_application(launch)
                 ray.shutdown()
+
+
+def _stop_application(launch: Launch) -> None:
+    """Lets requests under way finish: on a Ray of its own, within the grace period.
+
+    Raises:
+        KeyboardInterrupt: a second signal came.
+    """
+    from ray import serve
+
+    from blip2_serve.serve_internals import ongoing_requests
+
+    if launch.address is not None:
+        serve.delete(APP_NAME)
+        return
+    Path(os.environ[environment.CLOSED_FILE]).touch()
+    grace_s = launch.config.shutdown_grace_s
+    grace_ends = time.monotonic() + grace_s
+    while True:
+        time.sleep(DRAIN_POLL_S)  # first, for a request that got in just before the door closed
+        if not ongoing_requests(APP_NAME, "Ingress"):
+            return
+        if time.monotonic() > grace_ends:
+            err.print(f"cutting off requests that took longer than shutdown_grace_s ({grace_s:g})")
+            return
 
 
 def _init_ray(address: str | None) -> None:
@@ -129,17 +183,20 @@ def _init_ray(address: str | None) -> None:
     """
     import ray
 
+    from blip2_serve.serve_internals import ray_in_its_own_session
+
     try:
         if address is None:
             err.print("starting Ray")
             # Ray starts workers through a shell and does not quote the interpreter's path.
             quoted = shlex.quote(sys.executable)
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                logging_level=logging.WARNING,
-                runtime_env=None if quoted == sys.executable else {"py_executable": quoted},
-            )
+            with ray_in_its_own_session():
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    logging_level=logging.WARNING,
+                    runtime_env=None if quoted == sys.executable else {"py_executable": quoted},
+                )
         else:
             ray.init(address=address, logging_level=logging.WARNING)
     except Exception as error:
@@ -152,8 +209,8 @@ def _init_ray(address: str | None) -> None:
         ) from error
 
 
-def _start_application(launch: Launch) -> None:
-    """Starts Ray Serve and the application on a Ray that runs.
+def _start_application(launch: Launch, host: str) -> None:
+    """Starts Ray Serve, listening on `host`, and the application on a Ray that runs.
 
     Raises:
         StartupError: the application did not start.
@@ -169,7 +226,11 @@ def _start_application(launch: Launch) -> None:
     quiet = LoggingConfig(log_level="WARNING", encoding=encoding)
     logging.getLogger("ray.serve").setLevel("WARNING")
     serve.start(
-        http_options={"host": launch.host, "port": launch.port},
+        http_options={
+            "host": host,
+            "port": launch.port,
+            "request_timeout_s": config.request_timeout_s,
+        },
         logging_config=quiet,
         tracing_config=TracingConfig(
             enabled=launch.trace is not None,

@@ -7,7 +7,7 @@ import shlex
 import httpx
 from rich.console import Console
 
-from blip2_serve import client, fast_mode
+from blip2_serve import client
 from blip2_serve.model.source import DEMO_PICTURE
 
 out = Console(highlight=False, soft_wrap=True)
@@ -22,9 +22,3 @@ def greet(server: httpx.Client, url: str, model_name: str) -> None:
     picture = shlex.quote(f"image=@{DEMO_PICTURE}")
     out.print(f"    curl -F {picture} {url}/v1/caption\n", markup=False)
     out.print("Press Ctrl-C to stop.")
-
-
-def tell_open_ports() -> None:
-    """Prints which ports of this server other machines can reach."""
-    owners = [f"{owner} {', '.join(map(str, p))}" for owner, p in fast_mode.open_ports().items()]
-    out.print(f"\nopen to the network: {'; '.join(owners) or 'nothing'}", markup=False)

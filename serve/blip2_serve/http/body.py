@@ -93,7 +93,7 @@ class QuickJson(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_quickly(request: Request) -> Response:
-            async with deadline.limited(request):
+            async with deadline.limited(request, request.app.state.request_timeout_s):
                 return await handle(_QuickRequest(request.scope, request.receive))
 
         return handle_quickly

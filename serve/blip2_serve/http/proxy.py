@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blip2_serve.environment import CLOSED_FILE
 from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable
 
 _ERRORS: dict[int, Blip2ServeError] = {
@@ -22,6 +24,8 @@ _ERRORS: dict[int, Blip2ServeError] = {
     429: Overloaded("too many requests are queued; try again later"),
     503: Unavailable("no replica can take the request now; try again later"),
 }
+_OPEN = ("/health", "/metrics")
+_STOPPING = Unavailable("this server is stopping; try again later")
 _LOST = Unavailable("a replica was lost while it worked on this; try again")
 _CUT = Unavailable("the answer was cut off: it took too long, or a replica was lost; try again")
 
@@ -31,14 +35,22 @@ def middlewares() -> list[Middleware]:
 
 
 class OpenAIErrors:
-    """Replaces errors in plain text, which the application never sends, and ends cut streams."""
+    """Replaces errors in plain text, which the application never sends, and ends cut streams.
+
+    A server that `up` is stopping is closed to new requests, but for those about itself.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._closed_file = os.environ.get(CLOSED_FILE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Ray Serve's own routes
             await self._app(scope, receive, send)
+            return
+        # Asked for each request: some microseconds.
+        if self._closed_file and scope["path"] not in _OPEN and os.path.exists(self._closed_file):
+            await _answer(send, _STOPPING.status, _STOPPING, Headers({"retry-after": "1"}))
             return
         media_type = ""  # of an answer that has begun
         replaced = ended = False

@@ -8,7 +8,7 @@ from typing import Self
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from blip2_serve.http import deadline
+from blip2_serve.http.deadline import Alarm
 from blip2_serve.http.measure import StreamTimer
 from blip2_serve.types import TokenEvent
 
@@ -22,7 +22,7 @@ class TokenStream:
         self._first: TokenEvent | None = first
         self._rest = rest
         self._timer = timer
-        self._deadline = deadline.current()
+        self._alarm = Alarm()
 
     @classmethod
     async def start(
@@ -39,16 +39,13 @@ class TokenStream:
     async def __anext__(self) -> TokenEvent:
         event, self._first = self._first, None
         if event is None:
-            if self._deadline is None:
-                event = await anext(self._rest)
-            else:
-                async with deadline.until(self._deadline):
-                    event = await anext(self._rest)
+            event = await self._alarm.wait(anext(self._rest))
             self._timer.received(event)
         return event
 
     async def aclose(self) -> None:
         """Ends the backend's work, unless it has ended."""
+        self._alarm.stop()
         await self._rest.aclose()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from blip2_serve.environment import CLOSED_FILE
 from blip2_serve.http.proxy import OpenAIErrors, middlewares
 from support.fake_backend import error_of
 
@@ -111,3 +113,30 @@ async def test_an_answer_that_never_comes_is_a_503() -> None:
 
     assert response.status_code == 503
     assert error_of(response)["code"] == "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/ready", 503),
+        ("/v1/generate", 503),
+        ("/health", 200),
+        ("/metrics", 200),
+        ("/-/healthz", 200),
+    ],
+)
+async def test_a_server_that_stops_is_closed_to_new_requests(
+    path: str, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed = tmp_path / "closed"
+    monkeypatch.setenv(CLOSED_FILE, str(closed))
+    app = OpenAIErrors(Starlette(routes=[Route(path, pieces)]))
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get(path)).status_code == 200
+        closed.touch()
+        answer = await client.get(path)
+    assert answer.status_code == status
+    if status == 503:
+        assert error_of(answer)["code"] == "unavailable"
+        assert answer.headers["retry-after"] == "1"

@@ -1,4 +1,4 @@
-"""`blip2-serve up --fast`: the same answers, errors and cancellation, behind HAProxy."""
+"""`blip2-serve up` behind HAProxy: answers, errors, cancellation, open ports, lost replicas."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from PIL import Image
 
 from blip2_serve.demo import scenes
 from support.images import data_url, encode, image_message
-from support.server import wait_until
-from support.up import Up, running_up
+from support.server import is_successful, wait_until
+from support.up import Up, listening, running_up
 
 SCENE = scenes.sample(6_001)
 LONG = {"image": data_url(SCENE.image), "max_tokens": 450, "ignore_eos": True}
@@ -30,11 +31,12 @@ SHORT = {**LONG, "max_tokens": 1}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    folder = tmp_path_factory.mktemp("fast")
+    folder = tmp_path_factory.mktemp("haproxy")
     config = folder / "config.yaml"
     # One sequence at a time: a request in the engine keeps the next one waiting.
-    config.write_text(yaml.safe_dump({"generator": {"max_num_seqs": 1}}))
-    with running_up(folder, "--fast", "--config", config) as server:
+    one = {"generator": {"max_num_seqs": 1}, "ingress": {"num_replicas": 2}}
+    config.write_text(yaml.safe_dump(one))
+    with running_up(folder, "--config", config) as server:
         yield server
 
 
@@ -125,7 +127,7 @@ def _go_away(url: str, leave: str) -> None:
         with httpx.stream("POST", url, json={**LONG, "stream": True}) as response:
             next(response.iter_lines())
     else:
-        with contextlib.suppress(httpx.ReadTimeout):  # a fast answer comes in time
+        with contextlib.suppress(httpx.ReadTimeout):  # a quick answer comes in time
             httpx.post(url, json=LONG, timeout=0.1)
 
 
@@ -136,35 +138,29 @@ def _dropped(server: Up) -> float:
     return sum(map(float, lines))
 
 
-def test_the_ports_that_it_reports_as_open_are_the_open_ones(server: Up) -> None:
-    address = _address_in_the_network()
-    line = next(x for x in server.log.read_text().splitlines() if "open to the network" in x)
-    said = {int(port) for port in re.findall(r"\b\d+\b", line)}
-    pids = {process.pid for process in server.family()}
-    own, others = set(), set()
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN:
-            (own if connection.pid in pids else others).add(connection.laddr.port)
-    assert said <= own
-    # Another server may have the same port on another address and answer instead of ours.
-    assert {port for port in own - others if _connects(address, port)} == said - others
-    assert int(server.url.rpartition(":")[2]) not in said
+def test_nothing_listens_beyond_loopback(server: Up) -> None:
+    assert listening(server.family()) == {}
 
 
-def _address_in_the_network() -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # a datagram socket sends nothing here
-        except OSError:
-            pytest.skip("this machine has no address but loopback")
-        address: str = probe.getsockname()[0]
-        return address
+def test_statistics_and_metrics_of_haproxy_are_served(server: Up) -> None:
+    config = _haproxy_config(server).read_text()
+    ports = [int(port) for port in re.findall(r"bind 127\.0\.0\.1:(\d+)", config)]
+    assert len(ports) == 3
+    pages = [
+        httpx.get(f"http://127.0.0.1:{port}{path}", timeout=60)
+        for port, path in zip((ports[0], ports[2]), ("/metrics", "/stats"), strict=True)
+    ]
+    assert all(page.is_success for page in pages)
 
 
-def _connects(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(5)
-        return probe.connect_ex((address, port)) == 0
+def test_what_is_no_http_gets_openais_error(server: Up) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET /\x01 HTTP/1.1\r\n\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+    head, _, body = answer.partition("\r\n\r\n")
+    assert " 400 " in head.splitlines()[0]
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
 def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
@@ -172,10 +168,72 @@ def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
     assert server.proxied == []
 
 
+def test_a_killed_ingress_costs_no_request_that_has_no_answer_yet(server: Up) -> None:
+    """Nor any later one: the other replica takes them."""
+    url = f"{server.url}/v1/generate"
+    answers: list[httpx.Response] = []
+    killed = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(timeout=60) as client:
+            after = 0
+            while after < 5:
+                after += killed.is_set()
+                answers.append(client.post(url, json={**SHORT, "max_tokens": 20}))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(answers) > 10)
+    _ingresses(server)[0].kill()
+    killed.set()
+    for thread in threads:
+        thread.join()
+    assert {answer.status_code for answer in answers} == {httpx.codes.OK}
+    assert len(answers) > 20
+    wait_until(lambda: len(_ingresses(server)) == 2, 120)
+    assert listening(server.family()) == {}  # after HAProxy was started anew
+
+
+def test_a_request_that_is_too_large_to_be_sent_again_gets_openais_error(server: Up) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    large = {**LONG, "image": data_url(encode(Image.fromarray(noise), compress_level=0))}
+    answers: list[httpx.Response] = []
+    url = f"{server.url}/v1/generate"
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(url, json=large, timeout=60))
+    )
+    before = _running(server)
+    asking.start()
+    wait_until(lambda: _running(server) > before)
+    for ingress in _ingresses(server):
+        ingress.kill()
+    asking.join()
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["code"] == "unavailable"
+    wait_until(lambda: is_successful(f"{server.url}/ready"), 120)
+
+
+def _running(server: Up) -> float:
+    """How many sequences the generator works on, as far as its metrics say."""
+    page = httpx.get(f"{server.url}/metrics", timeout=60).text
+    lines = re.findall(r"^ray_blip2_sequences_running\{.*\} (.+)$", page, re.M)
+    return sum(map(float, lines))
+
+
+def _ingresses(server: Up) -> list[psutil.Process]:
+    return [process for process in server.family() if process.name().endswith(":Ingress")]
+
+
+def _haproxy_config(server: Up) -> Path:
+    command = next(p for p in server.family() if p.name() == "haproxy").cmdline()
+    return Path(command[command.index("-f") + 1])
+
+
 def test_ctrl_c_leaves_no_process_and_no_folder(server: Up) -> None:
-    (haproxy,) = (p for p in server.family() if p.name() == "haproxy")
-    command = haproxy.cmdline()
-    folder = Path(command[command.index("-f") + 1]).parents[1]
+    folder = _haproxy_config(server).parents[1]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     server.stop(signal.SIGINT)
     assert not folder.exists()

@@ -1,0 +1,108 @@
+"""The command that Ray Serve starts as HAProxy: it corrects Serve's configuration and becomes it.
+
+    python -m blip2_serve.haproxy_config --binary HAPROXY [--host HOST] -- HAPROXY'S ARGUMENTS
+
+Ray Serve writes the configuration and starts HAProxy anew whenever the ingress replicas change, so
+each start goes through here. Corrected is what its environment variables cannot change:
+
+* Where HAProxy listens. With `--host`, the server's port is on that address and all others are on
+  loopback. Without it, only the page with statistics moves to loopback.
+* What HAProxy answers by itself. Errors have OpenAI's shape.
+* Splicing is off (`-dS`). With it, the disconnect of a client goes unnoticed and its answer is
+  generated to the end.
+
+The file is changed in its place, since Ray Serve knows HAProxy's processes by its path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from blip2_serve.errors import Blip2ServeError, InvalidRequest, TimedOut, Unavailable
+
+LOOPBACK = "127.0.0.1"
+PUBLIC, STATISTICS = "frontend http_frontend", "listen stats"
+RETRY_AFTER_S = 1
+
+# What HAProxy answers by itself, by the status that it would send.
+ERRORS: Mapping[int, Blip2ServeError] = {
+    400: InvalidRequest("this is no valid HTTP request"),
+    408: TimedOut("the request was not received in time"),
+    500: Blip2ServeError("the proxy failed; its log has the details"),
+    502: Unavailable("a replica was lost while it worked on this; try again"),
+    503: Unavailable("no replica can take the request now; try again later"),
+    504: TimedOut("the answer took longer than this server allows"),
+}
+
+# A request that HAProxy holds completely can be sent to another replica when the first one dies.
+BUFFER_REQUEST = "    option http-buffer-request"
+
+_SECTION = re.compile(r"(?:global|defaults|frontend|backend|listen)\b")
+_BIND = re.compile(r"(?P<start>\s*bind )\S*:(?P<port>\d+)(?P<end>.*)")
+_NO_APPLICATION = re.compile(r"\s*http-request return status 404 ")
+
+
+def main() -> None:
+    """Corrects the configuration and replaces this process by HAProxy."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--binary", required=True)
+    parser.add_argument("--host")
+    parser.add_argument("arguments", nargs="*")
+    args = parser.parse_args()
+    config = Path(args.arguments[args.arguments.index("-f") + 1])
+    correct(config, args.host)
+    os.execv(args.binary, [args.binary, "-dS", *args.arguments])  # noqa: S606
+
+
+def correct(config: Path, host: str | None) -> None:
+    """Rewrites a configuration of Ray Serve, and writes the answers that it names beside it."""
+    files = {status: config.with_name(f"{status}.openai.http") for status in ERRORS}
+    for status, error in ERRORS.items():
+        files[status].write_bytes(answer(error))
+    corrected = config.with_name("corrected.cfg")
+    corrected.write_text("".join(f"{x}\n" for x in lines(config.read_text(), host, files)))
+    corrected.replace(config)
+
+
+def answer(error: Blip2ServeError) -> bytes:
+    """The whole HTTP response that says so, as HAProxy reads it from a file."""
+    body = json.dumps(error.body(), separators=(",", ":")).encode()
+    head = [
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+        "Cache-Control: no-cache",
+    ]
+    if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        head.append(f"Retry-After: {RETRY_AFTER_S}")
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def lines(text: str, host: str | None, files: Mapping[int, Path]) -> Iterator[str]:
+    """The corrected lines of a configuration; a corrected one stays as it is."""
+    section = ""
+    for line in text.splitlines():
+        if _SECTION.match(line):
+            section = line.strip()
+        bind = _BIND.fullmatch(line)
+        if bind and (host or section == STATISTICS):
+            address = host if host and section == PUBLIC else LOOPBACK
+            dual = " v4v6" if address == "[::]" and "v4v6" not in bind["end"] else ""
+            yield f"{bind['start']}{address}:{bind['port']}{bind['end']}{dual}"
+        elif section == "backend default_backend" and _NO_APPLICATION.match(line):
+            yield "    http-request deny deny_status 503"
+        elif not line.strip().startswith("errorfile ") and line != BUFFER_REQUEST:
+            yield line
+        if line.strip() == "defaults":
+            yield from (f"    errorfile {status} {path}" for status, path in files.items())
+            yield BUFFER_REQUEST
+
+
+if __name__ == "__main__":
+    main()
