@@ -37,6 +37,9 @@ REPLICA = {
 # The errors of Ray Serve's own proxy have OpenAI's shape.
 _PROXY_ERRORS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "blip2_serve.http.proxy.middlewares"}
 
+# Serve kills a replica that has stalled. Otherwise it would wait for it to finish its requests.
+_NO_WAITING_FOR_THE_STALLED = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
+
 # A pickled message is a little larger than the image or body in it. Bytes.
 _MESSAGE_OVERHEAD = 1 << 20
 
@@ -64,7 +67,7 @@ def of_server(config: AppConfig, *, local: bool, folder: Path) -> Variables:
     if local:
         # Restricts Ray to this machine, as on Windows and macOS, so it listens on loopback only.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        defaults |= short_hops(config) | _PROXY_ERRORS
+        defaults |= short_hops(config) | _PROXY_ERRORS | _NO_WAITING_FOR_THE_STALLED
         own = {LOOPBACK_ONLY: "1", CLOSED_FILE: str(folder / "closed")}
         return Variables(defaults, _NO_PROXY_BETWEEN_STAGES | own)
     return Variables(defaults, _NO_PROXY_BETWEEN_STAGES)
