@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from loadtest.answers import REFUSALS
 from loadtest.bench.connections import Connections, NoAnswer, Reply
 from loadtest.bench.servers import Endpoint
 from loadtest.bench.workload import Request, data_url, picture
 
-REFUSALS = (429, 503)
 TOKENS = 16  # of every caption
 PICTURES, SIZE = 32, (224, 168)
 MARK_BYTES = 12  # a multiple of three, which are four characters of base64
