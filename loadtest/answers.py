@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DONE = object()  # the end of a stream
+REFUSALS = (429, 503)  # statuses of a server that has no room now
 
 
 class WrongAnswer(Exception):

@@ -27,6 +27,7 @@ from loadtest.load.samples import Sample
 TIMEOUT_S = 300.0
 CAPTION_TOKENS, ANSWER_TOKENS, LONG_TOKENS = 40, 16, 48
 MIN_TIMED_TOKENS = 8  # fewer tokens arrive almost at once, and give no meaningful speed
+MAX_TRIES = 10  # of a request that is refused
 BURST = 6  # simultaneous requests for one picture
 CHAT = "/v1/chat/completions"
 
@@ -82,6 +83,18 @@ class Caller:
         with self._measured() as pending, self._post(**request) as response:
             pending.tokens = check(response)
         return not pending.failure
+
+    def insist(self, check: Check, **request: Any) -> None:
+        """As `send`, but comes back when a refusal says so; the latency counts all tries."""
+        with self._measured() as pending:
+            for _ in range(MAX_TRIES):
+                with self._post(**request) as response:
+                    wait = response.headers.get("Retry-After")
+                    if response.status_code not in answers.REFUSALS or wait is None:
+                        pending.tokens = check(response)
+                        return
+                gevent.sleep(float(wait))
+            raise WrongAnswer(f"refused {MAX_TRIES} times")
 
     def ask(self, messages: list[Json], expected: Expected) -> bool:
         """Sends a chat completion. Returns whether the answer is right."""
@@ -182,6 +195,13 @@ def caption(caller: Caller) -> None:
     """Sends a picture in JSON."""
     expected, picture = _scene(caller)
     caller.send(_is_caption(expected), path="/v1/caption", json=_caption_body(picture))
+
+
+@kind
+def insistent_caption(caller: Caller) -> None:
+    """Sends a picture in JSON, again and again when Retry-After says so."""
+    expected, picture = _scene(caller)
+    caller.insist(_is_caption(expected), path="/v1/caption", json=_caption_body(picture))
 
 
 @kind

@@ -50,6 +50,19 @@ def test_wrong_answers_are_failures_and_fail_the_run(tmp_path: Path) -> None:
     assert "SLOs missed: error ratio" in run.output
 
 
+def test_insistent_users_are_answered_though_they_are_refused_at_first(tmp_path: Path) -> None:
+    for refusals, failures in (
+        (2, set()),
+        (10, {"insistent caption: refused 10 times"}),
+    ):
+        folder = tmp_path / str(refusals)
+        folder.mkdir()
+        with null_server("--refusals", str(refusals)) as url:
+            run = load.run(folder, url, closed(2, 2, "insistent caption"))
+        assert run.latencies("insistent caption")
+        assert run.failures == failures
+
+
 def test_an_open_loop_shows_a_stall_that_a_closed_one_hides(tmp_path: Path) -> None:
     """Coordinated omission: while the server stalls, four waiting users send nothing."""
     runs = {}
