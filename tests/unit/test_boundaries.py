@@ -96,7 +96,11 @@ def test_a_folder_reaches_nothing_that_it_must_not_know(module: str, forbidden: 
 @pytest.mark.parametrize(
     "module",
     modules_under(
-        "model/decode_worker.py", "model/pictures", "model/processor.py", "model/source.py"
+        "model/decode_worker.py",
+        "model/fingerprint.py",
+        "model/pictures",
+        "model/processor.py",
+        "model/source.py",
     ),
 )
 def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
