@@ -315,7 +315,29 @@ class PreprocessorConfig(StageConfig):
     """The stage that decodes and resizes images."""
 
     num_cpus: NumCpus = 0.2
-    threads: int = Field(2, ge=1, description="Images that one replica decodes at once.")
+    threads: int = Field(
+        2,
+        ge=1,
+        description="Images that one replica decodes at once, each in a process of its own.",
+    )
+    max_pixels: int = Field(
+        40_000_000,
+        ge=1,
+        description="Most pixels of an image, width times height; larger ones are refused.",
+    )
+    decode_timeout_s: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds of CPU time that decoding one image may take. By the clock it may "
+        "take four times as long, since the machine may be busy. An image that takes longer is "
+        "refused.",
+    )
+    decode_memory_mb: int = Field(
+        1280,
+        ge=128,
+        description="Memory in MiB that decoding one image may take, beside the 40 MiB of its "
+        "process. An image that takes more is refused.",
+    )
 
 
 class EncoderScaling(ScalingConfig):

@@ -94,7 +94,14 @@ def test_a_folder_reaches_nothing_that_it_must_not_know(module: str, forbidden: 
 
 
 @pytest.mark.parametrize(
-    "module", modules_under("model/processor.py", "model/pictures", "model/source.py")
+    "module",
+    modules_under(
+        "model/decode_worker.py",
+        "model/fingerprint.py",
+        "model/pictures",
+        "model/processor.py",
+        "model/source.py",
+    ),
 )
 def test_the_preprocessors_modules_reach_no_torch(module: str) -> None:
     assert not reached_by(module, SOURCES) & {"torch", "transformers"}
@@ -234,6 +241,13 @@ def test_a_process_that_speaks_http_loads_neither_ray_nor_torch() -> None:
     ]
 
     assert not loaded_with(modules, {"ray", "torch"})
+
+
+def test_a_decoder_process_loads_only_what_it_needs() -> None:
+    """There are several for each replica, and each is replaced when an image crashes it."""
+    heavy = {"ray", "torch", "pydantic", "asyncio", "transformers"}
+
+    assert not loaded_with([f"{PACKAGE}.model.decode_worker"], heavy)
 
 
 def test_engine_and_model_can_be_loaded_without_a_compiler_for_cpus() -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from blip2_serve.errors import StartupError
 from blip2_serve.model import pictures
+from blip2_serve.model.pictures.faults import out_of_memory
 
 # Part of every image's digest. Increase it with any change to the resulting pixels.
 PREPROCESSING_VERSION = 2
@@ -75,10 +76,14 @@ class ImageProcessor:
         """Returns an image file's pixels: upright RGB, uint8 [3, height, width].
 
         Raises:
-            InvalidImage: The file is broken, of an unsupported format, or has too many pixels.
+            InvalidImage: The file is broken, of an unsupported format, has too many pixels, or
+                takes more memory than this process may have.
         """
-        image = pictures.decode(data, self.size[::-1]).resize(self.size[::-1], self.resample)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        try:
+            image = pictures.decode(data, self.size[::-1]).resize(self.size[::-1], self.resample)
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+        except MemoryError as error:
+            raise out_of_memory() from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

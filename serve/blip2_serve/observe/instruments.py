@@ -109,7 +109,7 @@ class Instruments(ABC):
 
 
 class PreprocessorInstruments(Instruments):
-    """Measures the decoding of images in `threads` threads."""
+    """Measures the decoding of images, `threads` at a time."""
 
     stage = "preprocessor"
     _meter: BatchMeter
@@ -133,8 +133,15 @@ class PreprocessorInstruments(Instruments):
         try:
             with self.in_stage():
                 yield
+        except asyncio.CancelledError:
+            self._image_dropped()
+            raise
         finally:
             self._here -= 1
+
+    @harmless
+    def _image_dropped(self) -> None:
+        self._recorder.add(metrics.DROPPED, stage=self.stage)
 
     @harmless
     def _image_arrived(self, size: int) -> None:
@@ -142,7 +149,7 @@ class PreprocessorInstruments(Instruments):
 
     @harmless
     def decoded(self, waited: float, seconds: float) -> None:
-        """An image was decoded: seconds that it waited for a thread, and seconds in it."""
+        """An image was decoded: seconds that it waited for a worker, and seconds in it."""
         self._meter.computed(1, seconds)
         self._recorder.observe(metrics.QUEUE_TIME, waited, stage=self.stage)
         self._recorder.observe(metrics.IMAGE_DECODE_TIME, seconds)
@@ -154,7 +161,7 @@ class PreprocessorInstruments(Instruments):
         return self._meter.capacity()
 
     def stats(self) -> dict[str, Any]:
-        """Images since the start, and the seconds that threads spent on them."""
+        """Images since the start, and the seconds that workers spent on them."""
         return {"images": self._meter.items, "seconds": self._meter.seconds}
 
     def _waiting(self) -> int:

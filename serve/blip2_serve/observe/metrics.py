@@ -139,8 +139,8 @@ REJECTIONS = Counter(
 )
 IMAGE_ERRORS = Counter(
     "blip2_image_errors_total",
-    "Unusable images by kind of error: url, base64, empty, bytes, pixels, format, broken, truncated"
-    " or fetch.",
+    "Unusable images by kind of error: url, base64, empty, bytes, pixels, format, broken, "
+    "truncated, timeout, memory, crash or fetch.",
     ("kind",),
 )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from blip2_serve.compute.base import Device, set_threads
 from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
+from blip2_serve.errors import WrongCheckpoint
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype, tensor_bytes
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
@@ -21,7 +22,7 @@ from blip2_serve.observe.loading import measured_loading
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.batching import BatchThread
 from blip2_serve.stages.deadline import expiry
-from blip2_serve.stages.vital_signs import VitalSigns
+from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
 from blip2_serve.types import Call, ImageFeatures, Vitals
 
 _Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImageFeatures
@@ -38,7 +39,7 @@ class Encoder:
         self._batching = BatchThread(load, self._encode, limit, self._instruments.batch)
         await self._batching.prepared
         self._instruments.ready(self._loaded, lambda: self._batching.waiting)
-        self._signs = VitalSigns(self._instruments)
+        self._signs = VitalSigns(self._instruments, self._fingerprint)
 
     def _load(self, config: AppConfig, device: Device) -> None:
         own = config.encoder
@@ -49,6 +50,7 @@ class Encoder:
         processor = ImageProcessor.load(checkpoint.folder)
         self._blank = np.zeros((3, *processor.size), np.uint8)
         dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
+        self._fingerprint = fingerprint_of(config, checkpoint.folder, dtype)
         with measured_loading("vision model") as report:
             encoder = ImageEncoder.load(checkpoint, processor, device.place, dtype)
             report.tensor_bytes = tensor_bytes(encoder)
@@ -62,11 +64,14 @@ class Encoder:
 
         Raises:
             TimedOut: the call's time was over before a batch had room for the image.
+            WrongCheckpoint: the image was prepared for another one.
         """
         expires = expiry(call)
+        if pixels.shape != self._blank.shape:
+            raise WrongCheckpoint("the image was prepared for another checkpoint")
         with self._instruments.in_stage():
             data, shape, dtype = await self._batching.result_of(pixels, expires)
-        return ImageFeatures(digest, data, shape, dtype)
+        return ImageFeatures(digest, data, shape, dtype, self._fingerprint)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
         batch = self._device.host_tensor((len(pixels), *pixels[0].shape), torch.uint8)

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
 from blip2_serve.engine.sequence import Request
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Unavailable
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Unavailable, WrongCheckpoint
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
     longest_sequence,
@@ -43,7 +43,7 @@ from blip2_serve.observe.loading import LoadReport, measured_loading
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.progress import Sent
-from blip2_serve.stages.vital_signs import VitalSigns
+from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
 from blip2_serve.types import (
     Call,
     Choice,
@@ -70,23 +70,26 @@ class Generator:
         # outnumber the cores, none of them spins.
         with ThreadPoolExecutor(1) as thread:
             loading = asyncio.get_running_loop().run_in_executor(thread, _load, config, place)
-            engine, self._tokenizer, self._max_model_len, report = await loading
+            loaded = await loading
+        self._tokenizer = loaded.tokenizer
+        self._max_model_len = loaded.max_model_len
+        self._fingerprint = loaded.fingerprint
         if place.asynchronous:
             # The engine's thread needs Python for a moment at each step, while the event loop is
             # busy with requests; it would wait for up to 5 ms, longer than the step.
             sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._loop = EngineLoop(
-            engine,
+            loaded.engine,
             partial(set_threads, config.generator.threads),
             observe=self._instruments.step,
             events_per_s=config.generator.stream_events_per_s,
         )
         self._instruments.ready(
-            Model(report, place.gpu_memory),
+            Model(loaded.report, place.gpu_memory),
             self._loop.stats,
-            _build_info(config, place, report),
+            _build_info(config, place, loaded.report),
         )
-        self._signs = VitalSigns(self._instruments)
+        self._signs = VitalSigns(self._instruments, self._fingerprint)
 
     async def generate(
         self,
@@ -99,7 +102,7 @@ class Generator:
         """Returns the whole answers.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, TimedOut
+            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, WrongCheckpoint, TimedOut
         """
         request = self._request(features, prompt, params, (), call)
         answers: dict[int, TokenEvent] = {}
@@ -161,10 +164,12 @@ class Generator:
         features: ImageFeatures,
         prompt: str,
         params: SamplingParams,
-        sent: tuple[tuple[int, ...] | None, ...],
+        sent: Sent,
         call: Call | None,
     ) -> Request:
         expires = expiry(call)
+        if features.fingerprint != self._fingerprint:
+            raise WrongCheckpoint("the image features come from another checkpoint")
         at_least = self._tokenizer.least_tokens(prompt)
         if at_least >= self._max_model_len:  # tokenising megabytes would block the event loop
             raise ContextLengthExceeded(
@@ -233,8 +238,16 @@ def _choice(event: TokenEvent) -> Choice:
     return Choice(event.token_ids, event.text, event.finish_reason, event.logprobs)
 
 
-def _load(config: AppConfig, device: Device) -> tuple[Engine, Tokenizer, int, LoadReport]:
-    """The engine, the tokenizer, the longest sequence in tokens, and what loading took."""
+@dataclass(frozen=True)
+class _Loaded:
+    engine: Engine
+    tokenizer: Tokenizer
+    max_model_len: int  # tokens
+    fingerprint: str
+    report: LoadReport
+
+
+def _load(config: AppConfig, device: Device) -> _Loaded:
     own = config.generator
     set_threads(own.threads)
     check_quantize(device.place, own.quantize)
@@ -264,7 +277,8 @@ def _load(config: AppConfig, device: Device) -> tuple[Engine, Tokenizer, int, Lo
         decode=tokenizer.decode,
         eos_token_ids=eos_token_ids(checkpoint.config),
     )
-    return engine, tokenizer, max_len, report
+    fingerprint = fingerprint_of(config, checkpoint.folder, dtype)
+    return _Loaded(engine, tokenizer, max_len, fingerprint, report)
 
 
 def _tensor(features: ImageFeatures, device: Device) -> Tensor:

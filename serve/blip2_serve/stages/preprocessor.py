@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blip2_serve.config import AppConfig
+from blip2_serve.model.decode_worker import Limits
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import find_configuration
 from blip2_serve.observe import logs
 from blip2_serve.observe.instruments import PreprocessorInstruments
 from blip2_serve.observe.recorder import RayRecorder
+from blip2_serve.stages.decoding import DecodePool
 from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import Call, Vitals
 
 
 class Preprocessor:
-    """Decodes in threads: Pillow releases the interpreter while it decodes and resizes."""
+    """Decodes in worker processes, which an image may crash without harm to the others."""
 
-    def __init__(self, config: AppConfig) -> None:
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]
         logs.configure(config.log_format)
-        threads = config.preprocessor.threads
-        self._processor = ImageProcessor.load(find_configuration(config.model, config.revision))
-        self._threads = ThreadPoolExecutor(threads, "decode")
-        self._instruments = PreprocessorInstruments(RayRecorder(), threads)
+        own = config.preprocessor
+        processor = ImageProcessor.load(find_configuration(config.model, config.revision))
+        limits = Limits(own.max_pixels, own.decode_timeout_s, own.decode_memory_mb << 20)
+        self._pool = DecodePool(processor, own.threads, limits)
+        self._instruments = PreprocessorInstruments(RayRecorder(), own.threads)
+        await self._pool.start()
         self._instruments.ready()
         self._signs = VitalSigns(self._instruments)
 
@@ -37,19 +38,17 @@ class Preprocessor:
 
         Raises:
             InvalidImage: the bytes are no image that can be used.
+            TimedOut: the call's time was over before the image's turn came.
         """
-        loop = asyncio.get_running_loop()
-        submitted = time.perf_counter()
         with self._instruments.image(len(data)):
-            pixels, start, seconds = await loop.run_in_executor(self._threads, self._decode, data)
-        self._instruments.decoded(start - submitted, seconds)
-        return pixels
+            decoded = await self._pool.decode(data, call.seconds_left if call else None)
+        self._instruments.decoded(decoded.waited, decoded.seconds)
+        return decoded.pixels
 
-    def _decode(self, data: bytes) -> tuple[NDArray[np.uint8], float, float]:
-        """Returns the pixels, when decoding began (`time.perf_counter`), and its seconds."""
-        start = time.perf_counter()
-        pixels = self._processor.pixels(data)
-        return pixels, start, time.perf_counter() - start
+    async def check_health(self) -> None:
+        """Called by Serve. Raises while a lost worker cannot be replaced."""
+        if self._pool.failure:
+            raise self._pool.failure
 
     async def alive(self, caller: str) -> Vitals:
         """Called by each ingress replica once per second, while it has work here."""
@@ -61,3 +60,8 @@ class Preprocessor:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for the autoscaling policy."""
         return self._instruments.signals().report()
+
+    def __del__(self) -> None:
+        """Called by Serve, at the end of a replica that is stopped and not killed."""
+        if "_pool" in self.__dict__:
+            self._pool.close()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from ray import serve
 
+from blip2_serve.config import AppConfig
+from blip2_serve.model.fingerprint import fingerprint
 from blip2_serve.observe.instruments import Instruments
 from blip2_serve.types import Vitals
 
@@ -41,3 +44,9 @@ class VitalSigns:
             self._instruments.start_s,
             self._fingerprint,
         )
+
+
+def fingerprint_of(config: AppConfig, checkpoint: Path, dtype: object) -> str:
+    """What image features and language model must have in common; both stages tell it alike."""
+    quantize = (config.encoder.quantize, config.generator.quantize)
+    return fingerprint(checkpoint, dtype=str(dtype), quantize=quantize)

@@ -18,8 +18,8 @@ FILES = {"short": 10_000, "long": 200_000}  # by profile, as tests/conftest.py h
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF")
 SIDE = 32
 
-# An image of the most pixels takes 256 MB, and once more while it is made RGB.
-MEMORY_KB = 2_000_000
+# An image of the most pixels takes 160 MB, and once more while it is made RGB.
+MEMORY_KB = 1_300_000
 
 
 def processor() -> ImageProcessor:

@@ -90,10 +90,11 @@ def run(code: str, hub: Hub, folder: Path) -> None:
 
 
 PREPROCESSOR = """
-import sys
+import asyncio, sys
 from blip2_serve.config import AppConfig
 from blip2_serve.stages.preprocessor import Preprocessor
-Preprocessor(AppConfig(model=sys.argv[1]))
+preprocessor = object.__new__(Preprocessor)
+asyncio.run(preprocessor.__init__(AppConfig(model=sys.argv[1])))
 """
 
 

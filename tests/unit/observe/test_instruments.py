@@ -86,6 +86,15 @@ def test_images_beyond_the_threads_wait(recorder: FakeRecorder) -> None:
     assert instruments.signals().waiting == 0
 
 
+def test_an_image_whose_caller_leaves_is_dropped(recorder: FakeRecorder) -> None:
+    instruments = PreprocessorInstruments(recorder, threads=2)
+    instruments.ready()
+    with pytest.raises(asyncio.CancelledError), instruments.image(1):
+        raise asyncio.CancelledError
+    assert recorder.counted["blip2_dropped_total", "preprocessor"] == 1
+    assert instruments.signals().waiting == 0
+
+
 def test_a_batch_counts(recorder: FakeRecorder) -> None:
     instruments = encoder(recorder)
     instruments.batch(Batch(seconds=0.2, waited=(0.1, 0.3), dropped=1, expired=2))

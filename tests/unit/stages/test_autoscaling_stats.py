@@ -31,7 +31,8 @@ def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> N
 
 
 async def test_a_preprocessor_reports_images() -> None:
-    preprocessor, _ = replica(Preprocessor, CONFIG)
+    preprocessor, started = replica(Preprocessor, CONFIG)
+    await started
     assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting", "start_s"}
 
     await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
@@ -40,7 +41,8 @@ async def test_a_preprocessor_reports_images() -> None:
 
 
 async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
-    preprocessor, _ = replica(Preprocessor, CONFIG)
+    preprocessor, started = replica(Preprocessor, CONFIG)
+    await started
     pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
     encoder, loaded = replica(Encoder, CONFIG, "cpu")
     await loaded

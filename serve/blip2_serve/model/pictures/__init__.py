@@ -62,6 +62,7 @@ def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
 
     Raises:
         InvalidImage: The file is none of an accepted format, is broken, or has too many pixels.
+        MemoryError: This process may not have the memory that it takes.
     """
     try:
         if data.startswith(b"\xff\xd8\xff"):
@@ -69,7 +70,7 @@ def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
         else:
             image, orientation = _decoder(data)(data)
         return upright(to_rgb(image), orientation)
-    except InvalidImage:
+    except (InvalidImage, MemoryError):
         raise
     except Exception as error:
         # A mistake of this package, which the operator may report; the file is broken all the same.

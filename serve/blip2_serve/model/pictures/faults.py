@@ -11,16 +11,26 @@ from blip2_serve.errors import InvalidImage
 
 ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, GIF, TIFF or BMP"
 
-MAX_PIXELS = 64_000_000
-
-# Decoded samples of more than 8 bits, which only TIFF has in any number and width.
-MAX_SAMPLE_BYTES = 4 * MAX_PIXELS
+MAX_PIXELS = 40_000_000  # unless `limit_pixels` sets another limit
 
 # Segments, chunks, boxes, strips or tiles of one file; each costs time and memory in Python.
 MAX_PARTS = 100_000
 
-# Above twice this Pillow refuses by itself. It sees samples of any width as one pixel per byte.
-Image.MAX_IMAGE_PIXELS = MAX_SAMPLE_BYTES // 2
+# Above twice this Pillow refuses by itself, after the checks here, which name the numbers.
+Image.MAX_IMAGE_PIXELS = 1 << 31
+
+_max_pixels = MAX_PIXELS
+
+
+def limit_pixels(maximum: int) -> None:
+    """Sets the most pixels of an image, for the whole process, as Pillow's own limit is."""
+    global _max_pixels
+    _max_pixels = maximum
+
+
+def max_sample_bytes() -> int:
+    """Most bytes of decoded samples of more than 8 bits, which TIFF has in any number and width."""
+    return 4 * _max_pixels
 
 
 def cut_off(name: str) -> InvalidImage:
@@ -42,17 +52,24 @@ def unsupported(what: str) -> InvalidImage:
 
 def too_large(width: int, height: int) -> InvalidImage:
     return InvalidImage(
-        f"the image is too large: {width} x {height} pixels; the maximum is {MAX_PIXELS:,} pixels",
+        f"the image is too large: {width} x {height} pixels; the maximum is {_max_pixels:,} pixels",
         kind="pixels",
+    )
+
+
+def out_of_memory() -> InvalidImage:
+    return InvalidImage(
+        "decoding the image takes more memory than the server allows; send a smaller one",
+        kind="memory",
     )
 
 
 def check_size(width: int, height: int) -> None:
     """
     Raises:
-        InvalidImage: more than `MAX_PIXELS`.
+        InvalidImage: more than the limit.
     """
-    if width * height > MAX_PIXELS:
+    if width * height > _max_pixels:
         raise too_large(width, height)
 
 
@@ -74,11 +91,11 @@ def decoding(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except InvalidImage:
+    except (InvalidImage, MemoryError):  # the second is no fault of the file's
         raise
     except Image.DecompressionBombError as error:
         raise InvalidImage(
-            f"the image is too large; the maximum is {MAX_PIXELS:,} pixels", kind="pixels"
+            f"the image is too large; the maximum is {_max_pixels:,} pixels", kind="pixels"
         ) from error
     except Exception as error:
         # Only the words depend on Pillow's text.

@@ -26,7 +26,7 @@ DRAFT_OVERSAMPLING = 4
 DRAFT_MEAN_TOLERANCE, DRAFT_TOLERANCE = 0.5, 20
 
 _START_OF_SCAN, _END = 0xDA, b"\xff\xd9"
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # C4, C8 and CC are other segments
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # C4, C8 and CC are other segments
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _NO_LENGTH = {0x00, 0x01, *range(0xD0, 0xD9)}
 _METADATA = {*range(0xE0, 0xF0), 0xFE}
@@ -54,7 +54,7 @@ def decode(data: bytes, size: tuple[int, int]) -> tuple[Image.Image, int]:
     position = 0
     for segment in segments:
         marker, body = segment.marker, segment.body
-        if marker in _FRAMES and body[:1] > b"\x08":
+        if marker in FRAMES and body[:1] > b"\x08":
             raise unsupported(f"JPEG images of {body[0]} bits per sample")
         if marker == 0xE1 and body.startswith(_EXIF):
             exif = exif or body
@@ -152,7 +152,7 @@ def _has_all_scans(data: bytes) -> bool:
         position += length
         parts += 1
         check_parts(parts, "JPEG")
-        if marker in _FRAMES and len(body) >= 6:
+        if marker in FRAMES and len(body) >= 6:
             progressive = marker in _PROGRESSIVE
             missing = {component: set(range(64)) for component in body[6::3]}
         elif marker == _START_OF_SCAN and len(body) >= 4:

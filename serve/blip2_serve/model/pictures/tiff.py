@@ -17,12 +17,12 @@ from PIL import Image, UnidentifiedImageError, _imaging
 
 from blip2_serve.model.pictures.colours import by_bands
 from blip2_serve.model.pictures.faults import (
-    MAX_SAMPLE_BYTES,
     check_parts,
     check_size,
     cut_off,
     damaged,
     decoding,
+    max_sample_bytes,
     too_large,
     unsupported,
 )
@@ -234,7 +234,7 @@ def _ends_early(data: bytes, directory: _Directory) -> bool:
 
 
 def _from_samples(data: bytes, directory: _Directory, layout: Layout) -> Image.Image:
-    if layout.row_bytes * layout.height * layout.planes > MAX_SAMPLE_BYTES:
+    if layout.row_bytes * layout.height * layout.planes > max_sample_bytes():
         raise too_large(layout.width, layout.height)
     planes = []
     for plane in range(layout.planes):
@@ -256,7 +256,7 @@ def _as_bytes(directory: _Directory, layout: Layout, plane: int) -> _Directory:
     }
     if layout.tile_width:
         tile_bytes = layout.bytes_of(layout.tile_width)
-        if tile_bytes * directory.number(_TILE_HEIGHT, 1) > MAX_SAMPLE_BYTES:
+        if tile_bytes * directory.number(_TILE_HEIGHT, 1) > max_sample_bytes():
             raise damaged("TIFF")
         changes[_TILE_WIDTH] = tile_bytes
     tags |= {tag: directory.value(number) for tag, number in changes.items()}
