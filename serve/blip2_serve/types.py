@@ -9,19 +9,6 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Call:
-    """What a stage is told about the request that it works for.
-
-    Attributes:
-        id: The request's id.
-        seconds_left: Until the request's deadline, when the call was sent; None: no deadline.
-    """
-
-    id: str
-    seconds_left: float | None = None
-
-
-@dataclass(frozen=True)
 class ImageFeatures:
     """What the language model sees of one image: the Q-Former's outputs, projected.
 

@@ -102,7 +102,8 @@ class Generator:
         """Returns the whole answers.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded, Overloaded, Unavailable, WrongCheckpoint, TimedOut
+            InvalidRequest, ContextLengthExceeded, Overloaded, TimedOut, Unavailable: also its
+                WrongCheckpoint.
         """
         request = self._request(features, prompt, params, (), call)
         answers: dict[int, TokenEvent] = {}
