@@ -4,8 +4,9 @@ Serve's default policy divides the ongoing requests by a target. But a queue doe
 proportion to the load: near saturation a little more load makes it many times longer, so that
 policy overshoots, and far from saturation the queue says little. This policy divides the offered
 load by the capacity of a replica, both measured, and adds headroom for the time that replicas take
-to start and enough to drain the backlog. The offered load is what replicas finish plus the growth
-of the ongoing requests: a backlog that moves from callers to new replicas does not count as load.
+to start and enough to drain the backlog. The offered load is what replicas finish, plus what the
+ingress refused because they were busy, plus the growth of the ongoing requests: a backlog that
+moves from callers to new replicas does not count as load.
 
 Serve applies its own delays, factors and bounds on top. It pickles this module by value into its
 controller, which may not have this package installed: import only the standard library here.
@@ -30,6 +31,7 @@ class Signals:
     waiting: float = 0.0  # items in the replica that are not being computed yet
     capacity: float | None = None  # items per second with full batches
     start_s: float | None = None  # seconds from the start of its process until it was ready
+    refused: float = 0.0  # items per second that the stage was too busy to be given
     occupancy: float | None = None  # share of its sequences or KV slots in use, the larger; 0 to 1
     step_s: float | None = None  # mean seconds of the latest engine steps
     fixed_step_s: float | None = None  # seconds of a step that do not depend on the load
@@ -102,8 +104,8 @@ def replicas_needed(stage: Stage, settings: Settings) -> float:
 
 def offered_load(stage: Stage, capacity: float) -> float:
     """Returns the load in replicas: 1 is what one of `capacity` items per second can do."""
-    finished = sum(r.finished for r in stage.replicas)
-    return max(0.0, (finished + stage.growth) / capacity)
+    asked = sum(r.finished + r.refused for r in stage.replicas)
+    return max(0.0, (asked + stage.growth) / capacity)
 
 
 def _capacity(stage: Stage) -> float | None:

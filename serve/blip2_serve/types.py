@@ -35,10 +35,13 @@ class Call:
     Attributes:
         id: Names the attempt; a call that is tried again gets another.
         seconds_left: Until the deadline of the request, when the call was sent. None: no deadline.
+        refused: Requests that its ingress replica has refused since the call before it. More
+            replicas of the stage could have taken them.
     """
 
     id: str
     seconds_left: float | None = None
+    refused: int = 0
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class FakeBackend:
     held: dict[bytes, asyncio.Event] = field(default_factory=dict)  # encoding waits for the event
     abandoned: list[bytes] = field(default_factory=list)  # held images whose wait was cancelled
     can_do: Capacity = field(default_factory=lambda: Capacity(100.0, 100.0))
+    refusals: int = 0
     known: set[bytes] = field(default_factory=set)  # images whose features are held
     together: asyncio.Barrier | None = None  # makes calls of `features` wait for each other
 
@@ -64,6 +65,9 @@ class FakeBackend:
 
     def holds(self, image: bytes) -> bool:
         return image in self.known
+
+    def refused(self) -> None:
+        self.refusals += 1
 
     async def features(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)

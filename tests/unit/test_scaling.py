@@ -57,6 +57,9 @@ def busy(finished: float, **others: Any) -> Signals:
     [
         pytest.param(stage(busy(5), busy(5)), 2, id="at the target utilization: no change"),
         pytest.param(
+            stage(busy(5, refused=35), busy(5, refused=35)), 16, id="what was refused is load, too"
+        ),
+        pytest.param(
             stage(busy(10), busy(10)), 4, id="at twice the target utilization: twice as many"
         ),
         pytest.param(stage(busy(2), busy(2)), 1, id="one is enough, with margin: one"),

@@ -53,6 +53,7 @@ class Admission:
     Args:
         limits: The settings.
         capacity: Tells what the stages can do.
+        refused: Called for each refusal.
         clock: Returns seconds.
         draw: Returns a random number from 0 to 1.
     """
@@ -62,12 +63,14 @@ class Admission:
         limits: AdmissionConfig,
         capacity: Callable[[], Capacity],
         recorder: Recorder,
+        refused: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         draw: Callable[[], float] = random.random,
     ) -> None:
         self._limits = limits
         self._capacity = capacity
         self._recorder = recorder
+        self._note_refused = refused
         self._clock = clock
         self._draw = draw
         # What the admitted requests still ask of the stages.
@@ -132,6 +135,7 @@ class Admission:
 
     def _refusal(self, reason: str, excess_s: float) -> Overloaded:
         self._recorder.add(metrics.SHED, reason=reason)
+        self._note_refused()
         retry_s = self._retry_after_s(excess_s)
         self._warn()
         return Overloaded("the server is busy; try again later", retry_after_s=retry_s)

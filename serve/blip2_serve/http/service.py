@@ -34,6 +34,9 @@ class Backend(Protocol):
     def holds(self, image: bytes) -> bool:
         """Whether the features of an image file are there, or on their way."""
 
+    def refused(self) -> None:
+        """Takes note of a request that was not admitted."""
+
     async def features(self, image: bytes) -> ImageFeatures:
         """The features of an image file in any accepted format.
 
@@ -91,7 +94,9 @@ class Service:
         self.recorder = recorder
         self.images = ImageReader(config.ingress.images)
         self.names = names_of(config.model_name)
-        self.admission = Admission(config.ingress.admission, backend.capacity, recorder)
+        self.admission = Admission(
+            config.ingress.admission, backend.capacity, recorder, backend.refused
+        )
 
     def check_model(self, name: str | None) -> None:
         """Accepts the served model's names, and None for a request that names no model.

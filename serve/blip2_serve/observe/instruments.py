@@ -24,6 +24,7 @@ from blip2_serve.observe.loading import LoadReport
 from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter
 from blip2_serve.observe.metrics import Recorder, harmless
 from blip2_serve.scaling import Signals
+from blip2_serve.types import Call
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Instruments(ABC):
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+
+    def called(self, call: Call | None) -> None:
+        """Takes note of what a call tells besides its work."""
+        if call:
+            self._meter.refused += call.refused
 
     @contextmanager
     def in_stage(self) -> Iterator[None]:

@@ -119,6 +119,7 @@ class Meter:
         self._deltas = Deltas(clock)
         self._age = age
         self.start_s: float | None = None
+        self.refused = 0  # items that no replica could take, as callers told this one
 
     def ready(self) -> None:
         """Takes the replica's age as its start-up time. Call when it can take requests."""
@@ -154,8 +155,14 @@ class BatchMeter(Meter):
 
         `waiting` is the number of items that no batch has taken yet.
         """
-        seconds, growth = self._deltas.read(finished=self.items)
-        return Signals(_rate(growth["finished"], seconds), waiting, self.capacity(), self.start_s)
+        seconds, growth = self._deltas.read(finished=self.items, refused=self.refused)
+        return Signals(
+            _rate(growth["finished"], seconds),
+            waiting,
+            self.capacity(),
+            self.start_s,
+            refused=_rate(growth["refused"], seconds),
+        )
 
     def capacity(self) -> float | None:
         """Items per second with full batches; None until it is known."""
@@ -215,7 +222,10 @@ class EngineMeter(Meter):
         (0 to 1) that running requests hold.
         """
         seconds, growth = self._deltas.read(
-            left=self._left, steps=self._steps, step_seconds=self._step_seconds
+            left=self._left,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            refused=self.refused,
         )
         occupancy = max(running / self._max_num_seqs, kv_share)
         steps = growth["steps"]
@@ -225,6 +235,7 @@ class EngineMeter(Meter):
             waiting=waiting + self._surplus(running, capacity),
             capacity=capacity,
             start_s=self.start_s,
+            refused=_rate(growth["refused"], seconds),
             occupancy=occupancy,
             step_s=growth["step_seconds"] / steps if steps else None,
             fixed_step_s=self._cost.fixed_and_per_item[0] if self._cost.known else None,

@@ -90,6 +90,7 @@ class StageClient:
         self._vitals: dict[str, Vitals] = {}
         self._heard: dict[str, float] = {}  # when a replica answered, or first got work
         self._suspects: set[str] = set()
+        self._refused = 0  # since the last call
         self._quarantine = Quarantine(self._loop.time)
         self._watching: asyncio.Task[None] | None = None
         self._asking: set[asyncio.Task[None]] = set()
@@ -145,6 +146,14 @@ class StageClient:
         known = [v for v in self._vitals.values() if v.replica not in self._suspects]
         told = [v.capacity for v in known if v.capacity]
         return len(known) * sum(told) / len(told) / max(v.callers for v in known) if told else None
+
+    def refused(self) -> None:
+        """Counts a request that could not be admitted; the next call tells the stage."""
+        self._refused += 1
+
+    def take_refused(self) -> int:
+        refused, self._refused = self._refused, 0
+        return refused
 
     def serves(self, fingerprint: str) -> bool:
         """Whether some replica may hold the checkpoint."""
@@ -319,7 +328,11 @@ class Attempt:
 
     def __init__(self, client: StageClient, tries: _Tries, work: Work, *, alone: bool) -> None:
         deadline, now = work.deadline, asyncio.get_running_loop().time()
-        self.call = Call(uuid.uuid4().hex, None if deadline is None else deadline - now)
+        self.call = Call(
+            uuid.uuid4().hex,
+            None if deadline is None else deadline - now,
+            client.take_refused(),
+        )
         self.work = work
         self.alone = alone
         self.replica: str | None = None  # which has it, as soon as one was chosen

@@ -67,6 +67,7 @@ class Encoder:
             WrongCheckpoint: the image was prepared for another one.
         """
         expires = expiry(call)
+        self._instruments.called(call)
         if pixels.shape != self._blank.shape:
             raise WrongCheckpoint("the image was prepared for another checkpoint")
         with self._instruments.in_stage():

@@ -169,6 +169,7 @@ class Generator:
         call: Call | None,
     ) -> Request:
         expires = expiry(call)
+        self._instruments.called(call)
         if features.fingerprint != self._fingerprint:
             raise WrongCheckpoint("the image features come from another checkpoint")
         at_least = self._tokenizer.least_tokens(prompt)

@@ -85,6 +85,11 @@ class Ingress:
         images = None if decoded is None or encoded is None else 1 / (1 / decoded + 1 / encoded)
         return Capacity(images, self._generator.capacity())
 
+    def refused(self) -> None:
+        """A request could not be admitted; the stages' autoscaling should know."""
+        for stage in (self._preprocessor, self._encoder, self._generator):
+            stage.refused()
+
     async def _encode(self, image: bytes, name: str) -> ImageFeatures:
         work = Work(name)
         pixels = await self._preprocessor.call("pixels", image, work=work)

@@ -40,6 +40,7 @@ class Preprocessor:
             InvalidImage: the bytes are no image that can be used.
             TimedOut: the call's time was over before the image's turn came.
         """
+        self._instruments.called(call)
         with self._instruments.image(len(data)):
             decoded = await self._pool.decode(data, call.seconds_left if call else None)
         self._instruments.decoded(decoded.waited, decoded.seconds)

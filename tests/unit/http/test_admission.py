@@ -37,7 +37,11 @@ class Server:
         settings = AdmissionConfig.model_validate({"min_requests": 1, **limits})
         # By default, chance lets everyone in, and the limits are sharp.
         self.admission = Admission(
-            settings, lambda: self.capacity, self.recorder, self.clock, draw or (lambda: 1.0)
+            settings,
+            lambda: self.capacity,
+            self.recorder,
+            clock=self.clock,
+            draw=draw or (lambda: 1.0),
         )
         self.inside = ExitStack()
 

@@ -38,6 +38,7 @@ async def test_a_busy_server_answers_429_with_the_time_to_come_back(route: str) 
     assert error_of(refused)["code"] == "overloaded"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert len(backend.encoded) == 1
+    assert backend.refusals == 1
     assert recorder.total("blip2_shed_total", "wait") == 1
     assert recorder.total("blip2_admitted_total") == 1
 

@@ -384,3 +384,22 @@ async def test_the_capacity_is_that_of_all_replicas_shared_by_the_callers() -> N
         await asyncio.sleep(0.01)
 
     assert client.capacity() == 20.0
+
+
+async def test_the_next_call_tells_the_stage_how_many_requests_were_refused() -> None:
+    told: list[int] = []
+    stage = Stage(Replica("a", echo))
+    run = stage.run
+
+    async def heard(args: tuple[Any, ...], call: Call) -> Any:
+        told.append(call.refused)
+        return await run(args, call)
+
+    stage.run = heard  # type: ignore[method-assign]
+    client = client_of(stage)
+    for _ in range(3):
+        client.refused()
+    for _ in range(2):
+        await client.call("work", work=WORK)
+
+    assert told == [3, 0]
