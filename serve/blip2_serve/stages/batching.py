@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+from blip2_serve.engine.progress import Progress
 from blip2_serve.errors import TimedOut
 from blip2_serve.observe.instruments import Batch
 from blip2_serve.observe.metrics import harmless
@@ -60,6 +61,7 @@ class BatchThread(Generic[Item, Result]):
         self._limit = limit
         self._observe = harmless(observe)
         self._clock = clock
+        self._progress = Progress(clock)
         self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry[Item, Result]] = SimpleQueue()
@@ -71,6 +73,16 @@ class BatchThread(Generic[Item, Result]):
         """How many items no batch has taken yet."""
         return self._queue.qsize()
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the current batch has taken, or that items wait for one; 0 when idle."""
+        return self._progress.stalled_s
+
+    @property
+    def usual_s(self) -> float:
+        """Seconds that the longest of the recent batches took; 0 before the first."""
+        return self._progress.usual_s
+
     async def result_of(self, item: Item, expires: float | None = None) -> Result:
         """Returns the item's result, or raises what its batch raised.
 
@@ -80,6 +92,7 @@ class BatchThread(Generic[Item, Result]):
             TimedOut: no batch had taken it at `expires`, by the clock. It is not computed then.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
+        self._progress.wait()
         self._queue.put(_Entry(item, self._clock(), expires, future))
         return await future
 
@@ -94,12 +107,15 @@ class BatchThread(Generic[Item, Result]):
             entries, dropped, expired = self._next_batch()
             futures = [entry.result for entry in entries]
             start = self._clock()
+            self._progress.begin()
             try:
                 results = self._compute([entry.item for entry in entries])
             except BaseException as error:
                 self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
                 self._loop.call_soon_threadsafe(_fail, futures, self.failure)
                 continue
+            finally:
+                self._progress.end()
             self.failure = None
             waited = tuple(start - entry.enqueued for entry in entries)
             self._observe(Batch(self._clock() - start, waited, dropped, expired))
@@ -113,6 +129,8 @@ class BatchThread(Generic[Item, Result]):
         entries: list[_Entry[Item, Result]] = []
         dropped = expired = 0
         while not entries or (len(entries) < self._limit and not self._queue.empty()):
+            if self._queue.empty():
+                self._progress.idle()
             entry = self._queue.get()
             if entry.result.cancelled():
                 dropped += 1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from blip2_serve.compute.base import Device, set_threads
 from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
+from blip2_serve.engine.progress import is_stalled
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype, tensor_bytes
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
@@ -78,8 +79,12 @@ class Encoder:
     async def check_health(self) -> None:
         """Called by Serve. After a failed batch, tries a blank image and raises if that fails too.
 
-        Some CUDA errors leave a process unable to compute anything: it must be replaced.
+        Some CUDA errors leave a process unable to compute anything: it must be replaced. So must
+        one whose batch does not end.
         """
+        stalled_s = self._batching.stalled_s
+        if is_stalled(stalled_s, self._batching.usual_s):
+            raise RuntimeError(f"the encoder has made no progress for {stalled_s:.0f} s")
         if self._batching.failure:
             await self._batching.result_of(self._blank)
 

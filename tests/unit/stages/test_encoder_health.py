@@ -16,6 +16,10 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
     await encoder.check_health()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(encoder._batching), "stalled_s", 61.0)
+        with pytest.raises(RuntimeError, match="no progress for 61 s"):
+            await encoder.check_health()
     works, pixels = encoder._run, np.zeros((3, 224, 224), np.uint8)
 
     def is_gone(_: Any) -> None:
