@@ -98,6 +98,7 @@ class EngineLoop:
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Engine.add`.
             TimedOut: the request's time was over.
+            Blip2ServeError: the model computed no finite numbers.
             Unavailable: the engine has failed, or is closed, or could not resume the answer.
         """
         if self.failure or self._closing:
@@ -123,6 +124,11 @@ class EngineLoop:
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
+
+    @property
+    def without_numbers(self) -> int:
+        """Requests in a row, up to the last, whose logits were not finite."""
+        return self._engine.without_numbers
 
     @property
     def stalled_s(self) -> float:

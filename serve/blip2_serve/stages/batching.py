@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from blip2_serve.engine.progress import Progress
-from blip2_serve.errors import TimedOut
+from blip2_serve.errors import Blip2ServeError, TimedOut
 from blip2_serve.observe.instruments import Batch
 from blip2_serve.observe.metrics import harmless
 
@@ -41,7 +41,8 @@ class BatchThread(Generic[Item, Result]):
 
     Args:
         prepare: called first, in the thread.
-        compute: called in the thread with the items of a batch; returns their results in order.
+        compute: called in the thread with the items of a batch; returns their results in order, or
+            for an item that alone has failed, the error.
         limit: the most items of a batch.
         observe: called in the thread after each successful batch, before its results are delivered.
             What it raises is logged.
@@ -51,7 +52,7 @@ class BatchThread(Generic[Item, Result]):
     def __init__(
         self,
         prepare: Callable[[], None],
-        compute: Callable[[list[Item]], list[Result]],
+        compute: Callable[[list[Item]], Sequence[Result | Blip2ServeError]],
         limit: int,
         observe: Callable[[Batch], None] = lambda _: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -143,9 +144,13 @@ class BatchThread(Generic[Item, Result]):
         return entries, dropped, expired
 
 
-def _deliver(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:
+def _deliver(
+    futures: list[asyncio.Future[Result]], results: Sequence[Result | Blip2ServeError]
+) -> None:
     for future, result in zip(futures, results, strict=True):
-        if not future.cancelled():
+        if isinstance(result, Blip2ServeError):
+            _fail([future], result)
+        elif not future.cancelled():
             future.set_result(result)
 
 

@@ -54,6 +54,7 @@ from blip2_serve.types import (
 )
 
 SWITCH_INTERVAL_S = 0.0002
+MAX_WITHOUT_NUMBERS = 3  # requests in a row: then it is not the requests' fault
 
 
 class Generator:
@@ -139,6 +140,11 @@ class Generator:
         """Called by Serve: a replica whose engine has failed, or got stuck, is replaced."""
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
+        if self._loop.without_numbers >= MAX_WITHOUT_NUMBERS:
+            raise RuntimeError(
+                f"the model computed no finite numbers for {self._loop.without_numbers} requests "
+                "in a row"
+            )
         stalled_s = self._loop.stalled_s
         if is_stalled(stalled_s, self._loop.usual_s):
             raise RuntimeError(f"the engine has made no progress for {stalled_s:.0f} s")
