@@ -12,6 +12,7 @@ from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.scheduler import Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.slots import KvSlots
+from blip2_serve.engine.step import NO_NUMBERS
 from blip2_serve.errors import Blip2ServeError
 from blip2_serve.types import TokenEvent, TokenLogprob
 from support.byte_tokens import EOS, OTHER_EOS, decode, tokens
@@ -49,7 +50,8 @@ class ScriptedSampler:
     """Chooses the tokens of a script.
 
     A request has one script per sample. For a beam search, the scripts are all possible answers,
-    best first, and a beam's score is that of the best answer that starts with it.
+    best first, and a beam's score is that of the best answer that starts with it. The token
+    NO_NUMBERS stands for logits that are not finite.
     """
 
     def __init__(self, scripts: dict[str, list[list[int]]]) -> None:
@@ -77,6 +79,8 @@ class ScriptedSampler:
                 length = len(beam.output)
                 if script[:length] == beam.output and length < len(script):
                     found.setdefault((i, script[length]), -1.0 - rank)
+        if any(token == NO_NUMBERS for _, token in found):
+            return list
         for junk in range(count):
             found.setdefault((0, junk), -100.0 - junk)
         best = sorted(found.items(), key=lambda item: -item[1])[:count]

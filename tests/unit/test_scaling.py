@@ -463,4 +463,4 @@ def test_a_trend_is_the_growth_over_its_window(
 
 
 def test_unknown_signals_are_not_reported() -> None:
-    assert Signals(1.5, 2).report() == {"finished": 1.5, "waiting": 2}
+    assert Signals(1.5, 2).report() == {"finished": 1.5, "waiting": 2, "refused": 0.0}

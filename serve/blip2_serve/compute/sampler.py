@@ -23,6 +23,7 @@ from blip2_serve.compute.base import Device
 from blip2_serve.compute.drawing import Filters, draw
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
+from blip2_serve.engine.step import NO_NUMBERS
 from blip2_serve.types import SamplingParams, TokenLogprob
 
 PLACES = (1 << 29) - 1  # the bits of a key that are a place; see `Sampler._keys`
@@ -59,12 +60,16 @@ class Sampler:
             rows: The row of `logits` for each sequence. Samples of one request share a row until
                 they have tokens of their own.
             sequences: As many as `rows`.
+
+        Returns:
+            What waits for the choices. A sequence whose logits are not all finite, which penalties
+            and biases have no part in, gets the token NO_NUMBERS.
         """
         if not sequences:
             return list
         raw = self._rows(logits, rows)
         tokens = self._tokens(self._penalised(raw, sequences), sequences)
-        chosen = self._device.fetch(tokens)
+        chosen = self._device.fetch(torch.where(_are_finite(raw), tokens, NO_NUMBERS))
         tops = [sequence.request.params.top_logprobs for sequence in sequences]
         asking = [i for i, top in enumerate(tops) if top is not None]
         if not asking:
@@ -97,14 +102,18 @@ class Sampler:
             rows: The row of `logits` for each beam.
             beams: As many as `rows`.
             count: At most len(beams) * vocabulary.
+
+        Returns:
+            What waits for the candidates; none if the logits of any beam are not all finite.
         """
         width = logits.shape[1]
-        raw = self._rows(logits, rows).log_softmax(-1)
+        own = self._rows(logits, rows)
+        raw = own.log_softmax(-1)
         scores = self._device.upload(torch.tensor([[beam.score] for beam in beams]))
         sums = self._penalised(raw, beams) + scores
         signed = _adds(beams[0].request.params)  # sums may be above 0
         best = self._keys(sums.flatten(), signed=signed).topk(count, largest=False).values
-        fetched = self._device.fetch(best)
+        fetched = self._device.fetch(torch.where(_are_finite(own).all(), best, NO_NUMBERS))
         top = beams[0].request.params.top_logprobs
         if top is not None:
             places = best & PLACES
@@ -112,9 +121,12 @@ class Sampler:
             lines = self._device.fetch(self._best_keys(its_logprobs, places % width, top))
 
         def result() -> list[Candidate]:
+            keys = fetched()
+            if keys[0] == NO_NUMBERS:
+                return []
             candidates = [
                 Candidate(beams[place // width], place % width, score)
-                for score, place in zip(*_read(fetched(), signed=signed), strict=True)
+                for score, place in zip(*_read(keys, signed=signed), strict=True)
             ]
             if top is None:
                 return candidates
@@ -206,6 +218,14 @@ class Sampler:
         if signed:  # negative floats are in the opposite order
             bits = torch.where(bits < 0, (bits ^ MAGNITUDE) & ~PLACES, bits)
         return bits.add_(self._places[:count])
+
+
+def _are_finite(logits: Tensor) -> Tensor:
+    """bool [n]: whether rows have no NaN, nothing infinite, and a token that is possible at all.
+
+    A single -inf is a token that is impossible.
+    """
+    return logits.amax(-1).isfinite()  # a NaN is the largest
 
 
 def _adds(params: SamplingParams) -> bool:

@@ -18,6 +18,7 @@ from blip2_serve.engine.live import Live, check_sent
 from blip2_serve.engine.scheduler import Admission, Scheduler
 from blip2_serve.engine.sequence import Chunk, Request, Sequence
 from blip2_serve.engine.step import (
+    NO_NUMBERS,
     Choice,
     EngineStats,
     Event,
@@ -87,6 +88,7 @@ class Engine:
         self._failures: list[Failure] = []
         self._launched: _Launched | None = None
         self._steps = 0
+        self.without_numbers = 0  # requests in a row whose logits were not finite
 
     @property
     def has_work(self) -> bool:
@@ -224,21 +226,39 @@ class Engine:
         step, self._launched = self._launched, None
         if step is None:
             return None, []
-        choices = step.choices()
-        self._scheduler.advance([chunk for chunk in step.chunks if _lives(chunk.sequence)])
+        choices = [*step.choices()]
+        found = [candidates() for _, _, candidates in step.searches]
+        living = [chunk for chunk in step.chunks if _lives(chunk.sequence)]
         for sequence, samples in step.forks:
             if _lives(sequence):
                 sequence.request.sequences = [*samples]
+        self._fail_without_numbers(step, choices, found)
+        # Not those that have just failed: their keys and values must not be cached.
+        self._scheduler.advance([c for c in living if c.sequence.request.sequences])
         news = [
             self._append(sequence, choice)
             for sequence, choice in zip(step.chosen_for, choices, strict=True)
             if _lives(sequence)
         ]
-        for live, beams, candidates in step.searches:
-            found = candidates()
+        for (live, beams, _), candidates in zip(step.searches, found, strict=True):
             if _lives(beams[0]):
-                news += self._search(live, found)
+                news += self._search(live, candidates)
         return step.report, news
+
+    def _fail_without_numbers(
+        self, step: _Launched, choices: list[Choice], found: list[list[Candidate]]
+    ) -> None:
+        """Drops requests whose logits are not finite. They cache nothing, and harm no others."""
+        pairs = zip(step.chosen_for, choices, strict=True)
+        bad = [sequence for sequence, choice in pairs if choice.token == NO_NUMBERS]
+        bad += [b[0] for (_, b, _), ok in zip(step.searches, found, strict=True) if not ok]
+        if len(bad) < len(step.chosen_for) + len(found):
+            self.without_numbers = 0
+        for sequence in bad:
+            if _lives(sequence):
+                self.without_numbers += 1
+                message = "the model computed no finite numbers for this request"
+                self._fail(self._live[sequence.request.id], Blip2ServeError(message))
 
     def _append(self, sequence: Sequence, choice: Choice) -> _News:
         request = sequence.request

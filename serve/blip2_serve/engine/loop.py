@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from blip2_serve.engine.engine import Engine
+from blip2_serve.engine.progress import Progress
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
 from blip2_serve.engine.step import EngineStats, Event, Failure, StepReport, StepResult
@@ -57,7 +58,8 @@ class EngineLoop:
 
     Wakes all streams together at most `events_per_s` times per second, not counting first tokens
     and ends, which never wait. The engine's thread calls `prepare_thread` first and `observe` after
-    each step; exceptions from `observe` are logged.
+    each step; exceptions from `observe` are logged. `clock` is what steps are measured by, to tell
+    when one is stuck.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class EngineLoop:
         *,
         observe: Callable[[Step], None] = lambda _: None,
         events_per_s: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
         self._prepare_thread = prepare_thread
@@ -80,6 +83,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._closing = False
         self.failure: BaseException | None = None
+        self._progress = Progress(clock)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -94,6 +98,7 @@ class EngineLoop:
         Raises:
             Overloaded, ContextLengthExceeded, InvalidRequest: as `Engine.add`.
             TimedOut: the request's time was over.
+            Blip2ServeError: the model computed no finite numbers.
             Unavailable: the engine has failed, or is closed, or could not resume the answer.
         """
         if self.failure or self._closing:
@@ -120,6 +125,21 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    @property
+    def without_numbers(self) -> int:
+        """Requests in a row, up to the last, whose logits were not finite."""
+        return self._engine.without_numbers
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the current step has taken, or that work waits for one; 0 when idle."""
+        return self._progress.stalled_s
+
+    @property
+    def usual_s(self) -> float:
+        """Seconds that the longest of the recent steps took; 0 before the first."""
+        return self._progress.usual_s
+
     def close(self) -> None:
         """Stops the thread after its current step; requests under way fail as Unavailable."""
         with self._wake:
@@ -129,6 +149,7 @@ class EngineLoop:
 
     def _post(self, call: Callable[[], None]) -> None:
         with self._wake:
+            self._progress.wait()
             self._inbox.append(call)
             self._wake.notify()
 
@@ -144,11 +165,14 @@ class EngineLoop:
             # Its state cannot be trusted any more: the health check has the replica replaced.
             logger.exception("the engine failed")
             self.failure = error
+        self._progress.idle()
         self._call_soon(self._fail_all)
 
     def _step(self) -> None:
         start = time.perf_counter()
+        self._progress.begin()
         result = self._engine.step()
+        self._progress.end()
         if result.events or result.failures:
             self._call_soon(self._deliver, result.events, result.failures)
         self._measure(start, result)
@@ -168,6 +192,8 @@ class EngineLoop:
             self._engine.check_idle()
         with self._wake:
             if not self._engine.has_work:
+                if not self._inbox:
+                    self._progress.idle()
                 self._wake.wait_for(lambda: self._inbox or self._closing)
             calls, self._inbox = self._inbox, []
         for call in calls:

@@ -128,8 +128,10 @@ class Scheduler:
         """Notes that the chunks' keys and values are in the KV cache."""
         for chunk in chunks:
             chunk.sequence.computed = chunk.end
-            if chunk.completes and not chunk.sequence.output:
-                self._cache(chunk.sequence)  # for requests that arrive while this one runs
+            # For requests that arrive while this one runs. Of a resumed one, the logits behind the
+            # prompt may be nobody's, so nothing has told yet whether its numbers are sound.
+            if chunk.completes and not chunk.sequence.output and not chunk.sequence.request.sent:
+                self._cache(chunk.sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Removes a sequence; with its last sequence, a request releases its slots."""

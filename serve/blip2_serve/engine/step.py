@@ -20,15 +20,23 @@ class Runner(Protocol):
     def run(self, chunks: list[Chunk]) -> Any: ...
 
 
+NO_NUMBERS = -1  # the token of a sequence whose logits are not all finite
+
+
 class Choice(Protocol):
     @property
-    def token(self) -> int: ...
+    def token(self) -> int:
+        """The next token, or NO_NUMBERS."""
+
     @property
     def logprob(self) -> TokenLogprob | None: ...
 
 
 class Sampler(Protocol):
-    """Both queue their work behind the runner's and return what waits for the results."""
+    """Both queue their work behind the runner's and return what waits for the results.
+
+    There are no candidates if the logits of any beam are not all finite.
+    """
 
     def choose(
         self, logits: Any, rows: list[int], sequences: list[Sequence]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from blip2_serve.errors import TimedOut
+from blip2_serve.engine.progress import Progress
+from blip2_serve.errors import Blip2ServeError, TimedOut
 from blip2_serve.observe.instruments import Batch
 from blip2_serve.observe.metrics import harmless
 
@@ -40,7 +41,8 @@ class BatchThread(Generic[Item, Result]):
 
     Args:
         prepare: called first, in the thread.
-        compute: called in the thread with the items of a batch; returns their results in order.
+        compute: called in the thread with the items of a batch; returns their results in order, or
+            for an item that alone has failed, the error.
         limit: the most items of a batch.
         observe: called in the thread after each successful batch, before its results are delivered.
             What it raises is logged.
@@ -50,7 +52,7 @@ class BatchThread(Generic[Item, Result]):
     def __init__(
         self,
         prepare: Callable[[], None],
-        compute: Callable[[list[Item]], list[Result]],
+        compute: Callable[[list[Item]], Sequence[Result | Blip2ServeError]],
         limit: int,
         observe: Callable[[Batch], None] = lambda _: None,
         clock: Callable[[], float] = time.perf_counter,
@@ -60,6 +62,7 @@ class BatchThread(Generic[Item, Result]):
         self._limit = limit
         self._observe = harmless(observe)
         self._clock = clock
+        self._progress = Progress(clock)
         self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry[Item, Result]] = SimpleQueue()
@@ -71,6 +74,16 @@ class BatchThread(Generic[Item, Result]):
         """How many items no batch has taken yet."""
         return self._queue.qsize()
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds that the current batch has taken, or that items wait for one; 0 when idle."""
+        return self._progress.stalled_s
+
+    @property
+    def usual_s(self) -> float:
+        """Seconds that the longest of the recent batches took; 0 before the first."""
+        return self._progress.usual_s
+
     async def result_of(self, item: Item, expires: float | None = None) -> Result:
         """Returns the item's result, or raises what its batch raised.
 
@@ -80,6 +93,7 @@ class BatchThread(Generic[Item, Result]):
             TimedOut: no batch had taken it at `expires`, by the clock. It is not computed then.
         """
         future: asyncio.Future[Result] = self._loop.create_future()
+        self._progress.wait()
         self._queue.put(_Entry(item, self._clock(), expires, future))
         return await future
 
@@ -94,12 +108,15 @@ class BatchThread(Generic[Item, Result]):
             entries, dropped, expired = self._next_batch()
             futures = [entry.result for entry in entries]
             start = self._clock()
+            self._progress.begin()
             try:
                 results = self._compute([entry.item for entry in entries])
             except BaseException as error:
                 self.failure = error if isinstance(error, Exception) else RuntimeError(repr(error))
                 self._loop.call_soon_threadsafe(_fail, futures, self.failure)
                 continue
+            finally:
+                self._progress.end()
             self.failure = None
             waited = tuple(start - entry.enqueued for entry in entries)
             self._observe(Batch(self._clock() - start, waited, dropped, expired))
@@ -113,6 +130,8 @@ class BatchThread(Generic[Item, Result]):
         entries: list[_Entry[Item, Result]] = []
         dropped = expired = 0
         while not entries or (len(entries) < self._limit and not self._queue.empty()):
+            if self._queue.empty():
+                self._progress.idle()
             entry = self._queue.get()
             if entry.result.cancelled():
                 dropped += 1
@@ -125,9 +144,13 @@ class BatchThread(Generic[Item, Result]):
         return entries, dropped, expired
 
 
-def _deliver(futures: list[asyncio.Future[Result]], results: list[Result]) -> None:
+def _deliver(
+    futures: list[asyncio.Future[Result]], results: Sequence[Result | Blip2ServeError]
+) -> None:
     for future, result in zip(futures, results, strict=True):
-        if not future.cancelled():
+        if isinstance(result, Blip2ServeError):
+            _fail([future], result)
+        elif not future.cancelled():
             future.set_result(result)
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from blip2_serve.compute.base import Device, set_threads
 from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import WrongCheckpoint
+from blip2_serve.engine.progress import is_stalled
+from blip2_serve.errors import Blip2ServeError, WrongCheckpoint
 from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype, tensor_bytes
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.vision import ImageEncoder
@@ -25,6 +26,8 @@ from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
 from blip2_serve.types import Call, ImageFeatures, Vitals
 
+MAX_WITHOUT_NUMBERS = 3  # images in a row: then it may not be the images' fault
+
 _Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImageFeatures
 
 
@@ -34,6 +37,7 @@ class Encoder:
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure(config.log_format)
         limit = config.encoder.max_batch_size
+        self._without_numbers = 0  # images in a row whose features were not finite
         self._instruments = EncoderInstruments(RayRecorder(), limit)
         load = partial(self._load, config, open_device(device))
         self._batching = BatchThread(load, self._encode, limit, self._instruments.batch)
@@ -74,14 +78,22 @@ class Encoder:
             data, shape, dtype = await self._batching.result_of(pixels, expires)
         return ImageFeatures(digest, data, shape, dtype, self._fingerprint)
 
-    def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded]:
+    def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded | Blip2ServeError]:
         batch = self._device.host_tensor((len(pixels), *pixels[0].shape), torch.uint8)
         np.stack(pixels, out=batch.numpy())
         features = self._device.download(self._run(batch))
         shape = (features.shape[1], features.shape[2])
         dtype = str(features.dtype).removeprefix("torch.")
+        # One number that is not finite makes the sum so too.
+        finite = features.flatten(1).sum(1, dtype=torch.float32).isfinite().tolist()
+        self._without_numbers = 0 if any(finite) else self._without_numbers + len(finite)
         # numpy has no bfloat16, but bytes are bytes.
-        return [(f.view(torch.uint8).numpy().tobytes(), shape, dtype) for f in features]
+        return [
+            (f.view(torch.uint8).numpy().tobytes(), shape, dtype)
+            if is_finite
+            else Blip2ServeError("the model computed no finite numbers for this image")
+            for f, is_finite in zip(features, finite, strict=True)
+        ]
 
     async def alive(self, caller: str) -> Vitals:
         """Called by each ingress replica once per second, while it has work here."""
@@ -90,9 +102,14 @@ class Encoder:
     async def check_health(self) -> None:
         """Called by Serve. After a failed batch, tries a blank image and raises if that fails too.
 
-        Some CUDA errors leave a process unable to compute anything: it must be replaced.
+        So it does after three images in a row whose features were not finite.
+        Some CUDA errors leave a process unable to compute anything: it must be replaced. So must
+        one whose batch does not end.
         """
-        if self._batching.failure:
+        stalled_s = self._batching.stalled_s
+        if is_stalled(stalled_s, self._batching.usual_s):
+            raise RuntimeError(f"the encoder has made no progress for {stalled_s:.0f} s")
+        if self._batching.failure or self._without_numbers >= MAX_WITHOUT_NUMBERS:
             await self._batching.result_of(self._blank)
 
     async def stats(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
+from blip2_serve.engine.progress import is_stalled
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Unavailable, WrongCheckpoint
 from blip2_serve.model.checkpoint import (
@@ -56,6 +57,7 @@ from blip2_serve.types import (
 )
 
 SWITCH_INTERVAL_S = 0.0002
+MAX_WITHOUT_NUMBERS = 3  # requests in a row: then it is not the requests' fault
 
 
 class Generator:
@@ -149,9 +151,17 @@ class Generator:
         return self._signs.answer(caller)
 
     def check_health(self) -> None:
-        """Called by Serve: a replica whose engine has failed is replaced."""
+        """Called by Serve: a replica whose engine has failed, or got stuck, is replaced."""
         if self._loop.failure:
             raise RuntimeError(f"the engine has failed: {self._loop.failure}")
+        if self._loop.without_numbers >= MAX_WITHOUT_NUMBERS:
+            raise RuntimeError(
+                f"the model computed no finite numbers for {self._loop.without_numbers} requests "
+                "in a row"
+            )
+        stalled_s = self._loop.stalled_s
+        if is_stalled(stalled_s, self._loop.usual_s):
+            raise RuntimeError(f"the engine has made no progress for {stalled_s:.0f} s")
 
     async def stats(self) -> dict[str, Any]:
         return self._instruments.stats()

@@ -13,6 +13,7 @@ from blip2_serve.compute.devices import open_device
 from blip2_serve.compute.sampler import Choice, Sampler
 from blip2_serve.engine.beam import Candidate
 from blip2_serve.engine.sequence import Sequence
+from blip2_serve.engine.step import NO_NUMBERS
 from blip2_serve.types import SamplingParams, TokenLogprob
 from support.device import DEVICE
 from support.requests import make_request
@@ -389,10 +390,10 @@ def test_penalties_of_many_sequences_apply_to_each_its_own() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, torch.inf])
-def test_broken_logits_give_tokens_of_the_vocabulary(value: float) -> None:
+def test_broken_logits_give_no_tokens(value: float) -> None:
     """On a GPU, an index outside of a tensor would end the process."""
     tokens = sample(torch.full((34, MANY), value), *all_kinds(34))
-    assert all(token in range(MANY) for token in tokens)
+    assert tokens == [NO_NUMBERS] * 34
 
 
 def test_nothing_waits_before_the_result_is_asked_for() -> None:
@@ -612,3 +613,48 @@ def test_fetched_tensors_are_in_main_memory() -> None:
         assert result().device.type == "cpu"
         assert torch.equal(result(), tensor * n)
     assert torch.equal(OPENED.download(on_device), tensor)
+
+
+# -- logits that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.5},
+        {"temperature": 1.0, "top_k": 3, "top_p": 0.5, "min_p": 0.1},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.5},
+        {"top_logprobs": 3, "logit_bias": ((7, 2.0),)},
+    ],
+)
+def test_a_row_that_is_not_finite_gives_no_token(number: float, params: dict[str, Any]) -> None:
+    logits = random_logits(3)
+    others = choose(logits[[0, 2]], *[sequence(output=2, **params)] * 2)
+    logits[1, 7] = number
+    choices = choose(logits, *[sequence(output=2, **params)] * 3)
+    assert choices[1].token == NO_NUMBERS
+    assert [choices[0], choices[2]] == others
+    logits[1] = number
+    assert choose(logits, *[sequence(**params)] * 3)[1].token == NO_NUMBERS
+
+
+def test_a_token_that_is_forbidden_or_out_of_reach_is_no_bad_number() -> None:
+    logits = random_logits(1)
+    biases = tuple((token, -torch.inf) for token in range(VOCABULARY - 1))
+    assert sample(logits, sequence(logit_bias=biases, min_tokens=3)) == [VOCABULARY - 1]
+
+
+@pytest.mark.parametrize("params", [{}, {"top_logprobs": 2}, {"logit_bias": ((3, 5.0),)}])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_beams_that_are_not_finite_have_no_candidates(
+    number: float, params: dict[str, Any]
+) -> None:
+    logits = random_logits(2)
+    beams = [sequence(num_beams=2, **params) for _ in range(2)]
+    assert len(expand(logits, *beams, count=4)) == 4
+    logits[1, 3] = number
+    finder = Sampler(EOS, OPENED).expand(OPENED.upload(logits), [0, 1], beams, 4)
+    assert finder() == []

@@ -77,6 +77,7 @@ class Bench:
         events_per_s: float = math.inf,
         observe: Callable[[Step], None] = lambda _: None,
     ) -> None:
+        self.now = 0.0  # the loop's clock
         self.runner = GatedRunner()
         if free:
             self.runner.allow(1_000_000)
@@ -94,7 +95,9 @@ class Bench:
             decode=lambda ids: bytes(ids).decode(),
             eos_token_ids=eos,
         )
-        self.loop = EngineLoop(self.engine, observe=observe, events_per_s=events_per_s)
+        self.loop = EngineLoop(
+            self.engine, observe=observe, events_per_s=events_per_s, clock=lambda: self.now
+        )
 
     async def collect(self, name: str, max_tokens: int = 5, n: int = 1) -> list[TokenEvent]:
         async with asyncio.timeout(DEADLINE):
@@ -420,6 +423,27 @@ async def test_a_request_whose_time_is_over_ends_and_is_counted(
     assert text(await staying) == "abc"
     await until(lambda: len(steps) == 3)
     assert sum(step.expired for step in steps) == 1
+
+
+async def test_a_step_that_does_not_end_is_noticed(make: Callable[..., Bench]) -> None:
+    bench = make()
+    assert bench.loop.stalled_s == 0
+    task = await bench.begin("a", 3)
+    await bench.until_held(1)
+    bench.now = 7.0
+    assert bench.loop.stalled_s == 7
+    assert bench.loop.usual_s == 0
+    bench.runner.allow(1)
+    await until(lambda: bench.loop.usual_s == 7)
+    await until(lambda: bench.loop.stalled_s == 0)  # the second step is under way
+    bench.now = 9.0
+    assert bench.loop.stalled_s == 2
+    bench.runner.allow(2)
+    assert text(await task) == "abc"
+    await until(lambda: bench.loop.stalled_s == 0)
+    bench.now = 50.0
+    assert bench.loop.stalled_s == 0  # idle
+    assert bench.loop.usual_s == 7
 
 
 async def test_a_failing_observer_does_not_stop_the_engine(

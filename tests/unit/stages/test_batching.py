@@ -18,6 +18,7 @@ class Doubling:
     """Doubles numbers; remembers batches and threads; blocks while its gate is closed."""
 
     def __init__(self, limit: int = 3, prepare: Callable[[], None] | None = None) -> None:
+        self.now: float | None = 0.0  # by the thread's clock; None: as time goes
         self.batches: list[list[int]] = []
         self.threads: list[threading.Thread] = []
         self.started = threading.Semaphore(0)
@@ -25,8 +26,11 @@ class Doubling:
         self.gate.set()
         self.observed: list[Batch] = []
         self.batching = BatchThread(
-            prepare or self._note_thread, self._compute, limit, self.observed.append
+            prepare or self._note_thread, self._compute, limit, self.observed.append, self._clock
         )
+
+    def _clock(self) -> float:
+        return time.perf_counter() if self.now is None else self.now
 
     def _note_thread(self) -> None:
         self.threads.append(threading.current_thread())
@@ -55,6 +59,7 @@ class Doubling:
 
 async def test_a_batch_is_observed_with_how_long_each_item_waited() -> None:
     doubling = Doubling()
+    doubling.now = None
     first = await doubling.blocked_by(1)
     others = await doubling.wait(2, 3)
     assert doubling.batching.waiting == 2
@@ -124,12 +129,12 @@ async def test_items_whose_callers_left_are_dropped_and_counted() -> None:
 async def test_items_whose_time_is_over_are_not_computed_and_are_counted() -> None:
     doubling = Doubling()
     first = await doubling.blocked_by(1)
-    now = time.perf_counter()
-    timely = asyncio.create_task(doubling.batching.result_of(2, now + 3600))
-    late = asyncio.create_task(doubling.batching.result_of(3, now))
+    timely = asyncio.create_task(doubling.batching.result_of(2, 6.0))
+    late = asyncio.create_task(doubling.batching.result_of(3, 5.0))
     (left,) = await doubling.wait(4)
     left.cancel()
     await asyncio.wait([left])
+    doubling.now = 5.0
     doubling.gate.set()
     with pytest.raises(TimedOut):
         await late
@@ -139,11 +144,28 @@ async def test_items_whose_time_is_over_are_not_computed_and_are_counted() -> No
     assert [(batch.expired, batch.dropped) for batch in doubling.observed] == [(0, 0), (1, 1)]
 
 
+async def test_a_batch_that_does_not_end_is_noticed() -> None:
+    doubling = Doubling()
+    assert doubling.batching.stalled_s == 0
+    first = await doubling.blocked_by(1)
+    doubling.now = 7.0
+    assert doubling.batching.stalled_s == 7
+    assert doubling.batching.usual_s == 0
+    doubling.gate.set()
+    assert await first == 2
+    assert doubling.batching.usual_s == 7
+    async with asyncio.timeout(10):
+        while doubling.batching.stalled_s:
+            await asyncio.sleep(0)
+    doubling.now = 50.0
+    assert doubling.batching.stalled_s == 0  # idle
+
+
 async def test_an_expired_item_is_refused_before_the_next_one_comes() -> None:
     doubling = Doubling()
     with pytest.raises(TimedOut):
         async with asyncio.timeout(10):
-            await doubling.batching.result_of(1, time.perf_counter())
+            await doubling.batching.result_of(1, 0.0)
     assert await doubling.batching.result_of(2) == 4
 
 

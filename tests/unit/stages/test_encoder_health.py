@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from blip2_serve.config import AppConfig
+from blip2_serve.errors import Blip2ServeError, TimedOut
 from blip2_serve.stages.encoder import Encoder
+from blip2_serve.types import Call, ImageFeatures
 from support.replicas import replica
 
 
@@ -16,6 +20,10 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
     await encoder.check_health()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(encoder._batching), "stalled_s", 61.0)
+        with pytest.raises(RuntimeError, match="no progress for 61 s"):
+            await encoder.check_health()
     works, pixels = encoder._run, np.zeros((3, 224, 224), np.uint8)
 
     def is_gone(_: Any) -> None:
@@ -31,3 +39,45 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
     encoder._run = works  # as if only that batch had failed
     await encoder.check_health()
     assert encoder._batching.failure is None
+
+
+async def test_an_image_without_numbers_fails_alone() -> None:
+    encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
+    await loaded
+    works = encoder._run
+    dark = encoder._blank
+    light = np.full_like(dark, 255)
+
+    def loses_dark_ones(batch: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = works(batch).clone()
+        features[batch.flatten(1).amax(1) == 0, 3, 5] = torch.nan
+        return features
+
+    encoder._run = loses_dark_ones
+    calls = [encoder.encode(pixels, "digest") for pixels in (dark, light, dark)]
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [
+        Blip2ServeError,
+        ImageFeatures,
+        Blip2ServeError,
+    ]
+    await encoder.encode(light, "digest")
+    for _ in range(3):
+        await encoder.check_health()
+        with pytest.raises(Blip2ServeError, match="no finite numbers"):
+            await encoder.encode(dark, "digest")
+    with pytest.raises(Blip2ServeError, match="no finite numbers"):
+        await encoder.check_health()  # of a blank image, too
+    encoder._run = works
+    await encoder.check_health()
+    assert encoder._without_numbers == 0
+
+
+async def test_an_image_whose_time_is_over_is_not_encoded() -> None:
+    encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
+    await loaded
+    pixels = encoder._blank
+    with pytest.raises(TimedOut):
+        await encoder.encode(pixels, "digest", call=Call("a", 0.0))
+    for call in (None, Call("a", None), Call("a", 3600.0)):
+        assert (await encoder.encode(pixels, "digest", call=call)).digest == "digest"
