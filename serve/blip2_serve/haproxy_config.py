@@ -24,15 +24,15 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
-from blip2_serve.errors import Blip2ServeError, InvalidRequest, TimedOut, Unavailable
+from blip2_serve.errors import Blip2ServeError, TimedOut, Unavailable
 
 LOOPBACK = "127.0.0.1"
 PUBLIC, STATISTICS = "frontend http_frontend", "listen stats"
 RETRY_AFTER_S = 1
 
-# What HAProxy answers by itself, by the status that it would send.
+# What HAProxy answers by itself, by the status that it would send. What it cannot parse as HTTP gets
+# a 400 that no configuration changes.
 ERRORS: Mapping[int, Blip2ServeError] = {
-    400: InvalidRequest("this is no valid HTTP request"),
     408: TimedOut("the request was not received in time"),
     500: Blip2ServeError("the proxy failed; its log has the details"),
     502: Unavailable("a replica was lost while it worked on this; try again"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from ray.serve._private.haproxy import (
     BackendConfig,
@@ -18,24 +23,32 @@ from ray.serve.config import HTTPOptions
 
 from blip2_serve.haproxy import write_command
 from blip2_serve.haproxy_config import ERRORS, answer, correct
+from support.background import serving
+from support.server import free_port, wait_until
 
 
-def serves_configuration(folder: Path) -> Path:
-    """Writes a configuration as Ray Serve does, for an application with two ingress replicas."""
+def serves_configuration(
+    folder: Path, port: int = 18_000, replicas: Sequence[int] = (20_000, 20_001)
+) -> Path:
+    """Writes a configuration as Ray Serve does, for an application with ingress replicas."""
     path = folder / "haproxy.cfg"
     config = HAProxyConfig(
-        http_options=HTTPOptions(host="127.0.0.1", port=18_000),
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
         socket_path=str(folder / "s"),
         server_state_base=str(folder),
         server_state_file=str(folder / "state"),
         metrics_socket_path=str(folder / "m"),
-        metrics_port=19_101,
-        stats_port=18_404,
+        metrics_port=port + 1,
+        stats_port=port + 2,
         has_received_routes=True,
+        retry_on="conn-failure empty-response",
+        observe_error_limit=1,
+        bufsize=262_144,
     )
-    servers = [ServerConfig(f"replica-{n}", "127.0.0.1", 20_000 + n) for n in range(2)]
+    servers = [ServerConfig(f"replica-{n}", "127.0.0.1", n) for n in replicas]
     backend = BackendConfig("http-blip2", "/", servers=servers, app_name="blip2")
-    HAProxyApi(config, {"http-blip2": backend}, str(path))._generate_config_file_internal()
+    backends = {"http-blip2": backend} if replicas else {}
+    HAProxyApi(config, backends, str(path))._generate_config_file_internal()
     return path
 
 
@@ -49,7 +62,6 @@ def is_valid(config: Path) -> bool:
     done = subprocess.run(
         [get_haproxy_binary(), "-c", "-f", config], capture_output=True, text=True
     )
-    print(done.stderr)
     return done.returncode == 0
 
 
@@ -58,7 +70,7 @@ def test_only_the_servers_port_is_on_its_host(host: str, tmp_path: Path) -> None
     config = serves_configuration(tmp_path)
     assert "*" in binds(config).values()
     correct(config, host)
-    assert binds(config) == {18_000: host, 19_101: "127.0.0.1", 18_404: "127.0.0.1"}
+    assert binds(config) == {18_000: host, 18_001: "127.0.0.1", 18_002: "127.0.0.1"}
     assert is_valid(config)
 
 
@@ -66,7 +78,7 @@ def test_without_a_host_only_the_statistics_move_to_loopback(tmp_path: Path) -> 
     config = serves_configuration(tmp_path)
     before = binds(config)
     correct(config, None)
-    assert binds(config) == {**before, 18_404: "127.0.0.1"}
+    assert binds(config) == {**before, 18_002: "127.0.0.1"}
     assert is_valid(config)
 
 
@@ -105,3 +117,107 @@ def test_errors_have_openais_shape(status: int) -> None:
     assert f"Content-Length: {len(body)}" in lines
     assert lines[0].startswith(f"HTTP/1.1 {ERRORS[status].status} ")
     assert ("Retry-After: 1" in lines) == (ERRORS[status].status == 503)
+
+
+# -- HAProxy itself --------------------------------------------------------------------------------
+
+
+class Replica:
+    """Answers 200 to health checks; each other request it reads, and closes if it is `dying`."""
+
+    def __init__(self, *, dying: bool) -> None:
+        self.requests = 0
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            close_connection = False
+
+            def do_GET(handler) -> None:  # noqa: N805
+                self._respond(handler)
+
+            def do_POST(handler) -> None:  # noqa: N805
+                handler.rfile.read(int(handler.headers["content-length"]))
+                self.requests += 1
+                if dying:
+                    handler.close_connection = True
+                else:
+                    self._respond(handler)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = int(self._server.server_address[1])
+
+    def running(self) -> AbstractContextManager[None]:
+        return serving(self._server)
+
+    @staticmethod
+    def _respond(handler: http.server.BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.send_header("content-length", "0")
+        handler.end_headers()
+
+
+@contextmanager
+def haproxy(replicas: Sequence[int]) -> Iterator[str]:
+    """Runs HAProxy with a corrected configuration of Ray Serve; yields its URL."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # short, for sockets
+        port = next(port for port in iter(free_port, 0) if port < 65_000)  # two more follow it
+        config = serves_configuration(Path(name), port, replicas)
+        command = write_command(Path(name) / "command", get_haproxy_binary(), "127.0.0.1")
+        process = subprocess.Popen([command, "-db", "-f", config])
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until(lambda: is_answered(f"{url}/-/routes"))
+            yield url
+        finally:
+            process.kill()
+            process.wait()
+
+
+def is_answered(url: str) -> bool:
+    try:
+        httpx.get(url)
+    except httpx.TransportError:
+        return False
+    return True
+
+
+def code_of(answer: httpx.Response) -> str:
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers.get("retry-after") == ("1" if answer.status_code == 503 else None)
+    code: str = answer.json()["error"]["code"]
+    return code
+
+
+@pytest.mark.parametrize("replicas", [[], [9]], ids=["no application", "no replica"])
+def test_without_a_replica_the_client_gets_openais_error(replicas: list[int]) -> None:
+    with haproxy(replicas) as url:
+        answer = httpx.post(f"{url}/v1/generate", content=b"x", timeout=60)
+    assert answer.status_code == 503
+    assert code_of(answer) == "unavailable"
+
+
+def test_if_every_replica_dies_the_client_gets_openais_error() -> None:
+    replica = Replica(dying=True)
+    with replica.running(), haproxy([replica.port]) as url:
+        answer = httpx.post(f"{url}/v1/generate", content=b"x" * 1_000_000, timeout=60)
+    assert answer.status_code == 503
+    assert code_of(answer) == "unavailable"
+    assert "lost" in answer.json()["error"]["message"]
+    assert replica.requests == 1  # it is too large to be sent again
+
+
+def test_a_request_of_a_dead_replica_goes_to_another_one() -> None:
+    dying, other = Replica(dying=True), Replica(dying=False)
+    with (
+        dying.running(),
+        other.running(),
+        haproxy([dying.port, other.port]) as url,
+        httpx.Client(timeout=60) as client,
+    ):
+        answers = [client.post(f"{url}/v1", content=b"x" * 200_000) for _ in range(6)]
+    assert {answer.status_code for answer in answers} == {200}
+    assert other.requests == 6
+    assert dying.requests > 0

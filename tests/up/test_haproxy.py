@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import signal
-import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from PIL import Image
 
 from blip2_serve.demo import scenes
 from support.images import data_url, encode, image_message
-from support.server import is_successful, wait_until
+from support.server import wait_until
 from support.up import Up, listening, running_up
 
 SCENE = scenes.sample(6_001)
@@ -153,16 +152,6 @@ def test_statistics_and_metrics_of_haproxy_are_served(server: Up) -> None:
     assert all(page.is_success for page in pages)
 
 
-def test_what_is_no_http_gets_openais_error(server: Up) -> None:
-    port = int(server.url.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        connection.sendall(b"GET /\x01 HTTP/1.1\r\n\r\n")
-        answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
-    head, _, body = answer.partition("\r\n\r\n")
-    assert " 400 " in head.splitlines()[0]
-    assert json.loads(body)["error"]["type"] == "invalid_request_error"
-
-
 def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
     httpx.post(f"{server.url}/v1/generate", json=SHORT, timeout=60).raise_for_status()
     assert server.proxied == []
@@ -193,34 +182,6 @@ def test_a_killed_ingress_costs_no_request_that_has_no_answer_yet(server: Up) ->
     assert len(answers) > 20
     wait_until(lambda: len(_ingresses(server)) == 2, 120)
     assert listening(server.family()) == {}  # after HAProxy was started anew
-
-
-def test_a_request_that_is_too_large_to_be_sent_again_gets_openais_error(server: Up) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    large = {**LONG, "image": data_url(encode(Image.fromarray(noise), compress_level=0))}
-    answers: list[httpx.Response] = []
-    url = f"{server.url}/v1/generate"
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(url, json=large, timeout=60))
-    )
-    before = _running(server)
-    asking.start()
-    wait_until(lambda: _running(server) > before)
-    for ingress in _ingresses(server):
-        ingress.kill()
-    asking.join()
-    (answer,) = answers
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "1"
-    assert answer.json()["error"]["code"] == "unavailable"
-    wait_until(lambda: is_successful(f"{server.url}/ready"), 120)
-
-
-def _running(server: Up) -> float:
-    """How many sequences the generator works on, as far as its metrics say."""
-    page = httpx.get(f"{server.url}/metrics", timeout=60).text
-    lines = re.findall(r"^ray_blip2_sequences_running\{.*\} (.+)$", page, re.M)
-    return sum(map(float, lines))
 
 
 def _ingresses(server: Up) -> list[psutil.Process]:

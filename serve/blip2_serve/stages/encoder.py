@@ -96,7 +96,11 @@ class Encoder:
         ]
 
     async def alive(self, caller: str) -> Vitals:
-        """Called by each ingress replica once per second, while it has work here."""
+        """Called by each ingress replica once per second, while it has work here.
+
+        A replica that is not healthy is one that does not answer.
+        """
+        await self.check_health()
         return self._signs.answer(caller)
 
     async def check_health(self) -> None:

@@ -27,7 +27,7 @@ from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
 from blip2_serve.engine.progress import is_stalled
 from blip2_serve.engine.sequence import Request
-from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, Unavailable, WrongCheckpoint
+from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, WrongCheckpoint
 from blip2_serve.model.checkpoint import (
     eos_token_ids,
     longest_sequence,
@@ -145,9 +145,11 @@ class Generator:
                     yield self._with_bytes(event)
 
     async def alive(self, caller: str) -> Vitals:
-        """Called by each ingress replica once per second, while it has work here."""
-        if self._loop.failure:
-            raise Unavailable("the engine has failed")
+        """Called by each ingress replica once per second, while it has work here.
+
+        A replica that is not healthy is one that does not answer.
+        """
+        self.check_health()
         return self._signs.answer(caller)
 
     def check_health(self) -> None:

@@ -52,7 +52,11 @@ class Preprocessor:
             raise self._pool.failure
 
     async def alive(self, caller: str) -> Vitals:
-        """Called by each ingress replica once per second, while it has work here."""
+        """Called by each ingress replica once per second, while it has work here.
+
+        A replica that is not healthy is one that does not answer.
+        """
+        await self.check_health()
         return self._signs.answer(caller)
 
     async def stats(self) -> dict[str, Any]:
