@@ -25,7 +25,8 @@ import gc
 import random
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from loadtest.bench import loops, overload_figures, script, servers
@@ -82,28 +83,39 @@ async def run(endpoint: Endpoint, args: argparse.Namespace) -> None:
                 f"{calm.accepted.count} requests were answered at {AT_CAPACITY:.0%} of the "
                 f"plateau, too few for a p99; failed: {overload_figures.counts(calm.failures)}"
             )
-        heavy = [
-            await load(clients, factor, plateau, args.seconds, args.seed, limit, args.recovery)
-            for factor in args.factors
-        ]
+        loads = [calm]
+        for factor in args.factors:
+            loads += [
+                await load(clients, factor, plateau, args.seconds, args.seed, limit, args.recovery)
+            ]
+            write(args, users, plateau, loads, None)  # the next one may break the server
         obeying = await obey(clients, CROWD * users, args.seconds)
     finally:
         connections.close()
-    loads = [calm, *heavy]
+    write(args, users, plateau, loads, obeying)
     print(f"\n{overload_figures.table(loads)}\n")
     print(overload_figures.lateness(loads))
-    print(overload_figures.admitted(obeying))
+    print(f"{overload_figures.admitted(obeying)}\n\n{args.output}/overload.json")
+
+
+def write(
+    args: argparse.Namespace,
+    users: int,
+    plateau: float,
+    loads: Sequence[OpenLoad],
+    obeying: Obedience | None,
+) -> None:
     named = ("seconds", "calibration_seconds", "factors", "seed", "timeout")
-    write_json(
-        args.output / "overload.json",
-        {
-            "machine": machine(),
-            "settings": {name: getattr(args, name) for name in named},
-            "plateau": {"users": users, "requests_per_s": plateau},
-            **overload_figures.as_json(loads, obeying),
-        },
-    )
-    print(f"\n{args.output}/overload.json")
+    results = {
+        "machine": machine(),
+        "settings": {name: getattr(args, name) for name in named},
+        "plateau": {"users": users, "requests_per_s": plateau},
+        "loads": [asdict(load) for load in loads],
+    }
+    if obeying is not None:
+        share = obeying.admitted_share
+        results["obedience"] = {**asdict(obeying), "admitted_share": share}
+    write_json(args.output / "overload.json", results)
 
 
 async def highest_plateau(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from loadtest.bench.client import Answer, Window
 from loadtest.bench.loops import TOKENS, Outcome
@@ -191,10 +190,3 @@ def admitted(found: Obedience) -> str:
         f"requests were admitted at their first retry, {found.answered_per_s:.2f} answered/s, "
         f"{found.without_retry_after} refusals without Retry-After{failed}"
     )
-
-
-def as_json(loads: Sequence[OpenLoad], obeying: Obedience) -> dict[str, Any]:
-    return {
-        "loads": [asdict(load) for load in loads],
-        "obedience": {**asdict(obeying), "admitted_share": obeying.admitted_share},
-    }

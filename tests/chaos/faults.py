@@ -105,7 +105,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def is_stopped(process: psutil.Process) -> bool:
-    return _status(process) == psutil.STATUS_STOPPED
+    return _status(process) == str(psutil.STATUS_STOPPED)
 
 
 def _status(process: psutil.Process) -> str | None:

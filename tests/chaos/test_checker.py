@@ -100,7 +100,10 @@ def test_a_history_is_read_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def without(index: int) -> Change:
-    return lambda records: records.pop(index) and None
+    def change(records: list[Record]) -> None:
+        del records[index]
+
+    return change
 
 
 def put(index: int, data: Any) -> Change:
@@ -210,6 +213,7 @@ def test_statuses_that_are_allowed(status: int, more: dict[str, Any], fault: str
 def test_a_stream_may_end_with_an_error_at_its_deadline() -> None:
     records = stream()
     put(4, TIMEOUT)(records)
+    assert isinstance(records[0], Sent)
     records[0] = replace(records[0], deadline_s=4.0)
     assert verdicts(records) == {"a": checker.OK}
 

@@ -48,7 +48,8 @@ async def verdict(
 
     async def once(request: web.Request) -> web.StreamResponse:
         enough.set()
-        return await handler(request)
+        response: web.StreamResponse = await handler(request)
+        return response
 
     async with fake_server.serving(once) as endpoint, aiohttp.ClientSession() as session:
         url = endpoint.url.removesuffix("/v1")
