@@ -18,7 +18,7 @@ class ImageFeatures:
         data: Row-major memory of a tensor of shape [queries, hidden].
         shape: That shape.
         dtype: Name of the tensor's dtype, such as "bfloat16".
-        fingerprint: Of the checkpoint that they come from.
+        fingerprint: Of the checkpoint that they come from; empty if nobody knows.
     """
 
     digest: str

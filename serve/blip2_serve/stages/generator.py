@@ -182,7 +182,7 @@ class Generator:
     ) -> Request:
         expires = expiry(call)
         self._instruments.called(call)
-        if features.fingerprint != self._fingerprint:
+        if features.fingerprint not in ("", self._fingerprint):
             raise WrongCheckpoint("the image features come from another checkpoint")
         at_least = self._tokenizer.least_tokens(prompt)
         if at_least >= self._max_model_len:  # tokenising megabytes would block the event loop

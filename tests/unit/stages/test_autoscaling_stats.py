@@ -22,7 +22,7 @@ PICTURE = Path(blip2_serve.__file__).parent / "demo" / "picture.png"
 
 def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> None:
     engine = {"occupancy", "step_s", "fixed_step_s"} if of_an_engine else set()
-    assert set(stats) == {"finished", "waiting", "capacity", "start_s"} | engine
+    assert set(stats) == {"finished", "waiting", "capacity", "start_s", "refused"} | engine
     assert all(isinstance(value, int | float) for value in stats.values())
     assert stats["finished"] > 0
     assert stats["capacity"] > 0
@@ -33,7 +33,12 @@ def assert_reported(stats: dict[str, float], *, of_an_engine: bool = False) -> N
 async def test_a_preprocessor_reports_images() -> None:
     preprocessor, started = replica(Preprocessor, CONFIG)
     await started
-    assert set(await preprocessor.record_autoscaling_stats()) == {"finished", "waiting", "start_s"}
+    assert set(await preprocessor.record_autoscaling_stats()) == {
+        "finished",
+        "waiting",
+        "start_s",
+        "refused",
+    }
 
     await asyncio.gather(*(preprocessor.pixels(PICTURE.read_bytes()) for _ in range(4)))
 

@@ -24,7 +24,7 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
         patch.setattr(type(encoder._batching), "stalled_s", 61.0)
         with pytest.raises(RuntimeError, match="no progress for 61 s"):
             await encoder.check_health()
-    works, pixels = encoder._run, np.zeros((3, 224, 224), np.uint8)
+    works, pixels = encoder._run, encoder._blank
 
     def is_gone(_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
