@@ -198,7 +198,7 @@ class Engine:
             sequences += samples
         self._launched = _Launched(
             plan.chunks,
-            StepReport.of(plan.chunks),
+            StepReport.of(plan),
             forks,
             sequences,
             self._sampler.choose(logits, rows, sequences) if sequences else list,

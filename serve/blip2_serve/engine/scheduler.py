@@ -33,6 +33,7 @@ class Plan:
     """What the next step computes, and the requests it admits."""
 
     chunks: list[Chunk]
+    decodes: int  # how many of them advance an answer by a token; they come first
     admitted: tuple[Admission, ...]
 
 
@@ -115,14 +116,19 @@ class Scheduler:
         """Admits what fits and plans the next step: decodes first, then prefill, oldest first."""
         admitted = self._admit()
         sequences = [s for request in self.running for s in request.sequences]
-        chunks = [Chunk(s, s.computed, s.length) for s in sequences if s.decodes]
-        budget = self._max_num_batched_tokens - len(chunks)
-        for sequence in sequences if len(chunks) < len(sequences) else ():
+        chunks = [
+            Chunk(s, s.computed, length)
+            for s in sequences
+            if s.output and s.computed + 1 == (length := s.length)  # as `decodes`, but faster
+        ]
+        decodes = len(chunks)
+        budget = self._max_num_batched_tokens - decodes
+        for sequence in sequences if decodes < len(sequences) else ():
             if not sequence.decodes and budget > 0:
                 end = min(sequence.length, sequence.computed + budget)
                 chunks.append(Chunk(sequence, sequence.computed, end))
                 budget -= end - sequence.computed
-        return Plan(chunks, admitted)
+        return Plan(chunks, decodes, admitted)
 
     def advance(self, chunks: list[Chunk]) -> None:
         """Notes that the chunks' keys and values are in the KV cache."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from blip2_serve.engine.beam import Candidate
-from blip2_serve.engine.scheduler import Admission
+from blip2_serve.engine.scheduler import Admission, Plan
 from blip2_serve.engine.sequence import Chunk, Sequence
 from blip2_serve.errors import Blip2ServeError, TimedOut
 from blip2_serve.types import TokenEvent, TokenLogprob
@@ -69,8 +69,8 @@ class StepReport:
     tokens: int  # of prompts and answers together
 
     @classmethod
-    def of(cls, chunks: list[Chunk]) -> StepReport:
-        decodes = sum(chunk.decodes for chunk in chunks)
+    def of(cls, plan: Plan) -> StepReport:
+        chunks, decodes = plan.chunks, plan.decodes
         tokens = sum(chunk.end - chunk.start for chunk in chunks)
         return cls(len(chunks) - decodes, decodes, tokens)
 
