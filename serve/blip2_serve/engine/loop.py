@@ -59,7 +59,7 @@ class EngineLoop:
     Wakes all streams together at most `events_per_s` times per second, not counting first tokens
     and ends, which never wait. The engine's thread calls `prepare_thread` first and `observe` after
     each step; exceptions from `observe` are logged. `clock` is what steps are measured by, to tell
-    when one is stuck.
+    when one is stuck; the largest has `largest_step` tokens.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class EngineLoop:
         *,
         observe: Callable[[Step], None] = lambda _: None,
         events_per_s: float = math.inf,
+        largest_step: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._engine = engine
@@ -83,7 +84,7 @@ class EngineLoop:
         self._wake = threading.Condition()
         self._closing = False
         self.failure: BaseException | None = None
-        self._progress = Progress(clock)
+        self._progress = Progress(clock, largest_step)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -137,7 +138,7 @@ class EngineLoop:
 
     @property
     def usual_s(self) -> float:
-        """Seconds that the longest of the recent steps took; 0 before the first."""
+        """Seconds that the largest step may take, going by the recent ones; 0 before the first."""
         return self._progress.usual_s
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ class EngineLoop:
         start = time.perf_counter()
         self._progress.begin()
         result = self._engine.step()
-        self._progress.end()
+        self._progress.end(result.report.tokens if result.report else 1)
         if result.events or result.failures:
             self._call_soon(self._deliver, result.events, result.failures)
         self._measure(start, result)

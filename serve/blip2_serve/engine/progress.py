@@ -11,12 +11,17 @@ FIRST_S = 60.0  # the first piece of work may compile, or touch all of the memor
 
 
 class Progress:
-    """Measures the pieces of work of one thread, one at a time. Other threads may read it."""
+    """Measures the pieces of work of one thread, one at a time. Other threads may read it.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    `largest` is the size of the largest piece there can be, in any unit.
+    """
+
+    def __init__(self, clock: Callable[[], float], largest: float = 1.0) -> None:
         self._clock = clock
+        self._largest = largest
         self._since: float | None = None  # when the current piece began, or work began to wait
         self._recent = [0.0] * RECENT  # seconds; never grows, so that others can read it
+        self._sizes = [1.0] * RECENT
         self._count = 0
 
     @property
@@ -27,8 +32,11 @@ class Progress:
 
     @property
     def usual_s(self) -> float:
-        """Seconds that the longest of the recent pieces of work took; 0 before the first."""
-        return max(self._recent)
+        """Seconds that the largest piece of work may take, as long as the recent ones took.
+
+        0 before the first. After steps of one token, a step of 512 tokens may take long.
+        """
+        return max(self._recent) * max(1.0, self._largest / max(self._sizes))
 
     def wait(self) -> None:
         """There is work, which the thread should begin soon. Call it before the thread can know."""
@@ -38,11 +46,12 @@ class Progress:
     def begin(self) -> None:
         self._since = self._clock()
 
-    def end(self) -> None:
+    def end(self, size: float = 1.0) -> None:
         """The piece is done; if there is no further one, `idle` follows."""
         now = self._clock()
         assert self._since is not None
         self._recent[self._count % RECENT] = now - self._since
+        self._sizes[self._count % RECENT] = size
         self._count += 1
         self._since = now
 
@@ -55,6 +64,6 @@ def is_stalled(stalled_s: float, usual_s: float) -> bool:
 
     Args:
         stalled_s: Seconds without progress.
-        usual_s: The longest that a piece of work took lately; 0 before the first.
+        usual_s: What the largest piece of work may take; 0 before the first.
     """
     return stalled_s > (max(LEAST_S, TIMES_USUAL * usual_s) if usual_s else FIRST_S)

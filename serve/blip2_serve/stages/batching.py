@@ -62,7 +62,7 @@ class BatchThread(Generic[Item, Result]):
         self._limit = limit
         self._observe = harmless(observe)
         self._clock = clock
-        self._progress = Progress(clock)
+        self._progress = Progress(clock, limit)
         self.failure: Exception | None = None
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry[Item, Result]] = SimpleQueue()
@@ -81,7 +81,7 @@ class BatchThread(Generic[Item, Result]):
 
     @property
     def usual_s(self) -> float:
-        """Seconds that the longest of the recent batches took; 0 before the first."""
+        """Seconds that a full batch may take, going by the recent ones; 0 before the first."""
         return self._progress.usual_s
 
     async def result_of(self, item: Item, expires: float | None = None) -> Result:
@@ -116,7 +116,7 @@ class BatchThread(Generic[Item, Result]):
                 self._loop.call_soon_threadsafe(_fail, futures, self.failure)
                 continue
             finally:
-                self._progress.end()
+                self._progress.end(len(entries))
             self.failure = None
             waited = tuple(start - entry.enqueued for entry in entries)
             self._observe(Batch(self._clock() - start, waited, dropped, expired))

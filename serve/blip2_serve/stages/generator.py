@@ -85,6 +85,7 @@ class Generator:
             partial(set_threads, config.generator.threads),
             observe=self._instruments.step,
             events_per_s=config.generator.stream_events_per_s,
+            largest_step=config.generator.max_num_batched_tokens,
         )
         self._instruments.ready(
             Model(loaded.report, place.gpu_memory),

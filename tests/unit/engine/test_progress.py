@@ -59,3 +59,13 @@ def test_the_longest_of_the_recent_pieces_is_usual() -> None:
     clock.now += 1
     progress.end()
     assert progress.usual_s == 2
+
+
+def test_a_piece_larger_than_the_recent_ones_may_take_longer() -> None:
+    clock = Clock()
+    progress = Progress(clock, largest=512)
+    for size, seconds, usual_s in [(1, 0.25, 128.0), (64, 0.5, 4.0), (512, 3.0, 3.0)]:
+        progress.begin()
+        clock.now += seconds
+        progress.end(size)
+        assert progress.usual_s == usual_s
