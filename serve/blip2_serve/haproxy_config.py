@@ -30,8 +30,8 @@ LOOPBACK = "127.0.0.1"
 PUBLIC, STATISTICS = "frontend http_frontend", "listen stats"
 RETRY_AFTER_S = 1
 
-# What HAProxy answers by itself, by the status that it would send. What it cannot parse as HTTP gets
-# a 400 that no configuration changes.
+# What HAProxy answers by itself, by the status that it would send. (What is not HTTP gets a
+# 400 that no configuration changes.)
 ERRORS: Mapping[int, Blip2ServeError] = {
     408: TimedOut("the request was not received in time"),
     500: Blip2ServeError("the proxy failed; its log has the details"),
