@@ -140,9 +140,7 @@ def applied(variables: Variables) -> Iterator[None]:
 
 
 def prepare_replica() -> None:
-    """Prepares this process, if it is a replica: its server's address, and Intel's OpenMP.
-
-    It must run before torch loads.
+    """Loads Intel's OpenMP into this process, if it is a replica; must run before torch loads.
 
     What counts is how a thread waits for the others. A thread that sleeps takes as long to wake as
     a small layer takes to compute; one that spins takes the core from another replica. Intel's
@@ -152,16 +150,17 @@ def prepare_replica() -> None:
     """
     if "BLIP2_SERVE_REPLICA" not in os.environ:
         return
-    if LOOPBACK_ONLY in os.environ:
-        from blip2_serve import serve_internals  # late: in a replica, Ray is loaded already
-
-        serve_internals.listen_on_loopback()
     if openmp := _intel_openmp():
         os.environ.setdefault("KMP_BLOCKTIME", "100us")
         # Global symbols of a library loaded first hide those of libgomp, which torch brings along.
         ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
     else:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def stays_on_loopback() -> bool:
+    """Whether this process is a replica of a server on one machine."""
+    return {"BLIP2_SERVE_REPLICA", LOOPBACK_ONLY} <= os.environ.keys()
 
 
 def _intel_openmp() -> Path | None:

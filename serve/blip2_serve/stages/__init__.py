@@ -5,6 +5,10 @@ unpickling its class, so the classes must be plain: pickled by name, and not, as
 would have it, by the values of all that they use, torch among them.
 """
 
-from blip2_serve.environment import prepare_replica
+from blip2_serve.environment import prepare_replica, stays_on_loopback
 
 prepare_replica()
+if stays_on_loopback():
+    from blip2_serve.serve_internals import listen_on_loopback
+
+    listen_on_loopback()
