@@ -1,8 +1,8 @@
 """Faults of a running local server: its replicas' processes are killed or stopped.
 
 Ray names the process of a replica `ray::ServeReplica:blip2:Generator`, with the name of the actor
-before it while it loads. Only descendants of the
-given server are ever touched: other servers may run on this machine.
+before it while it loads. Only descendants of the given server are ever touched: other servers may
+run on this machine.
 """
 
 from __future__ import annotations
