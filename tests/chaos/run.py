@@ -144,7 +144,8 @@ def main() -> None:
     file = args.output / "history.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder))
-        with running_up(Path(folder), "--config", config) as up:
+        # Ray would hold back the second of two similar lines, which `missing` looks for.
+        with running_up(Path(folder), "--config", config, RAY_DEDUP_LOGS="0") as up:
             whole = asyncio.run(run(up, args, file))
     report = checker.check(history.read(file))
     print(f"\n{report}\n{file}")
