@@ -1,7 +1,8 @@
 """Faults of a running local server: its replicas' processes are killed or stopped.
 
-Ray names the process of a replica `ray::ServeReplica:blip2:Generator`. Only descendants of the
-given server are ever touched: other servers may run on this machine.
+Ray names the process of a replica `ray::ServeReplica:blip2:Generator`, with the name of the actor
+before it while it loads. Only descendants of the given server are ever touched: other servers may
+run on this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ CONTROLLER = "ServeController"
 STAGES = ("Preprocessor", "Encoder", "Generator")
 STOPPED_S = 3.0
 
-_TITLE = re.compile(rf"ray::(?:ServeReplica:{APP_NAME}:)?(\w+)")
+_TITLE = re.compile(rf"ray::(?:.*ServeReplica:{APP_NAME}:)?(\w+)")
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,15 @@ def test_only_replicas_of_the_stage_and_of_this_server_are_found() -> None:
         assert not {p.pid for p in own.of("Generator")} & {p.pid for p in other.of("Generator")}
 
 
-def test_a_title_that_names_the_running_method_counts() -> None:
-    with server(TITLE.format("Generator.handle_request")) as own:
+@pytest.mark.parametrize(
+    "title",
+    [
+        TITLE.format("Generator.handle_request"),
+        "ray::SERVE_REPLICA::blip2#Generator#rd5yqxb8:ServeReplica:blip2:Generator.__init__",
+    ],
+)
+def test_a_title_that_names_the_running_method_counts(title: str) -> None:
+    with server(title) as own:
         assert len(own.of("Generator")) == 1
 
 
