@@ -9,7 +9,7 @@
    sent, and latencies count from when it should have been. What is answered with 200 (goodput),
    refused (429 or 503) or failed otherwise; then the time until a probe is answered as fast as 99%
    were at capacity.
-3. Three times the plateau's users, who come back when Retry-After says so: the share of refused
+3. Three times as many users as the server held requests under overload, who come back when Retry-After says so: the share of refused
    requests that are admitted at their first retry.
 
 Each request is about a new small JPEG. Without --url, a server is started as in `compare`. Prints a
@@ -39,7 +39,8 @@ from loadtest.results import machine, write_json
 
 AT_CAPACITY = 0.8
 LEAD_SHARE = 0.2  # of a closed loop's window, before it opens
-CROWD = 3  # times the plateau's users, for the obedient
+CROWD = 3  # times the requests that the server held under overload, for the obedient
+OBEYING_S = 150.0  # at least: a client may be told to come back after a minute
 FEW_ANSWERS = 20  # at capacity: fewer have no p99
 
 
@@ -89,7 +90,7 @@ async def run(endpoint: Endpoint, args: argparse.Namespace) -> None:
                 await load(clients, factor, plateau, args.seconds, args.seed, limit, args.recovery)
             ]
             write(args, users, plateau, loads, None)  # the next one may break the server
-        obeying = await obey(clients, CROWD * users, args.seconds)
+        obeying = await obey(clients, crowd(loads[-1]), max(args.seconds, OBEYING_S))
     finally:
         connections.close()
     write(args, users, plateau, loads, obeying)
@@ -161,6 +162,12 @@ async def load(
         flush=True,
     )
     return found
+
+
+def crowd(overload: OpenLoad) -> int:
+    """Three times what the server held, by Little's law."""
+    held = overload.answered_per_s * (overload.accepted.p50_s or 0.0)
+    return CROWD * max(1, round(held))
 
 
 async def obey(clients: Clients, users: int, seconds: float) -> Obedience:

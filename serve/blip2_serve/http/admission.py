@@ -31,10 +31,11 @@ logger = logging.getLogger(__name__)
 
 MEMORY = 50  # requests that means are taken over, roughly
 SMOOTH_OVER = 8  # arrivals
-SOME_FROM = 0.75  # share of `max_wait_s` from which some requests are refused
+SOME_FROM = 0.75  # share of the limit from which some requests are refused
+CALM = 0.5  # share of `max_wait_s` up to which the time of a request counts as usual
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
 RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
-RETURN_SHARE = 0.08  # of what the server can do: what refused clients may ask for when they return
+RETURN_SHARE = 0.09  # of what the server can do: what refused clients may ask for when they return
 LONGEST_RETRY_S = 60
 WARN_EVERY_S = 1.0
 
@@ -82,6 +83,7 @@ class Admission:
         self._mean_images = 1.0  # to encode
         self._mean_tokens: float | None = None  # of one answer
         self._mean_work: float | None = None  # tokens of all answers to a request
+        self._usual_s: float | None = None  # from arrival to the last token, while it was calm
         self._finished: deque[float] = deque()  # when
         self._next_return = -math.inf  # when the next refused client should come back
         self._warned = -math.inf
@@ -98,7 +100,7 @@ class Admission:
         images = self._mean_images > MOSTLY
         self._check(images=images, time_left=None)
         self._smooth_wait += (self.wait_s(images=images) - self._smooth_wait) / SMOOTH_OVER
-        share = (self._smooth_wait / self._limits.max_wait_s - SOME_FROM) / (1 - SOME_FROM)
+        share = (self._smooth_wait / self._limit_s - SOME_FROM) / (1 - SOME_FROM)
         if self._requests >= self._limits.min_requests and self._draw() < share:
             raise self._refusal("wait", 0.0)
         return Ticket(self, body_bytes)
@@ -116,6 +118,19 @@ class Admission:
         self._mean_work = _mean(self._mean_work, tokens)
         self._finished.append(self._clock())
 
+    def took(self, seconds: float, wait_s: float) -> None:
+        """Learns how long an answered request took; `wait_s` is what `wait_s()` was at first."""
+        if max(wait_s, self.wait_s()) <= CALM * self._limits.max_wait_s:
+            self._usual_s = _mean(self._usual_s, seconds)
+
+    @property
+    def _limit_s(self) -> float:
+        """How long all work may take for one more request to be admitted.
+
+        What requests usually take is no wait: they share steps and batches.
+        """
+        return self._limits.max_wait_s + (self._usual_s or 0.0)
+
     def wait_s(self, *, images: bool = True) -> float:
         """Seconds until all admitted work is done; without `images`, all answers."""
         capacity = self._capacity()
@@ -127,7 +142,7 @@ class Admission:
     def _check(self, *, images: bool, time_left: float | None) -> None:
         if self._requests < self._limits.min_requests:
             return
-        wait, limit = self.wait_s(images=images), self._limits.max_wait_s
+        wait, limit = self.wait_s(images=images), self._limit_s
         if wait > limit:
             raise self._refusal("wait", wait - limit)
         if time_left is not None and wait > time_left:
@@ -179,6 +194,8 @@ class Ticket:
         self._bytes = body_bytes
         self._images = self._answers = 0.0
         self.planned = False
+        self._entered = admission._clock()
+        self._wait_s = admission.wait_s()
 
     def __enter__(self) -> Self:
         self._admission._requests += 1
@@ -213,6 +230,11 @@ class Ticket:
         finally:
             admission._requests += 1
         self._asks(images, answers)
+
+    def answered(self, tokens: int, answers: int) -> None:
+        """An answer is there: the tokens of all its choices, and their number."""
+        self._admission.learn(tokens, answers)
+        self._admission.took(self._admission._clock() - self._entered, self._wait_s)
 
     def encoded(self) -> None:
         """The features of one image are there."""

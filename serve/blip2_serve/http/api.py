@@ -20,7 +20,7 @@ from blip2_serve.http.body import HeadAsGet, QuickJson, RequestBody
 from blip2_serve.http.captions import Captions
 from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import add_error_handlers, report_broken_stream
-from blip2_serve.http.gate import Gate
+from blip2_serve.http.gate import Door, Gate
 from blip2_serve.http.measure import Measure
 from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.responses import Responses
@@ -49,14 +49,10 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app.add_middleware(HeadAsGet)
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
-    limits = config.ingress.admission
-    app.add_middleware(
-        Gate,
-        admission=service.admission,
-        recorder=recorder,
-        max_body_bytes=config.ingress.max_body_bytes,
-        body_timeout_s=limits.body_timeout_s,
-    )
+    own = config.ingress
+    door = Door(service.admission, recorder, own.max_body_bytes, own.admission.body_timeout_s)
+    app.state.door = door
+    app.add_middleware(Gate, door=door)
     for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
     if config.ingress.cors_origins:

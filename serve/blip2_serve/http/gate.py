@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 from starlette.datastructures import Headers
@@ -25,30 +26,29 @@ def ticket() -> Ticket | None:
     return _ticket.get()
 
 
-class Gate:
-    """ASGI middleware: admits requests that compute, which are those with POST.
+class Door:
+    """Admits requests that compute, which are those with POST.
 
-    The outermost one, since refusing must be cheap. The body of a refused request is read and
-    dropped, within limits: a client that is still sending would otherwise see a reset.
+    The body of a refused request is read and dropped, within limits: a client that is still sending
+    would otherwise see a reset.
     """
 
     def __init__(
         self,
-        app: ASGIApp,
         admission: Admission,
         recorder: Recorder,
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        self._app = app
         self._admission = admission
         self._recorder = recorder
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
+    async def enter(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the application on a request, or refuses that."""
+        if scope["type"] != "http" or scope["method"] != "POST" or ticket():
+            await app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
         length = int(declared) if declared.isdigit() else self._max_body_bytes
@@ -58,8 +58,11 @@ class Gate:
             await self._refuse(error, receive, send)
             return
         with entered:
-            _ticket.set(entered)
-            await self._app(scope, self._in_time(receive), send)
+            token = _ticket.set(entered)
+            try:
+                await app(scope, self._in_time(receive), send)
+            finally:
+                _ticket.reset(token)
 
     async def _refuse(self, error: Overloaded, receive: Receive, send: Send) -> None:
         self._recorder.add(metrics.REQUESTS, route="other", outcome="overloaded")
@@ -92,14 +95,25 @@ class Gate:
         return receive_in_time
 
 
-async def answer(error: Blip2ServeError, send: Send) -> None:
-    """Sends an error as the whole response."""
+class Gate:
+    """ASGI middleware: the door of an application, for requests that have not passed it yet."""
+
+    def __init__(self, app: ASGIApp, door: Door) -> None:
+        self._app = app
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._door.enter(self._app, scope, receive, send)
+
+
+async def answer(
+    error: Blip2ServeError, send: Send, others: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
+    """Sends an error as the whole response, with other headers besides its own, or instead."""
     body = json.dumps(error.body()).encode()
-    headers = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        **error.headers(),
-    }
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    headers = {name.lower().encode(): value.encode() for name, value in error.headers().items()}
+    headers |= {name.lower(): value for name, value in others}
+    headers |= {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
+    start = {"type": "http.response.start", "status": error.status, "headers": [*headers.items()]}
+    await send(start)
     await send({"type": "http.response.body", "body": body})

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2_serve.environment import CLOSED_FILE
 from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable
+from blip2_serve.http.gate import Door, answer
 
 _ERRORS: dict[int, Blip2ServeError] = {
     408: TimedOut("the answer took longer than the request or this server allows"),
@@ -25,9 +26,21 @@ _ERRORS: dict[int, Blip2ServeError] = {
     503: Unavailable("no replica can take the request now; try again later"),
 }
 _OPEN = ("/health", "/metrics")
-_STOPPING = Unavailable("this server is stopping; try again later")
+_STOPPING = Unavailable("this server is stopping; try again later", retry_after_s=1)
 _LOST = Unavailable("a replica was lost while it worked on this; try again")
 _CUT = Unavailable("the answer was cut off: it took too long, or a replica was lost; try again")
+
+
+_door: Door | None = None  # that of the application in this process
+
+
+def install(door: Door) -> None:
+    """Lets an application in this process refuse requests before Ray Serve handles them.
+
+    Otherwise a refusal costs several times as much.
+    """
+    global _door
+    _door = door
 
 
 def middlewares() -> list[Middleware]:
@@ -50,7 +63,7 @@ class OpenAIErrors:
             return
         # Asked for each request: some microseconds.
         if self._closed_file and scope["path"] not in _OPEN and os.path.exists(self._closed_file):
-            await _answer(send, _STOPPING.status, _STOPPING, Headers({"retry-after": "1"}))
+            await answer(_STOPPING, send)
             return
         media_type = ""  # of an answer that has begun
         replaced = ended = False
@@ -63,7 +76,7 @@ class OpenAIErrors:
                 error = _ERRORS.get(int(message["status"]))
                 if error and media_type.startswith("text/plain"):
                     replaced = ended = True
-                    await _answer(send, int(message["status"]), error, headers)
+                    await answer(error, send, headers.raw)
             elif message["type"] == "http.response.body":
                 ended = ended or not message.get("more_body", False)
             if not replaced:
@@ -71,23 +84,18 @@ class OpenAIErrors:
 
         async def finish() -> None:
             if not media_type:
-                await _answer(send, _LOST.status, _LOST, Headers())
+                await answer(_LOST, send)
             elif not ended and media_type.startswith("text/event-stream"):
                 event = b"data: " + json.dumps(_CUT.body()).encode() + b"\n\n"
                 await send({"type": "http.response.body", "body": event})
 
         try:
-            await self._app(scope, receive, watched)
+            if _door:
+                await _door.enter(self._app, scope, receive, watched)
+            else:
+                await self._app(scope, receive, watched)
         except asyncio.CancelledError:  # how Ray Serve ends a request behind HAProxy
             if media_type:
                 await finish()
             raise
         await finish()
-
-
-async def _answer(send: Send, status: int, error: Blip2ServeError, headers: Headers) -> None:
-    body = json.dumps(error.body()).encode()
-    kept = [(k, v) for k, v in headers.raw if k.lower() not in (b"content-type", b"content-length")]
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*kept, *own]})
-    await send({"type": "http.response.body", "body": body})

@@ -170,7 +170,7 @@ class Service:
             features = await self._features(call)
             params, copies = _computed(call.params)
             completion = await self.backend.generate(features, call.prompt, params)
-            self.admission.learn(completion.completion_tokens, params.n)
+            self._answered(completion.completion_tokens, params.n)
             return replace(completion, choices=completion.choices * copies)
 
     async def stream(self, call: ModelCall) -> TokenStream:
@@ -195,7 +195,11 @@ class Service:
             async for event in events:
                 tokens += len(event.token_ids)
                 yield event
-        self.admission.learn(tokens, answers)
+        self._answered(tokens, answers)
+
+    def _answered(self, tokens: int, answers: int) -> None:
+        if ticket := gate.ticket():
+            ticket.answered(tokens, answers)
 
     async def _features(self, call: ModelCall) -> ImageFeatures:
         ticket = gate.ticket()

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from blip2_serve.config import AppConfig
-from blip2_serve.http import deadline
+from blip2_serve.http import deadline, proxy
 from blip2_serve.http.admission import Capacity
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
@@ -64,7 +64,9 @@ class Ingress:
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self, self._config, self._recorder)
+        app = create_app(self, self._config, self._recorder)
+        proxy.install(app.state.door)
+        return app
 
     async def features(self, image: bytes) -> ImageFeatures:
         """Returns an image's features: kept, being computed for someone else, or computed now."""

@@ -78,6 +78,27 @@ def test_requests_are_admitted_while_the_work_ahead_takes_max_wait_at_most(
     assert abs(server.admits() - expected) <= 1
 
 
+def test_the_time_that_requests_usually_take_is_no_wait() -> None:
+    server = Server(Capacity(1e9, 10.0), max_wait_s=2.0)
+    for _ in range(50):
+        with server.admission.enter(1000) as ticket:
+            server.clock.now += 1.5
+            ticket.answered(10, 1)
+
+    assert abs(server.admits() - 35) <= 1
+
+
+def test_what_requests_take_while_others_wait_is_not_usual() -> None:
+    server = Server(Capacity(1e9, 10.0), max_wait_s=2.0)
+    with server.admission.enter(1000) as ticket:
+        for _ in range(15):
+            server.arrive()
+        server.clock.now += 60
+        ticket.answered(10, 1)
+
+    assert abs(server.admits() - 5) <= 1
+
+
 def test_a_request_that_ends_makes_room_for_one_more() -> None:
     server = Server(Capacity(1e9, 10.0))
     with server.admission.enter(1000):
