@@ -142,6 +142,11 @@ class StageConfig(_Config):
     )
 
     @property
+    def may_be_at_zero(self) -> bool:
+        """Whether it may have no replicas while it is idle."""
+        return self.autoscaling is not None and self.autoscaling.get("min_replicas") == 0
+
+    @property
     def autoscaling_config(self) -> dict[str, Any] | None:
         """Ray Serve's, with this package's policy unless it has another; None: no autoscaling."""
         if not self.autoscaling or "policy" in self.autoscaling:

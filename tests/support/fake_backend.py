@@ -60,6 +60,9 @@ class FakeBackend:
     known: set[bytes] = field(default_factory=set)  # images whose features are held
     together: asyncio.Barrier | None = None  # makes calls of `features` wait for each other
 
+    async def unready(self) -> str | None:
+        return None if self.is_ready else "the stages are warming up"
+
     def capacity(self) -> Capacity:
         return self.can_do
 

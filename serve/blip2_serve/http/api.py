@@ -165,9 +165,9 @@ class Api:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        """Answers 200 once a request has passed through every stage, 503 before."""
-        if not self._service.backend.is_ready:
-            raise Unavailable("not ready: the stages are still loading or warming up")
+        """Answers 200 while every stage answers, or is at zero replicas on purpose; else 503."""
+        if reason := await self._service.backend.unready():
+            raise Unavailable(f"not ready: {reason}")
         return JSONResponse({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:

@@ -24,9 +24,8 @@ from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEv
 class Backend(Protocol):
     """Computes the answers. Every failure it foresees is a `Blip2ServeError`."""
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether a request has passed through every stage."""
+    async def unready(self) -> str | None:
+        """Why requests would not be answered now; None: they would be."""
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""

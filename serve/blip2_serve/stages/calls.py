@@ -238,6 +238,13 @@ class StageClient:
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
 
+    async def answers(self) -> bool:
+        """Whether any replica answers, by a question not older than a second or asked now."""
+        now = self._loop.time()
+        if not any(now - heard <= ASK_EVERY_S for heard in self._heard.values()):
+            await self._ask()
+        return any(heard >= now - ASK_EVERY_S for heard in self._heard.values())
+
     async def _ask(self) -> None:
         """Asks every replica for its vitals."""
         answers = await broadcast(self._handle, "alive", self._id)

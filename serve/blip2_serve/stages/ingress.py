@@ -60,7 +60,17 @@ class Ingress:
                 "image URLs are on: any client can make this server fetch https addresses, "
                 "including those of its own network"
             )
-        self.is_ready = False
+        # A stage that may scale to zero is not asked: that would keep it from it.
+        self._always_there = [
+            client
+            for client, stage in (
+                (self._preprocessor, config.preprocessor),
+                (self._encoder, config.encoder),
+                (self._generator, config.generator),
+            )
+            if not stage.may_be_at_zero
+        ]
+        self._warm = False
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -121,6 +131,15 @@ class Ingress:
                 progress.add(event)
                 yield event
 
+    async def unready(self) -> str | None:
+        """Why requests would not be answered now; None: they would be."""
+        if not self._warm:
+            return "the stages are still loading or warming up"
+        answers = await asyncio.gather(*(client.answers() for client in self._always_there))
+        asked = zip(self._always_there, answers, strict=True)
+        silent = [client.stage for client, is_there in asked if not is_there]
+        return f"no replica answers of: {', '.join(silent)}" if silent else None
+
     async def metrics_urls(self) -> dict[str, str]:
         """Returns the URL of Ray's metrics exporter on each node, by its address and port."""
         nodes = await asyncio.to_thread(ray.nodes)
@@ -132,11 +151,11 @@ class Ingress:
     async def _warm_up(self) -> None:
         """Sends a request through every stage until one succeeds; then the replica is ready."""
         image = DEMO_PICTURE.read_bytes()
-        while not self.is_ready:
+        while not self._warm:
             try:
                 features = await self._encode(image, digest(image, PREPROCESSING_VERSION))
                 await self.generate(features, "", SamplingParams(max_tokens=2, ignore_eos=True))
-                self.is_ready = True
+                self._warm = True
             except Exception as error:  # the stages may still be starting
                 logger.warning("not ready yet: %r", error)
                 await asyncio.sleep(WARM_UP_RETRY_S)

@@ -403,3 +403,14 @@ async def test_the_next_call_tells_the_stage_how_many_requests_were_refused() ->
         await client.call("work", work=WORK)
 
     assert told == [3, 0]
+
+
+async def test_a_stage_answers_while_one_of_its_replicas_does() -> None:
+    stage = Stage(Replica("silent", echo, silent=True))
+    client = client_of(stage)
+    assert not await client.answers()
+    stage.replicas["other"] = Replica("other", echo)
+    assert await client.answers()
+    stage.replicas.clear()
+    await asyncio.sleep(0.05)
+    assert not await client.answers()
