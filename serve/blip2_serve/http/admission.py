@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 MEMORY = 50  # requests that means are taken over, roughly
 SMOOTH_OVER = 8  # arrivals
 SOME_FROM = 0.75  # share of the limit from which some requests are refused
-CALM = 0.5  # share of `max_wait_s` up to which the time of a request counts as usual
+CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
+MOST_BIAS = 3.0  # of the stages' figures, and its inverse the least
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
 RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
 RETURN_SHARE = 0.09  # of what the server can do: what refused clients may ask for when they return
@@ -84,6 +85,7 @@ class Admission:
         self._mean_tokens: float | None = None  # of one answer
         self._mean_work: float | None = None  # tokens of all answers to a request
         self._usual_s: float | None = None  # from arrival to the last token, while it was calm
+        self._bias = 1.0  # how many times as long requests take as the stages' figures say
         self._finished: deque[float] = deque()  # when
         self._next_return = -math.inf  # when the next refused client should come back
         self._warned = -math.inf
@@ -120,8 +122,12 @@ class Admission:
 
     def took(self, seconds: float, wait_s: float) -> None:
         """Learns how long an answered request took; `wait_s` is what `wait_s()` was at first."""
-        if max(wait_s, self.wait_s()) <= CALM * self._limits.max_wait_s:
+        calm_s = CALM * self._limits.max_wait_s
+        if max(wait_s, self.wait_s()) <= calm_s:
             self._usual_s = _mean(self._usual_s, seconds)
+        elif calm_s < wait_s < math.inf:
+            bias = _mean(self._bias, self._bias * seconds / wait_s)
+            self._bias = min(max(bias, 1 / MOST_BIAS), MOST_BIAS)
 
     @property
     def _limit_s(self) -> float:
@@ -136,8 +142,10 @@ class Admission:
         capacity = self._capacity()
         if capacity.images_per_s is None or capacity.answers_per_s is None:
             return 0.0 if self._requests < self._limits.initial_requests else math.inf
-        answers_s = self._answers / capacity.answers_per_s
-        return answers_s + self._images / capacity.images_per_s if images else answers_s
+        seconds = self._answers / capacity.answers_per_s
+        if images:
+            seconds += self._images / capacity.images_per_s
+        return self._bias * seconds
 
     def _check(self, *, images: bool, time_left: float | None) -> None:
         if self._requests < self._limits.min_requests:

@@ -287,6 +287,7 @@ class _Tries:
         self._client = client
         self._work = work
         self._losses = 0
+        self._deaths = 0
         self._lost_at: float | None = None
 
     async def next(self) -> Attempt:
@@ -318,9 +319,13 @@ class _Tries:
         if attempt.replica:
             client.suspect(attempt.replica)
         self._losses += 1
-        if self._losses == MAX_ATTEMPTS:
-            client._recorder.add(metrics.QUARANTINED, stage=client.stage)
-            raise client._quarantine.put(self._work.key)
+        self._deaths += cause == "died"
+        if self._losses < MAX_ATTEMPTS:
+            return
+        if self._deaths < MAX_ATTEMPTS:
+            raise Unavailable(f"{MAX_ATTEMPTS} replicas of the {client.stage} were lost; try again")
+        client._recorder.add(metrics.QUARANTINED, stage=client.stage)
+        raise client._quarantine.put(self._work.key)
 
     def progressed(self) -> None:
         """Notes that an attempt yields."""

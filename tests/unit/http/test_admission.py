@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 
@@ -97,6 +97,23 @@ def test_what_requests_take_while_others_wait_is_not_usual() -> None:
         ticket.answered(10, 1)
 
     assert abs(server.admits() - 5) <= 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_figures_that_are_off_are_corrected_by_what_requests_really_take(factor: float) -> None:
+    """The stages claim 10 answers per second; in truth it is `factor` times as many."""
+    server = Server(Capacity(1e9, 10.0), max_wait_s=2.0)
+    queue: list[Ticket] = []
+    for _ in range(400):
+        with suppress(Overloaded):
+            while True:
+                queue.append(server.arrive())
+        server.clock.now += 1 / (10.0 * factor)
+        ticket = queue.pop(0)
+        ticket.answered(10, 1)
+        ticket.__exit__(None, None, None)
+
+    assert len(queue) == pytest.approx(20 * factor, rel=0.2)
 
 
 def test_a_request_that_ends_makes_room_for_one_more() -> None:

@@ -274,6 +274,19 @@ async def test_content_that_kills_three_replicas_is_quarantined_and_others_survi
     assert born == 4
 
 
+async def test_content_is_not_to_blame_for_replicas_that_fail_without_dying() -> None:
+    async def failed(*_: Any) -> None:
+        raise raised(Unavailable("the engine has failed"))
+
+    stage = Stage(*(Replica(name, failed, silent=True) for name in "abc"))
+    client = client_of(stage)
+    with pytest.raises(Unavailable):
+        await client.call("work", work=WORK)
+    stage.replicas["healthy"] = Replica("healthy", echo)
+
+    assert await client.call("work", 1, work=WORK) == (1,)
+
+
 async def test_waiting_for_a_replica_ends_at_the_deadline() -> None:
     deadline = asyncio.get_running_loop().time() + 0.1
     with pytest.raises(Unavailable):
