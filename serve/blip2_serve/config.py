@@ -379,7 +379,7 @@ class GeneratorConfig(ComputeConfig):
         256,
         ge=1,
         description="Requests (not sequences) that may wait in one replica while max_num_seqs "
-        "sequences run; more are refused with status 503.",
+        "sequences run; more are refused with status 429.",
     )
     max_num_batched_tokens: int = Field(
         512,
