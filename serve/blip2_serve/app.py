@@ -75,11 +75,14 @@ def _place(
         if stage.autoscaling
         else {"num_replicas": stage.num_replicas}
     )
+    # Stages that fill the only GPU have no room for a new replica beside the old one.
+    surge = 0 if asked is None and 0 < gpu_share < 1 else stage.max_surge_percent
     routed = {} if cls is Ingress else {"request_router_config": CALL_ROUTER}
     deployment: Any = serve.deployment(cls)
     placed: serve.Deployment = deployment.options(
         **scaling,
         **routed,
+        max_surge_percent=surge,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         max_ongoing_requests=stage.max_ongoing_requests,

@@ -131,6 +131,15 @@ class StageConfig(_Config):
         description="Custom Ray resources that each replica reserves, as amounts by name. They "
         "place a stage on nodes that have them.",
     )
+    max_surge_percent: int = Field(
+        100,
+        ge=0,
+        le=100,
+        description="Most new replicas, as a percentage of the stage's number, that start before "
+        "old ones stop while a running application is changed. If there is no room for any, the "
+        "change waits; 0 stops an old one first. Always 0 where encoder and generator share a "
+        "cluster's only GPU by default.",
+    )
     max_ongoing_requests: int = Field(
         256, ge=1, description="Requests that one replica may have at once; others wait at callers."
     )
@@ -384,7 +393,7 @@ class GeneratorConfig(ComputeConfig):
         256,
         ge=1,
         description="Requests (not sequences) that may wait in one replica while max_num_seqs "
-        "sequences run; more are refused with status 503.",
+        "sequences run; more are refused with status 429.",
     )
     max_num_batched_tokens: int = Field(
         512,

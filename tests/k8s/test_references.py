@@ -214,14 +214,38 @@ def test_shutdown_timeouts_exceed_the_request_timeout(overlay: str) -> None:
     (application,) = config["applications"]
     request = AppConfig.model_validate(application["args"]).request_timeout_s
     assert config["http_options"]["request_timeout_s"] == request
-    drain = float(ray_environment(objects)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
-    assert request + SHUTDOWN_MARGIN_S < drain
     assert "deployments" not in application  # whose timeouts would replace those of `app.build`
     assert request < service["rayClusterDeletionDelaySeconds"]
     ray_pods = [pod for pod in pods(objects) if "ray.io/cluster" in pod.labels]
+    assert len(ray_pods) > 1
     for pod in ray_pods:
+        drain = drain_s(objects, pod)
+        assert request + SHUTDOWN_MARGIN_S < drain
         assert drain < pod.spec["terminationGracePeriodSeconds"]
         assert not [*values_of(pod.spec, "preStop")]  # `ray stop` would cut off running requests
+
+
+def drain_s(objects: list[Object], pod: Pod) -> float:
+    """Seconds that a Ray pod may drain: its own, or those of all nodes."""
+    own = {entry["name"]: entry.get("value") for entry in pod.spec["containers"][0].get("env", [])}
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    return float(own.get(name) or ray_environment(objects)[name])
+
+
+@pytest.mark.parametrize("overlay", ["dev-cpu", "gpu"])
+def test_a_pod_that_nothing_stands_in_for_drains_for_half_a_minute(overlay: str) -> None:
+    objects = build(overlay)
+    workers = [p for p in pods(objects) if p.labels.get("ray.io/node-type") == "worker"]
+    assert workers
+    assert {drain_s(objects, pod) for pod in workers} == {30}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_upgrade_takes_gpus_twice_for_three_minutes_at_most(overlay: str) -> None:
+    objects = build(overlay)
+    delay = ray_service(objects)["spec"]["rayClusterDeletionDelaySeconds"]
+    workers = [p for p in pods(objects) if p.labels.get("ray.io/node-type") == "worker"]
+    assert all(delay + drain_s(objects, pod) <= 180 for pod in workers)
 
 
 def test_the_ingress_allows_the_applications_sizes_and_timeouts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import pytest
@@ -169,6 +170,35 @@ def test_the_fewest_and_the_most_replicas_fit_the_pods(overlay: str, bound: str)
         for _ in range(group[f"{bound}Replicas"])
     ]
     assert unplaced(requests, nodes) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_change_of_serve_finds_room_for_new_replicas_beside_the_old(overlay: str) -> None:
+    """All that it may start from the fewest replicas; from the most, one of each stage at a time.
+
+    Without room for one, the change would wait for ever.
+    """
+    fewest, most = [], []
+    for stage in stages(overlay).values():
+        scaling = stage.autoscaling or {}
+        count = scaling.get("min_replicas", stage.num_replicas)
+        surge = math.ceil(count * stage.max_surge_percent / 100)
+        fewest += [resources_of(stage)] * (count + surge)
+        most += [resources_of(stage)] * (scaling.get("max_replicas", stage.num_replicas) + 1)
+        assert surge
+    for requests in (fewest, most):
+        nodes = [
+            dict(free)
+            for free, group in groups(overlay).values()
+            for _ in range(group["maxReplicas"])
+        ]
+        assert unplaced(requests, nodes) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_two_ingress_replicas_answer_where_one_is_replaced(overlay: str) -> None:
+    ingress = stages(overlay)["ingress"]
+    assert (ingress.autoscaling or {}).get("min_replicas", ingress.num_replicas) >= 2
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from support.monitoring import ALERTS_TEST, needs, rule_groups, write_rules
+from blip2_serve.observe import metrics
+from support.monitoring import (
+    ALERTS_TEST,
+    ROOT,
+    dashboard_expressions,
+    needs,
+    rule_groups,
+    write_rules,
+)
 
 
 @pytest.fixture
@@ -40,3 +48,33 @@ def test_every_alert_is_tested_and_says_what_to_do() -> None:
     for alert in alerts.values():
         assert alert["annotations"].keys() == {"summary", "runbook"}
         assert alert["labels"]["severity"] in ("critical", "warning")
+
+
+def test_runbooks_name_sections_that_exist() -> None:
+    document = (ROOT / "docs/operating.md").read_text()
+    runbooks = [
+        rule["annotations"]["runbook"]
+        for group in rule_groups()
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    named = re.findall(r'"([^"]+)" in docs/operating\.md', " ".join(runbooks))
+    assert len(named) == sum("docs/operating.md" in runbook for runbook in runbooks) == 5
+    assert [name for name in named if f"\n### {name}\n" not in document] == []
+
+
+def test_rules_and_panels_ask_for_metrics_that_exist() -> None:
+    parts = ("", "_bucket", "_count")
+    known = {metric.exported + part for metric in metrics.catalogue() for part in parts}
+    rules = [rule["expr"] for group in rule_groups() for rule in group["rules"]]
+    asked = re.findall(r"\bray_blip2_\w+", " ".join([*rules, *dashboard_expressions().values()]))
+    assert {*asked} - known == set()
+    for metric in (
+        metrics.ADMITTED,
+        metrics.SHED,
+        metrics.EXPIRED,
+        metrics.REPLAYS,
+        metrics.QUARANTINED,
+    ):
+        assert metric.exported in asked
+    assert f"{metrics.STREAM_PAUSE.exported}_bucket" in asked

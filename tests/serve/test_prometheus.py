@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 from PIL import Image
+from ray import serve
 
 from blip2_serve.demo import scenes
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Histogram
+from blip2_serve.stages.calls import MAX_ATTEMPTS
+from blip2_serve.types import Call
 from support.background import serving
 from support.images import data_url, image_message
 from support.monitoring import (
@@ -27,10 +32,11 @@ from support.monitoring import (
     prometheus,
     rule_groups,
 )
-from support.server import App, start_app
+from support.server import App, start_app, wait_until
 
 GPU_FIXTURE = Path(__file__).with_name("gpu.prom")
 CHAT = "/v1/chat/completions"
+MOST_HELD_BYTES = 1 << 20  # of all requests under way; each of the usual ones has some 10 KB
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +47,7 @@ def app(base_url: str) -> App:
         "dtype": "float32",
         "preprocessor": stage,
         "generator": {"kv_slots": 400},
+        "ingress": {"admission": {"max_held_bytes": MOST_HELD_BYTES}},
     }
     return start_app(base_url, "watched", config)
 
@@ -50,8 +57,10 @@ def image(seed: int) -> Image.Image:
 
 
 async def traffic(app: App) -> None:
-    """Sends requests that together change every metric."""
+    """Sends requests that together change every metric, but those of lost replicas."""
+    await expire(app)
     async with app.client() as client:
+        await overload(client)
         same = [client.post(CHAT, json=chat(1, "what is there?")) for _ in range(4)]
         streams = [client.post(CHAT, json=chat(seed, stream=True)) for seed in range(2, 6)]
         await asyncio.gather(*same, *streams)
@@ -72,6 +81,56 @@ async def disconnect(client: httpx.AsyncClient, seed: int) -> None:
     async with client.stream("POST", CHAT, json=body) as response:
         async for _ in response.aiter_bytes():
             break
+
+
+async def overload(client: httpx.AsyncClient) -> None:
+    """Sends a body that is too large while another request is under way, and one with no time."""
+    body = chat(20, stream=True, max_tokens=300, ignore_eos=True)
+    async with client.stream("POST", CHAT, json=body) as response:
+        await anext(response.aiter_bytes())
+        refused = await client.post(CHAT, content=b" " * (MOST_HELD_BYTES + 1))
+    assert refused.status_code == httpx.codes.TOO_MANY_REQUESTS
+    late = {"x-request-timeout-seconds": "0.1"}
+    body = chat(21, max_tokens=300, ignore_eos=True)
+    answer = await client.post(CHAT, json=body, headers=late)
+    assert answer.status_code == httpx.codes.REQUEST_TIMEOUT
+
+
+async def expire(app: App) -> None:
+    """Gives the encoder an image whose time is over before its turn comes."""
+    file = io.BytesIO()
+    image(22).save(file, "PNG")
+    preprocessor = serve.get_deployment_handle("Preprocessor", app.name)
+    pixels = await preprocessor.pixels.remote(file.getvalue())
+    encoder = serve.get_deployment_handle("Encoder", app.name)
+    with contextlib.suppress(Exception):
+        await encoder.encode.remote(pixels, "late", call=Call("late", 0.0))
+
+
+async def lose_replicas(app: App) -> None:
+    """Kills the generator's replica during a stream, until the stream is given up."""
+    body = chat(23, stream=True, max_tokens=300, ignore_eos=True)
+    killed: set[int] = set()
+    text = ""
+    async with app.client() as client, client.stream("POST", CHAT, json=body) as response:
+        async for piece in response.aiter_text():
+            text += piece
+            for process in generators(app):
+                if process.pid not in killed and len(killed) < MAX_ATTEMPTS:
+                    process.kill()
+                    killed.add(process.pid)
+    assert len(killed) == MAX_ATTEMPTS
+    assert '"quarantined"' in text
+
+
+def generators(app: App) -> list[psutil.Process]:
+    title = f"ray::ServeReplica:{app.name}:Generator"
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if (process.cmdline() or [""])[0].startswith(title):
+                found.append(process)
+    return found
 
 
 @contextlib.contextmanager
@@ -98,6 +157,8 @@ def scraping(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
     targets = {"blip2-serve": f"{app.url.removeprefix('http://')}/metrics"}
     folder = tmp_path_factory.mktemp("prometheus")
     with gpu_page() as gpu, prometheus(folder, {**targets, "gpu": f"{gpu}/metrics"}) as scraping:
+        asyncio.run(lose_replicas(app))
+        wait_until(lambda: app.post(CHAT, json=chat(1)).is_success)
         asyncio.run(traffic(app))
         scraping.wait_for('ray_blip2_requests_total{outcome="cancelled"}')
         # Once more, because a rate needs two values.

@@ -60,6 +60,29 @@ def test_gpus_are_shared_out(
     assert placed["Preprocessor"].ray_actor_options["num_gpus"] == 0
 
 
+@pytest.mark.parametrize(
+    ("config", "gpus", "surge"),
+    [
+        pytest.param({}, 0, [100] * 4, id="CPUs"),
+        pytest.param({}, 4, [100] * 4, id="several GPUs"),
+        pytest.param({}, 1, [100, 100, 0, 0], id="one GPU has no room"),
+        pytest.param(
+            {stage: {"num_gpus": 0.2} for stage in ("encoder", "generator")},
+            1,
+            [100] * 4,
+            id="one GPU with room",
+        ),
+        pytest.param({"generator": {"max_surge_percent": 50}}, 4, [100, 100, 100, 50], id="set"),
+    ],
+)
+def test_changes_start_new_replicas_first_where_there_is_room(
+    config: dict[str, Any], gpus: int, surge: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = placements(config, gpus, monkeypatch)
+    names = ("Ingress", "Preprocessor", "Encoder", "Generator")
+    assert [placed[name]._deployment_config.max_surge_percent for name in names] == surge
+
+
 def test_the_default_replicas_fit_one_core_together(monkeypatch: pytest.MonkeyPatch) -> None:
     placed = placements({}, 0, monkeypatch)
     assert set(placed) == {"Ingress", "Preprocessor", "Encoder", "Generator"}

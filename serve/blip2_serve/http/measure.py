@@ -13,8 +13,15 @@ from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import TokenEvent
 
-# Codes of errors that refuse a well-formed request.
-_REJECTIONS = ("context_length_exceeded", "overloaded", "request_too_large", "unavailable")
+# Codes of errors by which a well-formed request is refused or given up.
+_REJECTIONS = (
+    "context_length_exceeded",
+    "overloaded",
+    "quarantined",
+    "request_too_large",
+    "timeout",
+    "unavailable",
+)
 
 
 @dataclass

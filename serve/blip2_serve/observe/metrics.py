@@ -134,7 +134,7 @@ SHED = Counter(
 )
 REJECTIONS = Counter(
     "blip2_rejections_total",
-    "Well-formed requests that were rejected, by error code.",
+    "Well-formed requests that were refused or given up, by error code.",
     ("reason",),
 )
 IMAGE_ERRORS = Counter(
@@ -154,8 +154,8 @@ STAGE_DURATION = Histogram(
 )
 QUEUE_TIME = Histogram(
     "blip2_queue_time_seconds",
-    "Time a request waits in a replica: for a thread (preprocessor), a batch (encoder) or KV slots "
-    "(generator).",
+    "Time a request waits in a replica: for a process (preprocessor), a batch (encoder) or KV "
+    "slots (generator).",
     ("stage",),
     _SECONDS,
 )

@@ -11,6 +11,7 @@ the stage is asked once per second.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import uuid
 from collections import defaultdict
@@ -30,6 +31,8 @@ from blip2_serve.observe.metrics import Recorder
 from blip2_serve.serve_internals import broadcast
 from blip2_serve.stages.quarantine import Quarantine
 from blip2_serve.types import Call, Vitals
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -325,6 +328,7 @@ class _Tries:
         if self._deaths < MAX_ATTEMPTS:
             raise Unavailable(f"{MAX_ATTEMPTS} replicas of the {client.stage} were lost; try again")
         client._recorder.add(metrics.QUARANTINED, stage=client.stage)
+        logger.error("quarantined: replicas of the %s died while they worked on it", client.stage)
         raise client._quarantine.put(self._work.key)
 
     def progressed(self) -> None:

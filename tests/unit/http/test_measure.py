@@ -16,6 +16,8 @@ from blip2_serve.errors import (
     ContextLengthExceeded,
     InvalidImage,
     Overloaded,
+    Quarantined,
+    TimedOut,
     Unavailable,
 )
 from blip2_serve.http.api import create_app
@@ -73,6 +75,8 @@ async def test_an_answer_is_counted_and_timed_by_route(recorder: FakeRecorder, r
         pytest.param(
             ContextLengthExceeded("long"), "invalid", "context_length_exceeded", id="too long"
         ),
+        pytest.param(TimedOut("late"), "cancelled", "timeout", id="its time was over"),
+        pytest.param(Quarantined("deadly"), "error", "quarantined", id="replicas died of it"),
         pytest.param(ZeroDivisionError(), "error", None, id="a bug"),
     ],
 )
