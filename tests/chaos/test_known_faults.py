@@ -6,6 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ async def test_the_death_of_a_caller_removes_no_replica_behind_it(
             victim = psutil.Process(old[0]["pid"])
             writer.add(Fault("kill", upstream, victim.pid, now()))
             victim.kill()
-            await asyncio.to_thread(wait_until, lambda: is_gone(victim))
+            await asyncio.to_thread(wait_until, partial(is_gone, victim))
             await asyncio.to_thread(fixed.until_replicas, counts)
             await asyncio.sleep(3)  # under load
     check_nothing_lost(file)
