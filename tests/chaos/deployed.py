@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from blip2_serve.cli.running import APP_NAME
 from support.cluster import RayNodes, own_haproxy, ray_nodes
@@ -46,6 +49,14 @@ def overridden(config: dict[str, Any], options: Mapping[str, Mapping[str, Any]])
     (application,) = config["applications"]
     deployments = [{"name": name, **own} for name, own in options.items()]
     return {**config, "applications": [{**application, "deployments": deployments}]}
+
+
+def total(nodes: RayNodes, metric: str, **labels: str) -> float:
+    """The sum of a metric over all replicas that have these labels."""
+    page = httpx.get(f"{nodes.url}/metrics", timeout=60).text
+    lines = re.findall(rf"^ray_blip2_{metric}{{(.*)}} (.+)$", page, re.MULTILINE)
+    wanted = [f'{name}="{value}"' for name, value in labels.items()]
+    return sum(float(value) for found, value in lines if all(w in found for w in wanted))
 
 
 @asynccontextmanager

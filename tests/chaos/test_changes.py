@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import aiohttp
 import pytest
 
+from blip2_serve.demo import scenes
 from support.checkpoints import Recipe, write_checkpoint
 from support.cluster import RayNodes
+from support.images import data_url
 from tests.chaos import checker, history
 from tests.chaos.deployed import (
     STAGES,
@@ -18,6 +21,7 @@ from tests.chaos.deployed import (
     config,
     one_machine,
     overridden,
+    total,
     under_load,
 )
 from tests.chaos.history import Choice, Exchange, Record, Sent
@@ -27,6 +31,14 @@ pytestmark = pytest.mark.long
 
 RATE = 3.0  # requests per second, which the cores can answer while replicas start
 TWO_INGRESSES = {"ingress": {"num_replicas": 2}}
+LONG = {
+    "image": data_url(scenes.sample(6_005).image),
+    "max_tokens": 450,
+    "n": 4,
+    "temperature": 1,
+    "ignore_eos": True,
+    "stream": True,
+}
 COUNTS = {**dict.fromkeys(STAGES, 1), "Ingress": 2}
 
 
@@ -77,6 +89,30 @@ async def test_a_changed_setting_loses_nothing(
             setting = {"stream_events_per_s": 301 + number}
             await deploy(nodes, config(**TWO_INGRESSES, generator=setting))
     check_nothing_lost(file)
+
+
+async def test_replicas_that_are_stopped_finish_their_answers(nodes: RayNodes) -> None:
+    own = config(**TWO_INGRESSES, generator={"num_replicas": 1, "stream_events_per_s": 299})
+    await deploy(nodes, own)
+    await asyncio.to_thread(nodes.deploy, overridden(own, {"Generator": {"num_replicas": 2}}))
+    await asyncio.to_thread(nodes.until_replicas, {"Generator": 2})
+    before = total(nodes, "replays_total")
+    begun = asyncio.Event()
+
+    async def read(session: aiohttp.ClientSession) -> bytes:
+        async with session.post(f"{nodes.url}/v1/generate", json=LONG) as response:
+            await response.content.readline()
+            begun.set()
+            return await response.read()
+
+    async with new_session() as session:
+        reading = [asyncio.create_task(read(session)) for _ in range(8)]
+        await begun.wait()
+        await asyncio.to_thread(nodes.deploy, own)
+        answers = await asyncio.gather(*reading)
+    assert all(answer.rstrip().endswith(b"[DONE]") for answer in answers)
+    await asyncio.to_thread(nodes.until_replicas, {"Generator": 1})
+    assert total(nodes, "replays_total") == before
 
 
 async def test_answers_of_two_checkpoints_are_never_mixed(nodes: RayNodes, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from blip2_serve.demo import scenes
 from support.cluster import RayNodes
 from support.images import data_url, encode
 from support.server import gather_at_most, wait_until
-from tests.chaos.deployed import STAGES, check_nothing_lost, config, one_machine, under_load
+from tests.chaos.deployed import STAGES, check_nothing_lost, config, one_machine, total, under_load
 from tests.chaos.faults import is_gone
 from tests.chaos.history import Fault, now
 from tests.chaos.load import new_session
@@ -52,7 +51,7 @@ def fixed(nodes: RayNodes) -> RayNodes:
 async def test_cancelled_calls_do_not_run_on(fixed: RayNodes) -> None:
     """#52533: one cancelled child call in a hundred runs on."""
     rng = random.Random(1)
-    ended = count(fixed, "request_generated_tokens_count")
+    ended = total(fixed, "request_generated_tokens_count")
 
     async def leave(session: aiohttp.ClientSession) -> None:
         # Another file each time, so that some are cancelled before they have features.
@@ -69,24 +68,16 @@ async def test_cancelled_calls_do_not_run_on(fixed: RayNodes) -> None:
     async with new_session() as session:
         await gather_at_most(AT_ONCE, [leave(session) for _ in range(CANCELLED)])
     await asyncio.to_thread(until_idle, fixed)
-    assert count(fixed, "dropped_total", stage="generator") > CANCELLED / 10
+    assert total(fixed, "dropped_total", stage="generator") > CANCELLED / 10
     body = {"image": data_url(PICTURE), "max_tokens": 1}
     httpx.post(f"{fixed.url}/v1/generate", json=body, timeout=60).raise_for_status()
-    wait_until(lambda: count(fixed, "request_generated_tokens_count") > ended)
+    wait_until(lambda: total(fixed, "request_generated_tokens_count") > ended)
     await asyncio.sleep(SETTLED_S)
-    assert count(fixed, "request_generated_tokens_count") == ended + 1  # the last request's
+    assert total(fixed, "request_generated_tokens_count") == ended + 1  # the last request's
 
 
 def until_idle(nodes: RayNodes) -> None:
-    wait_until(lambda: not count(nodes, "sequences_running") + count(nodes, "queue_depth"))
-
-
-def count(nodes: RayNodes, metric: str, **labels: str) -> float:
-    """The sum of a metric over all replicas that have these labels."""
-    page = httpx.get(f"{nodes.url}/metrics", timeout=60).text
-    lines = re.findall(rf"^ray_blip2_{metric}{{(.*)}} (.+)$", page, re.MULTILINE)
-    wanted = [f'{name}="{value}"' for name, value in labels.items()]
-    return sum(float(value) for found, value in lines if all(w in found for w in wanted))
+    wait_until(lambda: not total(nodes, "sequences_running") + total(nodes, "queue_depth"))
 
 
 @pytest.mark.parametrize("upstream", ["Preprocessor", "Ingress"])
