@@ -28,6 +28,15 @@ SHARED_RAY = "tests/serve/"
 FIRST = (SHARED_RAY, "tests/up/", "tests/docs/")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--changes",
+        type=int,
+        default=3,
+        help="how often tests/chaos/test_changes.py changes an application under load",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         starts = [item.nodeid.startswith(folder) for folder in FIRST]

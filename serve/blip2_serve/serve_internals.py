@@ -7,6 +7,7 @@ listen for each other, or to tell how many requests are under way.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import contextvars
 from collections.abc import Awaitable, Iterator
@@ -17,6 +18,8 @@ import opentelemetry.context
 import ray
 from ray._private import ray_logging, services
 from ray.serve import context
+from ray.serve._private.common import ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -52,6 +55,19 @@ async def broadcast(handle: DeploymentHandle[Any], method: str, *args: Any) -> l
     except DeploymentUnavailableError:  # there are no replicas
         return []
     return [result.get_async() for result in results]
+
+
+async def check_health(handle: DeploymentHandle[Any], replica: str) -> None:
+    """Runs the health check of one replica, by its unique id.
+
+    A replica that is to stop finishes its requests first. Meanwhile handles no longer know it.
+
+    Raises:
+        Exception: it is not healthy, or no longer there.
+    """
+    name = ReplicaID(replica, handle.deployment_id).to_full_id_str()
+    actor: Any = await asyncio.to_thread(ray.get_actor, name, SERVE_NAMESPACE)
+    await actor.check_health.remote()
 
 
 def listen_on_loopback() -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,8 +93,14 @@ async def undisturbed(
     return answers
 
 
+def new_session() -> aiohttp.ClientSession:
+    """A session for any number of requests at once."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    return aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+
+
 class Load:
-    """Sends requests at `rate` per second while entered, and records them in `writer`."""
+    """Sends requests at `rate` per second, and records them in `writer`."""
 
     def __init__(
         self,
@@ -111,6 +118,17 @@ class Load:
     @property
     def in_flight(self) -> int:
         return len(self._tasks)
+
+    @asynccontextmanager
+    async def running(self, session: aiohttp.ClientSession) -> AsyncIterator[None]:
+        """Sends during the block; leaves it once all requests are answered."""
+        enough = asyncio.Event()
+        sending = asyncio.create_task(self.run(session, enough))
+        try:
+            yield
+        finally:
+            enough.set()
+            await sending
 
     async def run(self, session: aiohttp.ClientSession, until: asyncio.Event) -> None:
         """Sends until the event is set; returns once all are answered."""

