@@ -43,12 +43,13 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     Another API is one more class in a file of its own: it takes a `Service` and has a `router`.
     """
     app = FastAPIOffline(title="blip2-serve", version=__version__)
-    app.state.request_timeout_s = config.request_timeout_s
     app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     app.add_middleware(HeadAsGet)
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
+    app.state.request_timeout_s = config.request_timeout_s
+    app.state.admission = service.admission
     limits = config.ingress.admission
     app.add_middleware(
         Gate,
