@@ -288,6 +288,12 @@ class AdmissionConfig(_Config):
     body_timeout_s: float = Field(
         30.0, gt=0, description="Seconds within which a request's body must arrive."
     )
+    max_slow_bodies: int = Field(
+        1024,
+        ge=0,
+        description="Most requests whose bodies are still arriving after a quarter of a second; "
+        "further ones are refused. They do not count as requests under way.",
+    )
 
 
 class IngressScaling(ScalingConfig):

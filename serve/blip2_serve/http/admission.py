@@ -77,7 +77,8 @@ class Admission:
         self._draw = draw
         # What the admitted requests still ask of the stages.
         self._requests = 0
-        self._bytes = 0  # of their bodies
+        self._slow = 0  # those whose bodies take long to arrive, which ask for nothing yet
+        self._bytes = 0  # of all bodies
         self._images = self._answers = 0.0
         self._smooth_wait = 0.0  # seconds, over the latest arrivals
         # What requests have lately been like.
@@ -92,12 +93,12 @@ class Admission:
         self._unsaid = 0  # refusals since the last warning
 
     def enter(self, body_bytes: int) -> Ticket:
-        """Admits a request of which only the headers are known.
+        """Admits a request of which only the headers are known; `body_bytes` are those declared.
 
         Raises:
             Overloaded: it would have to wait too long, or too many bytes are held already.
         """
-        if self._bytes + body_bytes > self._limits.max_held_bytes and self._requests:
+        if self._bytes and self._bytes + body_bytes > self._limits.max_held_bytes:
             raise self._refusal("bytes", 0.0)
         images = self._mean_images > MOSTLY
         self._check(images=images, time_left=None)
@@ -136,6 +137,16 @@ class Admission:
         What requests usually take is no wait: they share steps and batches.
         """
         return self._limits.max_wait_s + (self._usual_s or 0.0)
+
+    def stats(self) -> dict[str, float]:
+        """What the requests under way ask for and hold; all 0 when there are none."""
+        return {
+            "requests": self._requests,
+            "slow_bodies": self._slow,
+            "bytes": self._bytes,
+            "images": self._images,
+            "answers": self._answers,
+        }
 
     def wait_s(self, *, images: bool = True) -> float:
         """Seconds until all admitted work is done; without `images`, all answers."""
@@ -199,8 +210,10 @@ class Ticket:
 
     def __init__(self, admission: Admission, body_bytes: int) -> None:
         self._admission = admission
-        self._bytes = body_bytes
+        self._bytes = body_bytes  # held, or reserved
+        self._received = 0
         self._images = self._answers = 0.0
+        self._slow = False
         self.planned = False
         self._entered = admission._clock()
         self._wait_s = admission.wait_s()
@@ -218,8 +231,57 @@ class Ticket:
         traceback: TracebackType | None,
     ) -> None:
         self._asks(0.0, 0.0)
-        self._admission._requests -= 1
         self._admission._bytes -= self._bytes
+        if self._slow:
+            self._admission._slow -= 1
+        else:
+            self._admission._requests -= 1
+
+    def received(self, size: int) -> None:
+        """So many more bytes of the body are there.
+
+        Raises:
+            Overloaded: they are more than was declared, and too many are held.
+        """
+        self._received += size
+        more = self._received - self._bytes
+        if more <= 0:
+            return
+        others = self._admission._bytes - self._bytes
+        if others and others + self._received > self._admission._limits.max_held_bytes:
+            raise self._admission._refusal("bytes", 0.0)
+        self._holds(self._received)
+
+    def slow(self) -> None:
+        """The body takes long: until it is there, only those of its bytes that have come count.
+
+        Raises:
+            Overloaded: too many are that slow.
+        """
+        admission = self._admission
+        if admission._slow >= admission._limits.max_slow_bodies:
+            raise admission._refusal("bodies", 0.0)
+        self._slow = True
+        admission._slow += 1
+        admission._requests -= 1
+        self._asks(0.0, 0.0)
+        self._holds(self._received)
+
+    def complete(self) -> None:
+        """The body is there.
+
+        Raises:
+            Overloaded: it was slow, and there is too much work by now.
+        """
+        if not self._slow:
+            return
+        admission, self._slow = self._admission, False
+        admission._slow -= 1
+        try:
+            admission._check(images=admission._mean_images > MOSTLY, time_left=None)
+        finally:
+            admission._requests += 1
+        self._asks(admission._mean_images, 1.0)
 
     def plan(self, images: int, answers: float, time_left: float | None) -> None:
         """Tells what the request asks for: images to encode, and average answers.
@@ -247,6 +309,10 @@ class Ticket:
     def encoded(self) -> None:
         """The features of one image are there."""
         self._asks(max(0.0, self._images - 1), self._answers)
+
+    def _holds(self, size: int) -> None:
+        self._admission._bytes += size - self._bytes
+        self._bytes = size
 
     def _asks(self, images: float, answers: float) -> None:
         self._admission._images += images - self._images

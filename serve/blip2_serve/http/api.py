@@ -43,7 +43,6 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     Another API is one more class in a file of its own: it takes a `Service` and has a `router`.
     """
     app = FastAPIOffline(title="blip2-serve", version=__version__)
-    app.state.request_timeout_s = config.request_timeout_s
     app.add_middleware(Measure, recorder=recorder)
     app.add_middleware(RequestBody, max_bytes=config.ingress.max_body_bytes)
     app.add_middleware(HeadAsGet)
@@ -51,7 +50,8 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     service = Service(backend, config, recorder)
     own = config.ingress
     door = Door(service.admission, recorder, own.max_body_bytes, own.admission.body_timeout_s)
-    app.state.door = door
+    app.state.door, app.state.admission = door, service.admission
+    app.state.request_timeout_s = config.request_timeout_s
     app.add_middleware(Gate, door=door)
     for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)

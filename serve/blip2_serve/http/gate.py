@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,7 @@ from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 
 DROP_WITHIN_S = 5.0
+SLOW_AFTER_S = 0.25  # a body that takes longer counts as work only once it is there
 
 _ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
 
@@ -46,12 +48,12 @@ class Door:
         self._body_timeout_s = body_timeout_s
 
     async def enter(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """Runs the application on a request, or refuses that."""
+        """Runs the application on a request, or refuses that. One that was admitted just runs."""
         if scope["type"] != "http" or scope["method"] != "POST" or ticket():
             await app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
-        length = int(declared) if declared.isdigit() else self._max_body_bytes
+        length = int(declared) if declared.isdigit() else 0  # chunks count as they come
         try:
             entered = self._admission.enter(min(length, self._max_body_bytes))
         except Overloaded as error:
@@ -60,12 +62,27 @@ class Door:
         with entered:
             token = _ticket.set(entered)
             try:
-                await app(scope, self._in_time(receive), send)
+                await app(scope, receive, send)
             finally:
                 _ticket.reset(token)
 
+    async def limit_body(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the application on a request that was admitted; its body comes within limits."""
+        if not (entered := ticket()):
+            await app(scope, receive, send)
+            return
+        ends = asyncio.get_running_loop().time() + self._body_timeout_s
+        body = _Body(receive, entered, ends, lambda: self._drop(receive))
+        with contextlib.closing(body):
+            await app(scope, body.receive, send)
+
     async def _refuse(self, error: Overloaded, receive: Receive, send: Send) -> None:
         self._recorder.add(metrics.REQUESTS, route="other", outcome="overloaded")
+        await self._drop(receive)
+        await answer(error, send)
+
+    async def _drop(self, receive: Receive) -> None:
+        """Reads what is left of a body, within limits."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DROP_WITHIN_S):
                 dropped, more = 0, True
@@ -73,37 +90,83 @@ class Door:
                     message = await receive()
                     dropped += len(message.get("body", b""))
                     more = message.get("more_body", False)
-        await answer(error, send)
 
-    def _in_time(self, receive: Receive) -> Receive:
-        """Receives the body within a limit of time, so that slow uploads cannot fill the server."""
-        ends = asyncio.get_running_loop().time() + self._body_timeout_s
-        complete = False
 
-        async def receive_in_time() -> Message:
-            nonlocal complete
-            if complete:
-                return await receive()  # waits until the client leaves
-            try:
-                async with asyncio.timeout_at(ends):
-                    message = await receive()
-            except TimeoutError:
-                raise TimedOut("the request's body took too long to arrive") from None
-            complete = not message.get("more_body", False)
-            return message
+class _Body:
+    """A body on its way, within limits of time, bytes and the number of slow ones.
 
-        return receive_in_time
+    So slow uploads keep out neither each other nor anyone else.
+    """
+
+    def __init__(
+        self,
+        receive: Receive,
+        entered: Ticket,
+        ends: float,
+        drop: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._receive = receive
+        self._ticket = entered
+        self._ends = ends
+        self._drop = drop
+        self._loop = asyncio.get_running_loop()
+        self._complete = False
+        self._refusal: Overloaded | None = None
+        self._scope: asyncio.Timeout | None = None  # of the message that is awaited
+        self._timer = self._loop.call_later(SLOW_AFTER_S, self._is_slow)
+
+    async def receive(self) -> Message:
+        """The next message of the connection, as the application receives it.
+
+        Raises:
+            Overloaded, TimedOut: the body goes beyond a limit.
+        """
+        if self._complete:
+            return await self._receive()  # waits until the client leaves
+        try:
+            async with asyncio.timeout_at(self._ends) as self._scope:
+                message = await self._receive()
+        except TimeoutError:
+            self.close()
+            if self._refusal:
+                raise self._refusal from None
+            raise TimedOut("the request's body took too long to arrive") from None
+        finally:
+            self._scope = None
+        self._complete = not message.get("more_body", False)
+        if self._complete:
+            self.close()
+        try:
+            self._ticket.received(len(message.get("body", b"")))
+        except Overloaded:
+            if not self._complete:
+                await self._drop()
+            raise
+        if self._complete:
+            self._ticket.complete()
+        return message
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _is_slow(self) -> None:
+        try:
+            self._ticket.slow()
+        except Overloaded as error:
+            self._refusal, self._ends = error, self._loop.time()
+            if self._scope:
+                self._scope.reschedule(self._ends)
 
 
 class Gate:
-    """ASGI middleware: the door of an application, for requests that have not passed it yet."""
+    """ASGI middleware: the door of an application, and behind it the limits of bodies."""
 
     def __init__(self, app: ASGIApp, door: Door) -> None:
-        self._app = app
         self._door = door
+        self._inside = partial(door.limit_body, app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._door.enter(self._app, scope, receive, send)
+        await self._door.enter(self._inside, scope, receive, send)
 
 
 async def answer(

@@ -63,18 +63,20 @@ class Measure:
         async def heard() -> Message:
             nonlocal has_left
             try:
-                return await receive()
+                message = await receive()
             except Blip2ServeError:  # the body is too large
                 raise
             except Exception:  # of the server's own kind, when the connection is gone
                 has_left = True
                 raise
+            has_left = message["type"] == "http.disconnect"
+            return message
 
         async def watched(message: Message) -> None:
             nonlocal outcome
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                outcome = _outcome(exchange.error)
+                outcome = "cancelled" if has_left else _outcome(exchange.error)
 
         try:
             await self._app(scope, heard, watched)

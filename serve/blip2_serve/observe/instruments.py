@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from blip2_serve.engine.loop import Step
 from blip2_serve.engine.sequence import Request
 from blip2_serve.engine.step import EngineStats
+from blip2_serve.errors import TimedOut
 from blip2_serve.observe import metrics
 from blip2_serve.observe.loading import LoadReport
 from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter
@@ -140,14 +141,17 @@ class PreprocessorInstruments(Instruments):
             with self.in_stage():
                 yield
         except asyncio.CancelledError:
-            self._image_dropped()
+            self._image_dropped(metrics.DROPPED)
+            raise
+        except TimedOut:
+            self._image_dropped(metrics.EXPIRED)
             raise
         finally:
             self._here -= 1
 
     @harmless
-    def _image_dropped(self) -> None:
-        self._recorder.add(metrics.DROPPED, stage=self.stage)
+    def _image_dropped(self, kind: metrics.Counter) -> None:
+        self._recorder.add(kind, stage=self.stage)
 
     @harmless
     def _image_arrived(self, size: int) -> None:
@@ -167,8 +171,12 @@ class PreprocessorInstruments(Instruments):
         return self._meter.capacity()
 
     def stats(self) -> dict[str, Any]:
-        """Images since the start, and the seconds that workers spent on them."""
-        return {"images": self._meter.items, "seconds": self._meter.seconds}
+        """Images since the start, the seconds that workers spent on them, and those here now."""
+        return {
+            "images": self._meter.items,
+            "seconds": self._meter.seconds,
+            "ongoing": self._here,
+        }
 
     def _waiting(self) -> int:
         return max(0, self._here - self._threads)
@@ -212,11 +220,12 @@ class EncoderInstruments(Instruments):
         return self._meter.capacity()
 
     def stats(self) -> dict[str, Any]:
-        """Images, batches and their seconds since the start, and the cost of loading."""
+        """Images, batches and their seconds since the start, images waiting, cost of loading."""
         return {
             "images": self._meter.items,
             "batches": self._meter.batches,
             "seconds": self._meter.seconds,
+            "waiting": self._waiting(),
             **self._model.loading.stats(),
         }
 
@@ -266,17 +275,20 @@ class GeneratorInstruments(Instruments):
         finally:
             # Beams beyond the n best, which are in no answer, took as many tokens each.
             tokens = answers.tokens * request.width // request.params.n
-            self._request_left(tokens, time.perf_counter() - arrived, cancelled)
+            now = time.perf_counter()
+            expired = request.expires is not None and request.expires <= now
+            self._request_left(tokens, now - arrived, cancelled, expired)
 
     @harmless
     def _request_ended(self, answer_tokens: int) -> None:
         self._recorder.observe(metrics.REQUEST_GENERATED_TOKENS, answer_tokens)
 
     @harmless
-    def _request_left(self, tokens: int, seconds: float, cancelled: bool) -> None:
+    def _request_left(self, tokens: int, seconds: float, cancelled: bool, expired: bool) -> None:
         self._meter.left(tokens)
         if cancelled:
-            self._recorder.add(metrics.DROPPED, stage=self.stage)
+            kind = metrics.EXPIRED if expired else metrics.DROPPED
+            self._recorder.add(kind, stage=self.stage)
         else:
             self._request_seconds += seconds
 

@@ -129,7 +129,8 @@ ADMITTED = Counter("blip2_admitted_total", "Requests that were admitted.")
 SHED = Counter(
     "blip2_shed_total",
     "Requests refused because the server was busy, by reason: wait (it would have taken too long), "
-    "deadline (longer than the request had) or bytes (of the bodies under way).",
+    "deadline (longer than the request had), bytes (of the bodies under way) or bodies (too many "
+    "arrive slowly).",
     ("reason",),
 )
 REJECTIONS = Counter(

@@ -17,7 +17,7 @@ import random
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -55,6 +55,11 @@ _attempts: dict[str, Attempt] = {}  # under way in this process, by the id of th
 def attempt_of(call_id: str) -> Attempt | None:
     """The attempt that made a call, if it is under way in this process."""
     return _attempts.get(call_id)
+
+
+def calls_under_way() -> int:
+    """How many calls to stages this process waits for."""
+    return len(_attempts)
 
 
 class ReplicaLost(Exception):
@@ -154,6 +159,11 @@ class StageClient:
         known = self._known()
         told = [v.capacity for v in known if v.capacity]
         return len(known) * sum(told) / len(told) / max(v.callers for v in known) if told else None
+
+    @property
+    def suspects(self) -> int:
+        """How many replicas have been lost and have not answered since."""
+        return len(self._suspects)
 
     def refused(self) -> None:
         """Counts a request that could not be admitted; the next call tells the stage."""
@@ -378,13 +388,8 @@ class Attempt:
     """One attempt of a call, as a context manager that swallows the loss of its replica."""
 
     def __init__(self, client: StageClient, tries: _Tries, work: Work, *, alone: bool) -> None:
-        deadline, now = work.deadline, asyncio.get_running_loop().time()
-        self.call = Call(
-            uuid.uuid4().hex,
-            None if deadline is None else deadline - now,
-            client.take_refused(),
-        )
         self.work = work
+        self.call = Call(uuid.uuid4().hex, self._seconds_left(), client.take_refused())
         self.alone = alone
         self.replica: str | None = None  # which has it, as soon as one was chosen
         self._client = client
@@ -393,7 +398,12 @@ class Attempt:
         self._scope: asyncio.Timeout | None = None
 
     def __enter__(self) -> Self:
-        self._client.open(self)
+        try:
+            self._client.open(self)
+        except BaseException:
+            if self.alone:
+                self._client._quarantine.done()
+            raise
         return self
 
     def __exit__(
@@ -414,7 +424,14 @@ class Attempt:
         """Called by the router: which of the replicas takes the call; None: none of them."""
         chosen = self._client.place(self, replicas)
         self.replica = chosen or self.replica
+        self.call = replace(self.call, seconds_left=self._seconds_left())  # it may have waited
         return chosen
+
+    def _seconds_left(self) -> float | None:
+        """The stage's time: it should find that it is over before the call is given up here."""
+        if self.work.deadline is None:
+            return None
+        return self.work.deadline - 2 * EARLIER_S - asyncio.get_running_loop().time()
 
     def lose(self, cause: str) -> None:
         """Ends the attempt: its replica is lost."""

@@ -67,6 +67,11 @@ class FeatureCache:
         """Whether an image's features are kept, or being computed."""
         return digest in self._kept or digest in self._under_way
 
+    @property
+    def under_way(self) -> int:
+        """How many images are being computed."""
+        return len(self._under_way)
+
     def forget(self, digest: str) -> None:
         """Drops an image's features, if they are kept."""
         self._kept.pop(digest, None)

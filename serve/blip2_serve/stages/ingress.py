@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from blip2_serve.config import AppConfig
 from blip2_serve.http import deadline, proxy
-from blip2_serve.http.admission import Capacity
+from blip2_serve.http.admission import Admission, Capacity
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
 from blip2_serve.model.processor import PREPROCESSING_VERSION
@@ -23,7 +23,7 @@ from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.observe import logs, metrics
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.serve_internals import detached_context
-from blip2_serve.stages.calls import StageClient, Work
+from blip2_serve.stages.calls import StageClient, Work, calls_under_way
 from blip2_serve.stages.feature_cache import FeatureCache
 from blip2_serve.stages.progress import Progress
 from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
@@ -76,7 +76,18 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self, self._config, self._recorder)
         proxy.install(app.state.door)
+        self._admission: Admission = app.state.admission
         return app
+
+    async def stats(self) -> dict[str, Any]:
+        """What the requests under way hold in this replica; all 0 when there are none."""
+        stages = (self._preprocessor, self._encoder, self._generator)
+        return {
+            **self._admission.stats(),
+            "encodings": self._features.under_way,
+            "calls": calls_under_way(),
+            "suspects": sum(stage.suspects for stage in stages),
+        }
 
     async def features(self, image: bytes) -> ImageFeatures:
         """Returns an image's features: kept, being computed for someone else, or computed now."""

@@ -25,8 +25,9 @@ class CallRouter(RequestRouter):
         attempt = attempt_of(call.id) if call else None
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
-        if attempt is None:
+        if pending_request is None or attempt is None:
             return [random.sample(candidate_replicas, k=min(2, len(candidate_replicas)))]
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         chosen = attempt.choose(list(replicas))
+        pending_request.kwargs["call"] = attempt.call
         return [[replicas[chosen]]] if chosen else []

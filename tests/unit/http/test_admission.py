@@ -191,6 +191,61 @@ def test_the_bytes_of_bodies_are_bounded_but_one_large_body_is_always_taken() ->
         server.admission.enter(6_000)
 
 
+def test_bytes_that_were_not_declared_count_as_they_come() -> None:
+    server = Server(Capacity(100.0, 100.0), max_held_bytes=10_000)
+
+    with server.admission.enter(0) as chunked, server.admission.enter(3_000) as declared:
+        chunked.received(7_000)
+        declared.received(2_000)
+        declared.received(1_000)
+        with pytest.raises(Overloaded):
+            chunked.received(1)
+    assert server.recorder.total("blip2_shed_total", "bytes") == 1
+    assert not any(server.admission.stats().values())
+
+
+def test_slow_bodies_ask_for_nothing_until_they_are_there() -> None:
+    server = Server(Capacity(1e9, 1e9))
+    slow = [server.inside.enter_context(server.admission.enter(200)) for _ in range(40)]
+    server.capacity = Capacity(1e9, 10.0)
+    with pytest.raises(Overloaded):
+        server.arrive()
+    for ticket in slow:
+        ticket.received(100)
+        ticket.slow()
+    assert server.admission.stats() == {
+        "requests": 0,
+        "slow_bodies": 40,
+        "bytes": 40 * 100,
+        "images": pytest.approx(0),
+        "answers": pytest.approx(0),
+    }
+    assert server.admits() >= 20
+    with pytest.raises(Overloaded):
+        slow[0].complete()
+    server.inside.close()
+    assert not any(map(round, server.admission.stats().values()))
+
+
+def test_a_slow_body_that_is_there_in_good_time_counts_again() -> None:
+    server = Server(Capacity(100.0, 100.0))
+    with server.admission.enter(100) as ticket:
+        ticket.slow()
+        ticket.complete()
+        assert server.admission.stats()["requests"] == 1
+        assert server.admission.stats()["answers"] == pytest.approx(1)
+
+
+def test_the_number_of_slow_bodies_is_bounded() -> None:
+    server = Server(Capacity(100.0, 100.0), max_slow_bodies=1)
+    with server.admission.enter(0) as first, server.admission.enter(0) as second:
+        first.slow()
+        with pytest.raises(Overloaded):
+            second.slow()
+    assert server.recorder.total("blip2_shed_total", "bodies") == 1
+    assert not any(map(round, server.admission.stats().values()))
+
+
 def test_refusals_are_logged_once_per_second(caplog: pytest.LogCaptureFixture) -> None:
     server = Server(Capacity(1e9, 10.0))
     server.admits()

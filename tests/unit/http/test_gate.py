@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from blip2_serve.config import AppConfig
+from blip2_serve.http import gate
 from blip2_serve.http.admission import Capacity
 from support.fake_backend import ROUTES, FakeBackend, body_for, client_of, error_of, post
 from support.recorder import FakeRecorder
@@ -16,6 +19,12 @@ from support.recorder import FakeRecorder
 
 def config_of(**admission: float) -> AppConfig:
     return AppConfig.model_validate({"ingress": {"admission": admission}})
+
+
+async def until_encoding(backend: FakeBackend) -> None:
+    async with asyncio.timeout(10):
+        while not backend.encoded:
+            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("route", [*ROUTES, "/v1/responses"])
@@ -28,8 +37,7 @@ async def test_a_busy_server_answers_429_with_the_time_to_come_back(route: str) 
         body = {"input": [{"role": "user", "content": content}]}
     async with client_of(backend, config_of(min_requests=1), recorder) as client:
         first = asyncio.create_task(post(client, route, body))
-        while not backend.encoded:
-            await asyncio.sleep(0)
+        await until_encoding(backend)
         refused = await post(client, route, body)
         backend.held[b"picture"].set()
 
@@ -48,8 +56,7 @@ async def test_probes_and_lists_are_answered_however_busy_the_server_is() -> Non
     backend.held[b"picture"] = asyncio.Event()
     async with client_of(backend, config_of(min_requests=1)) as client:
         first = asyncio.create_task(post(client, "/v1/caption", body_for("/v1/caption")))
-        while not backend.encoded:
-            await asyncio.sleep(0)
+        await until_encoding(backend)
         for path in ("/health", "/ready", "/v1/models"):
             assert (await client.get(path)).status_code == 200
         backend.held[b"picture"].set()
@@ -69,8 +76,7 @@ async def test_the_body_of_a_refused_request_is_read_to_its_end() -> None:
 
     async with client_of(backend, config_of(min_requests=1)) as client:
         first = asyncio.create_task(post(client, "/v1/caption", body_for("/v1/caption")))
-        while not backend.encoded:
-            await asyncio.sleep(0)
+        await until_encoding(backend)
         refused = await client.post("/v1/caption", content=body())
         backend.held[b"picture"].set()
         await first
@@ -89,6 +95,69 @@ async def test_a_body_that_does_not_arrive_in_time_is_a_408() -> None:
 
     assert response.status_code == 408
     assert error_of(response)["code"] == "timeout"
+
+
+async def test_slow_bodies_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SLOW_AFTER_S", 0.01)
+    backend = FakeBackend(can_do=Capacity(1.0, 1.0))  # of which ten would be too much
+    body = json.dumps(body_for("/v1/caption")).encode()
+    rest = asyncio.Event()
+
+    async def dripping() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await rest.wait()
+        yield body[10:]
+
+    async with client_of(backend, config_of(min_requests=100)) as client:
+        app: FastAPI = client._transport.app  # type: ignore[attr-defined]
+        slow = [
+            asyncio.create_task(client.post("/v1/caption", content=dripping())) for _ in range(10)
+        ]
+        while app.state.admission.stats()["slow_bodies"] < len(slow):
+            await asyncio.sleep(0.001)
+        assert app.state.admission.wait_s() == pytest.approx(0)
+        rest.set()
+        assert [(await answer).status_code for answer in slow] == [200] * len(slow)
+        assert not any(map(round, app.state.admission.stats().values()))
+
+
+async def test_a_body_without_a_length_that_is_too_much_is_a_429_and_read_to_its_end() -> None:
+    sent, held = 0, asyncio.Event()
+
+    async def holding() -> AsyncIterator[bytes]:
+        yield bytes(1000)
+        held.set()
+        await asyncio.Event().wait()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(64):
+            sent += 1
+            yield bytes(100)
+
+    async with client_of(FakeBackend(), config_of(max_held_bytes=2000)) as client:
+        first = asyncio.create_task(client.post("/v1/caption", content=holding()))
+        await held.wait()
+        refused = await client.post("/v1/caption", content=chunks())
+        first.cancel()
+
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"]
+    assert sent == 64
+
+
+async def test_one_slow_body_too_many_is_a_429(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SLOW_AFTER_S", 0.01)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with client_of(FakeBackend(), config_of(max_slow_bodies=0)) as client:
+        response = await client.post("/v1/caption", content=body())
+
+    assert response.status_code == 429
+    assert error_of(response)["code"] == "overloaded"
 
 
 async def test_a_request_leaves_nothing_behind_however_it_ends() -> None:

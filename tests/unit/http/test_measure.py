@@ -193,6 +193,29 @@ async def test_a_disconnected_client_is_counted_as_cancelled(recorder: FakeRecor
     assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
 
 
+async def test_a_client_that_leaves_while_it_sends_is_counted_as_cancelled(
+    recorder: FakeRecorder,
+) -> None:
+    messages = iter(
+        [
+            {"type": "http.request", "body": b"{", "more_body": True},
+            {"type": "http.disconnect"},
+        ]
+    )
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    scope |= {"query_string": b"", "http_version": "1.1"}
+    await create_app(FakeBackend(), AppConfig(), recorder)(scope, receive, send)
+
+    assert counted(recorder, metrics.REQUESTS) == {(CHAT, "cancelled"): 1}
+
+
 async def test_an_error_while_receiving_is_counted_as_cancelled(
     recorder: FakeRecorder,
 ) -> None:

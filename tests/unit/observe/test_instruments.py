@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from blip2_serve.engine.loop import Step
 from blip2_serve.engine.scheduler import Admission
 from blip2_serve.engine.sequence import Request
 from blip2_serve.engine.step import EngineStats, StepReport
+from blip2_serve.errors import TimedOut
 from blip2_serve.observe import metrics
 from blip2_serve.observe.instruments import (
     Batch,
@@ -72,7 +74,7 @@ def test_a_decoded_image_counts(recorder: FakeRecorder) -> None:
     assert recorder.observed["blip2_queue_time_seconds", "preprocessor"] == [0.5]
     assert recorder.observed["blip2_image_decode_seconds",] == [0.1]
     assert len(recorder.observed["blip2_stage_duration_seconds", "preprocessor"]) == 1
-    assert instruments.stats() == {"images": 1, "seconds": 0.1}
+    assert instruments.stats() == {"images": 1, "seconds": 0.1, "ongoing": 0}
     assert instruments.signals().capacity == pytest.approx(2 / 0.1)
 
 
@@ -93,6 +95,15 @@ def test_an_image_whose_caller_leaves_is_dropped(recorder: FakeRecorder) -> None
         raise asyncio.CancelledError
     assert recorder.counted["blip2_dropped_total", "preprocessor"] == 1
     assert instruments.signals().waiting == 0
+
+
+def test_an_image_whose_time_is_over_has_expired(recorder: FakeRecorder) -> None:
+    instruments = PreprocessorInstruments(recorder, threads=2)
+    instruments.ready()
+    with pytest.raises(TimedOut), instruments.image(1):
+        raise TimedOut("late")
+    assert recorder.counted["blip2_expired_total", "preprocessor"] == 1
+    assert ("blip2_dropped_total", "preprocessor") not in recorder.counted
 
 
 def test_a_batch_counts(recorder: FakeRecorder) -> None:
@@ -186,6 +197,17 @@ def test_the_seconds_of_requests_add_up_unless_they_were_cancelled(recorder: Fak
     assert len(recorder.observed["blip2_stage_duration_seconds", "generator"]) == 4
     assert recorder.counted["blip2_dropped_total", "generator"] == 2
     assert instruments.signals().finished == 4 / 0.5
+
+
+def test_a_request_that_is_given_up_after_its_time_has_expired(recorder: FakeRecorder) -> None:
+    instruments = generator(recorder)
+    now = time.perf_counter()
+    for expires in (now - 1, now + 60):
+        late = replace(request(), expires=expires)
+        with suppress(BaseException), instruments.request(late):
+            raise asyncio.CancelledError
+    assert recorder.counted["blip2_expired_total", "generator"] == 1
+    assert recorder.counted["blip2_dropped_total", "generator"] == 1
 
 
 def test_the_answer_tokens_of_requests_that_end_normally_are_observed(

@@ -352,6 +352,46 @@ async def test_a_bounded_number_of_calls_waits_for_a_replica(
     assert await asyncio.gather(*running[:4]) == [(0,), (1,), (2,), (3,)]
 
 
+async def test_a_suspect_that_finds_no_place_passes_its_turn_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Stage()
+    client = client_of(stage)
+    tries = calls._Tries(client, WORK)
+    tries._losses = calls.MAX_ATTEMPTS - 1
+    attempt = await tries.next()
+    monkeypatch.setattr(calls, "MAX_UNPLACED", 0)
+    with pytest.raises(Unavailable), attempt:
+        pass
+
+    async with asyncio.timeout(5):
+        assert (await tries.next()).alone
+
+
+async def test_the_stage_knows_what_is_left_of_a_calls_time_when_it_gets_it() -> None:
+    left: list[float | None] = []
+    stage = Stage()
+    run = stage.run
+
+    async def heard(args: tuple[Any, ...], call: Call) -> Any:
+        answer = await run(args, call)
+        attempt = attempt_of(call.id)
+        assert attempt
+        left.append(attempt.call.seconds_left)
+        return answer
+
+    stage.run = heard  # type: ignore[method-assign]
+    loop = asyncio.get_running_loop()
+    work = Work("content", deadline=loop.time() + 10)
+    call = asyncio.create_task(client_of(stage).call("work", 1, work=work))
+    await asyncio.sleep(0.1)
+    stage.replicas["a"] = Replica("a", echo)
+    await call
+
+    assert left[0] is not None
+    assert left[0] < 10 - 0.1 - calls.EARLIER_S
+
+
 async def test_a_call_only_goes_where_its_checkpoint_is() -> None:
     stage = Stage(Replica("old", refuse_checkpoint, "f1"), Replica("new", echo, "f2"))
     client = client_of(stage)
