@@ -20,16 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from blip2_serve.config import (
-    AppConfig,
-    ComputeConfig,
-    EncoderConfig,
-    GeneratorConfig,
-    IngressConfig,
-    PreprocessorConfig,
-    ScalingConfig,
-    StageConfig,
-)
+from blip2_serve.config import AppConfig, EncoderConfig, GeneratorConfig, PreprocessorConfig
 from blip2_serve.http.compatibility import OpenAIFields
 from blip2_serve.http.schema import (
     CaptionRequest,
@@ -40,7 +31,9 @@ from blip2_serve.http.schema import (
 )
 from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.schema_responses import ResponsesRequest
+from blip2_serve.ingress_config import IngressConfig
 from blip2_serve.observe import metrics
+from blip2_serve.stage_config import ComputeConfig, ScalingConfig, StageConfig
 from blip2_serve.types import SamplingParams
 
 FOLDER = Path(__file__).parent

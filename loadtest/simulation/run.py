@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from blip2_serve.config import AppConfig, StageConfig
+from blip2_serve.config import AppConfig
 from blip2_serve.scaling import Stage
+from blip2_serve.stage_config import StageConfig
 from loadtest.simulation.controller import Controller, serve_config, time_of
 from loadtest.simulation.events import Events
 from loadtest.simulation.pools import Pool, Request

@@ -11,7 +11,8 @@ from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 
 from blip2_serve import environment
-from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
+from blip2_serve.config import AppConfig
+from blip2_serve.stage_config import ComputeConfig, StageConfig
 from blip2_serve.stages.encoder import Encoder
 from blip2_serve.stages.generator import Generator
 from blip2_serve.stages.ingress import Ingress

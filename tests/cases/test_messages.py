@@ -15,10 +15,11 @@ import httpx
 import pytest
 import yaml
 
-from blip2_serve.config import VQA_INSTRUCTIONS, AppConfig
+from blip2_serve.config import AppConfig
 from blip2_serve.http.api import create_app
 from blip2_serve.http.openai import ChatShape, Writer
 from blip2_serve.http.presets import PRESETS, without_instructions
+from blip2_serve.ingress_config import VQA_INSTRUCTIONS
 from blip2_serve.types import SamplingParams, TokenEvent
 from support.fake_backend import (
     ROUTES,

@@ -9,9 +9,10 @@ from torch import nn
 
 from blip2_serve.compute.cpu import int8_product
 from blip2_serve.compute.devices import open_device
-from blip2_serve.config import AppConfig, ChatConfig
+from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
 from blip2_serve.engine.sequence import Request
+from blip2_serve.ingress_config import ChatConfig
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import DEMO_FOLDER
 from blip2_serve.stages import generator

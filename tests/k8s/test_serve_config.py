@@ -13,7 +13,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from blip2_serve import app
-from blip2_serve.config import AppConfig, ComputeConfig, StageConfig
+from blip2_serve.config import AppConfig
+from blip2_serve.stage_config import ComputeConfig, StageConfig
 from support.manifests import OVERLAYS, Object, build, ray_service, serve_config
 
 Resources = dict[str, float]

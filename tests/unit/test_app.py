@@ -14,7 +14,8 @@ from ray.serve._private.autoscaling_state import _resolve_policy_callable
 from ray.serve.config import AutoscalingConfig
 
 from blip2_serve import app, environment
-from blip2_serve.config import AUTOSCALING_DEFAULTS, AppConfig, GeneratorConfig
+from blip2_serve.config import AppConfig, GeneratorConfig
+from blip2_serve.stage_config import AUTOSCALING_DEFAULTS
 
 
 def placements(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blip2_serve.config import GeneratorConfig, ScalingConfig
+from blip2_serve.config import GeneratorConfig
 from blip2_serve.scaling import (
     Bursts,
     Settings,
@@ -23,6 +23,7 @@ from blip2_serve.scaling import (
     desired_replicas,
     replicas_needed,
 )
+from blip2_serve.stage_config import ScalingConfig
 
 SETTINGS = Settings(
     target_utilization=0.5,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from blip2_serve.config import AdmissionConfig
 from blip2_serve.errors import Overloaded
+from blip2_serve.ingress_config import AdmissionConfig
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import SamplingParams

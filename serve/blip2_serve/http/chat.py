@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from blip2_serve.config import ChatConfig
 from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.images import ImageReader, is_data_url
 from blip2_serve.http.presets import Preset, default_prompt, without_instructions
 from blip2_serve.http.validation import Strict
+from blip2_serve.ingress_config import ChatConfig
 
 _PARTICIPANT = "Name of the author. Has no effect."
 _ECHOED = "Has no effect; clients send back what another server answered."

@@ -10,8 +10,8 @@ import hashlib
 import httpx
 import pybase64
 
-from blip2_serve.config import ImageLimits
 from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
+from blip2_serve.ingress_config import ImageLimits
 
 _DATA_PREFIX = "data:"
 

@@ -9,9 +9,9 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from blip2_serve.config import AdmissionConfig
 from blip2_serve.errors import Overloaded
 from blip2_serve.http.admission import Admission, Capacity, Ticket
+from blip2_serve.ingress_config import AdmissionConfig
 from blip2_serve.types import SamplingParams
 from support.recorder import FakeRecorder
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from blip2_serve.config import ChatConfig
 from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.chat import image_urls, prompt_of
 from blip2_serve.http.schema import ChatRequest
+from blip2_serve.ingress_config import ChatConfig
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
 IMAGE_ONLY = {"role": "user", "content": [IMAGE]}

@@ -10,9 +10,9 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from blip2_serve.config import ImageLimits
 from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
 from blip2_serve.http.images import ImageReader, digest
+from blip2_serve.ingress_config import ImageLimits
 
 DATA = bytes(range(256))
 ENCODED = base64.b64encode(DATA).decode()
