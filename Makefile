@@ -3,6 +3,7 @@
 # make test-quick  run the unit tests
 # make test-long   run slow tests, and property tests with more examples
 # make load        load-test URL with loadtest/scenarios/$(SCENARIO).yaml; report in results/$(SCENARIO)
+# make chaos       kill and stop replicas under load, FAULTS times, and check that no answer is lost
 # make install     create .venv with every extra
 # make check       run ruff and mypy
 # make image-test  build k8s/Dockerfile without a container engine and test the image (needs root)
@@ -23,10 +24,11 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 TEST_WORKERS ?= 2
 EXAMPLES ?= long
+FAULTS ?= 20
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-quick test-long load install check image-test clean
+.PHONY: serve test test-quick test-long load chaos install check image-test clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
@@ -43,6 +45,9 @@ test-long: $(VENV)/.installed-test
 load: $(VENV)/.installed-loadtest
 	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary -H $(URL) --scenario $(SCENARIO) \
 		--output results/$(SCENARIO) $(ARGS)
+
+chaos: $(VENV)/.installed-test
+	$(BIN)/python -m tests.chaos.run --faults $(FAULTS) $(ARGS)
 
 install: $(VENV)/.installed-test $(VENV)/.installed-dev $(VENV)/.installed-loadtest
 

@@ -57,7 +57,8 @@ def leaves(model: type[BaseModel]) -> Iterator[str]:
             section = type(field.default)
             own = leaves(section)
             # Sections within a stage are named with their keys; stages and `scaling` have tables.
-            yield from (f"{name}.{key}" if name in ("images", "chat") else key for key in own)
+            named = name in ("images", "chat", "admission")
+            yield from (f"{name}.{key}" if named else key for key in own)
         else:
             yield name
 

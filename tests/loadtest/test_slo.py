@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from loadtest.load import scenario
 from loadtest.load.report import SLO_FILE
 from loadtest.load.samples import Sample
 from loadtest.load.slo import Slos, goodput, judge
 from loadtest.load.traffic import KINDS
+
+CHAOS = SLO_FILE.with_name("slo-chaos.yaml")
 
 
 def run(latency: float, *, failures: int = 0, ttft: float = 0.1) -> list[Sample]:
@@ -77,9 +84,17 @@ def test_a_missing_kind_is_not_judged() -> None:
     assert not any("streaming" in verdict.name for verdict in verdicts)
 
 
-def test_the_shipped_slos_name_known_kinds() -> None:
-    slos = Slos.read(SLO_FILE)
+@pytest.mark.parametrize("file", [SLO_FILE, CHAOS], ids=lambda file: file.name)
+def test_the_shipped_slos_name_known_kinds(file: Path) -> None:
+    slos = Slos.read(file)
 
     assert {*slos.latency, *slos.ttft, *slos.inter_token} <= KINDS.keys()
     assert slos.error_ratio is not None
-    assert slos.goodput is not None
+    assert slos.goodput is not None or file == CHAOS
+
+
+def test_under_faults_one_lost_request_is_too_many() -> None:
+    assert all(verdict.met for verdict in judge(run(6.0, ttft=6.0), Slos.read(CHAOS)))
+    lost = [v.name for v in judge(run(6.0, failures=1), Slos.read(CHAOS)) if not v.met]
+    assert lost == ["error ratio"]
+    assert {*Slos.read(CHAOS).latency, *Slos.read(CHAOS).ttft} == scenario.load("chaos").kinds
