@@ -23,6 +23,7 @@ from pathlib import Path
 import blip2_serve
 from blip2_serve import environment
 from blip2_serve.errors import StartupError
+from blip2_serve.haproxy_config import BODY_TIMEOUT_S
 
 # Between the ports of Ray's workers (10002 to 19999) and the kernel's ephemeral ports (from 32768).
 FIRST_PORT, LAST_PORT = 20_000, 31_999
@@ -55,8 +56,10 @@ def _binary() -> str | None:
 
 
 @contextmanager
-def profile(host: str, folder: Path) -> Iterator[None]:
+def profile(host: str, folder: Path, body_timeout_s: float = BODY_TIMEOUT_S) -> Iterator[None]:
     """Adds HAProxy to the environment, on `host` and with its files in `folder`, for the block.
+
+    A request must arrive within `body_timeout_s` seconds.
 
     Raises:
         StartupError: no ports are left, or the folder's path is too long.
@@ -65,7 +68,7 @@ def profile(host: str, folder: Path) -> Iterator[None]:
     binary = _binary()
     assert binary is not None, "`missing` was not asked"
     check_folder(folder)
-    command = write_command(folder / "haproxy", binary, host)
+    command = write_command(folder / "haproxy", binary, host, body_timeout_s)
     with own_ports() as ports:
         variables = environment.of_haproxy(folder, command, ports)
         with environment.applied(variables):
@@ -85,11 +88,14 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_command(path: Path, binary: str, host: str) -> Path:
+def write_command(
+    path: Path, binary: str, host: str, body_timeout_s: float = BODY_TIMEOUT_S
+) -> Path:
     """Writes the command by which Ray Serve starts HAProxy; see `haproxy_config`."""
     root = Path(blip2_serve.__file__).parents[1]
     module = "blip2_serve.haproxy_config"
-    words = [sys.executable, "-P", "-m", module, "--binary", binary, "--host", numeric(host), "--"]
+    options = ["--binary", binary, "--host", numeric(host), "--body-timeout", str(body_timeout_s)]
+    words = [sys.executable, "-P", "-m", module, *options, "--"]
     path.write_text(
         "#!/bin/sh\n"
         f"PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}\n"

@@ -1,6 +1,7 @@
 """The command that Ray Serve starts as HAProxy: it corrects Serve's configuration and becomes it.
 
-    python -m blip2_serve.haproxy_config --binary HAPROXY [--host HOST] -- HAPROXY'S ARGUMENTS
+    python -m blip2_serve.haproxy_config --binary HAPROXY [--host HOST] [--body-timeout SECONDS] \\
+        -- HAPROXY'S ARGUMENTS
 
 Ray Serve writes the configuration and starts HAProxy anew whenever the ingress replicas change, so
 each start goes through here. Corrected is what its environment variables cannot change:
@@ -8,6 +9,8 @@ each start goes through here. Corrected is what its environment variables cannot
 * Where HAProxy listens. With `--host`, the server's port is on that address and all others are on
   loopback. Without it, only the page with statistics moves to loopback.
 * What HAProxy answers by itself. Errors have OpenAI's shape.
+* How long a request may take to arrive. HAProxy holds it until it is complete or fills a buffer,
+  for an hour if need be.
 * Splicing is off (`-dS`). With it, the disconnect of a client goes unnoticed and its answer is
   generated to the end.
 
@@ -42,6 +45,8 @@ ERRORS: Mapping[int, Blip2ServeError] = {
 
 # A request that HAProxy holds completely can be sent to another replica when the first one dies.
 BUFFER_REQUEST = "    option http-buffer-request"
+BODY_TIMEOUT_S = 30.0
+_OURS = ("errorfile ", BUFFER_REQUEST.strip(), "timeout http-request ")
 
 _SECTION = re.compile(r"(?:global|defaults|frontend|backend|listen)\b")
 _BIND = re.compile(r"(?P<start>\s*bind )\S*:(?P<port>\d+)(?P<end>.*)")
@@ -53,20 +58,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--binary", required=True)
     parser.add_argument("--host")
+    parser.add_argument("--body-timeout", type=float, default=BODY_TIMEOUT_S)
     parser.add_argument("arguments", nargs="*")
     args = parser.parse_args()
     config = Path(args.arguments[args.arguments.index("-f") + 1])
-    correct(config, args.host)
+    correct(config, args.host, args.body_timeout)
     os.execv(args.binary, [args.binary, "-dS", *args.arguments])  # noqa: S606
 
 
-def correct(config: Path, host: str | None) -> None:
+def correct(config: Path, host: str | None, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
     """Rewrites a configuration of Ray Serve, and writes the answers that it names beside it."""
     files = {status: config.with_name(f"{status}.openai.http") for status in ERRORS}
     for status, error in ERRORS.items():
         files[status].write_bytes(answer(error))
     corrected = config.with_name("corrected.cfg")
-    corrected.write_text("".join(f"{x}\n" for x in lines(config.read_text(), host, files)))
+    text = lines(config.read_text(), host, files, body_timeout_s)
+    corrected.write_text("".join(f"{line}\n" for line in text))
     corrected.replace(config)
 
 
@@ -84,7 +91,9 @@ def answer(error: Blip2ServeError) -> bytes:
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
-def lines(text: str, host: str | None, files: Mapping[int, Path]) -> Iterator[str]:
+def lines(
+    text: str, host: str | None, files: Mapping[int, Path], body_timeout_s: float
+) -> Iterator[str]:
     """The corrected lines of a configuration; a corrected one stays as it is."""
     section = ""
     for line in text.splitlines():
@@ -97,11 +106,12 @@ def lines(text: str, host: str | None, files: Mapping[int, Path]) -> Iterator[st
             yield f"{bind['start']}{address}:{bind['port']}{bind['end']}{dual}"
         elif section == "backend default_backend" and _NO_APPLICATION.match(line):
             yield "    http-request deny deny_status 503"
-        elif not line.strip().startswith("errorfile ") and line != BUFFER_REQUEST:
+        elif not line.strip().startswith(_OURS):
             yield line
         if line.strip() == "defaults":
             yield from (f"    errorfile {status} {path}" for status, path in files.items())
             yield BUFFER_REQUEST
+            yield f"    timeout http-request {round(1000 * body_timeout_s)}"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from ray.serve._private.haproxy import (
 from ray.serve.config import HTTPOptions
 
 from blip2_serve.haproxy import write_command
-from blip2_serve.haproxy_config import ERRORS, answer, correct
+from blip2_serve.haproxy_config import BODY_TIMEOUT_S, ERRORS, answer, correct
 from support.background import serving
 from support.server import free_port, wait_until
 
@@ -160,12 +161,13 @@ class Replica:
 
 
 @contextmanager
-def haproxy(replicas: Sequence[int]) -> Iterator[str]:
+def haproxy(replicas: Sequence[int], body_timeout_s: float = BODY_TIMEOUT_S) -> Iterator[str]:
     """Runs HAProxy with a corrected configuration of Ray Serve; yields its URL."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # short, for sockets
         port = next(port for port in iter(free_port, 0) if port < 65_000)  # two more follow it
         config = serves_configuration(Path(name), port, replicas)
-        command = write_command(Path(name) / "command", get_haproxy_binary(), "127.0.0.1")
+        binary = get_haproxy_binary()
+        command = write_command(Path(name) / "command", binary, "127.0.0.1", body_timeout_s)
         process = subprocess.Popen([command, "-db", "-f", config])
         url = f"http://127.0.0.1:{port}"
         try:
@@ -207,6 +209,19 @@ def test_if_every_replica_dies_the_client_gets_openais_error() -> None:
     assert code_of(answer) == "unavailable"
     assert "lost" in answer.json()["error"]["message"]
     assert replica.requests == 1  # it is too large to be sent again
+
+
+def test_a_body_that_does_not_arrive_in_time_is_a_408_and_never_seen_by_a_replica() -> None:
+    replica = Replica(dying=False)
+    with replica.running(), haproxy([replica.port], body_timeout_s=0.2) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+            client.sendall(b"POST /v1 HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+            received = b"".join(iter(lambda: client.recv(65_536), b""))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(body)["error"]["code"] == "timeout"
+    assert replica.requests == 0
 
 
 def test_a_request_of_a_dead_replica_goes_to_another_one() -> None:

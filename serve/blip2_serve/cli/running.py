@@ -103,7 +103,8 @@ def _proxy(launch: Launch, folder: Path) -> Iterator[str]:
         err.print(f"without HAProxy: {reason}", markup=False)
         yield launch.host
     else:
-        with haproxy.profile(launch.host, folder):
+        body_timeout_s = launch.config.ingress.admission.body_timeout_s
+        with haproxy.profile(launch.host, folder, body_timeout_s):
             yield "127.0.0.1"  # HAProxy listens on the host
 
 
