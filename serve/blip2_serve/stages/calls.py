@@ -4,9 +4,7 @@ A call is made of attempts. An attempt whose replica dies or falls silent is fol
 elsewhere, and the client notices nothing but a pause. This file decides; the `CallRouter` in the
 same process makes Ray Serve obey.
 
-A lost replica is suspect until it answers `alive` again. While calls are under way, each replica of
-the stage is asked once per second. One that is to stop once its calls are done is asked by its
-health check.
+While calls are under way, the replicas of the stage are asked once per second how they are.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import asyncio
 import logging
 import random
 import uuid
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -29,9 +26,9 @@ from ray.serve.handle import DeploymentHandle
 from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable, WrongCheckpoint
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
-from blip2_serve.serve_internals import broadcast, check_health
 from blip2_serve.stages.quarantine import Quarantine
-from blip2_serve.types import Call, Vitals
+from blip2_serve.stages.replicas import ASK_EVERY_S, Replicas
+from blip2_serve.types import Call
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +36,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
 JITTER_S = 0.1  # the longest wait before the next attempt
-ASK_EVERY_S = 1.0
-QUIET_AFTER_S = 1.5
-SILENT_AFTER_S = 3.0
-FORGET_AFTER_S = 60.0  # replicas that neither work nor answer
 MAX_UNPLACED = 256  # calls that wait for a replica
-START_S = 30.0  # how long a replica takes to start, until one has told
 EARLIER_S = 0.02  # how long before its deadline a call gives up, so that its error says why
 
 REPLACED = "replaced"  # the checkpoint that a call needs
@@ -92,17 +84,13 @@ class StageClient:
 
     def __init__(self, stage: str, handle: DeploymentHandle[Any], recorder: Recorder) -> None:
         self.stage = stage
+        self.replicas = Replicas(handle)
         self._recorder = recorder
         self._handle = handle
         self._methods: dict[tuple[str, bool], Any] = {}
-        self._id = uuid.uuid4().hex
         self._loop = asyncio.get_running_loop()
-        self._placed: defaultdict[str, set[Attempt]] = defaultdict(set)  # by replica
+        self._placed: dict[str, set[Attempt]] = {}  # by replica; those without any are left out
         self._unplaced: set[Attempt] = set()
-        self._vitals: dict[str, Vitals] = {}
-        self._heard: dict[str, float] = {}  # when a replica answered, or first got work
-        self._suspects: set[str] = set()
-        self._present: frozenset[str] = frozenset()  # that may get calls, as of the latest one
         self._refused = 0  # since the last call
         self._quarantine = Quarantine(self._loop.time)
         self._watching: asyncio.Task[None] | None = None
@@ -151,20 +139,6 @@ class StageClient:
                     if not finished:
                         items.cancel()
 
-    def capacity(self) -> float | None:
-        """This ingress replica's share of what the stage can do; None while no replica has told.
-
-        In requests (or images) per second.
-        """
-        known = self._known()
-        told = [v.capacity for v in known if v.capacity]
-        return len(known) * sum(told) / len(told) / max(v.callers for v in known) if told else None
-
-    @property
-    def suspects(self) -> int:
-        """How many replicas have been lost and have not answered since."""
-        return len(self._suspects)
-
     def refused(self) -> None:
         """Counts a request that could not be admitted; the next call tells the stage."""
         self._refused += 1
@@ -172,16 +146,6 @@ class StageClient:
     def take_refused(self) -> int:
         refused, self._refused = self._refused, 0
         return refused
-
-    def serves(self, fingerprint: str) -> bool:
-        """Whether some replica may hold the checkpoint."""
-        known = [vitals.fingerprint for vitals in self._known()]
-        return not known or fingerprint in known
-
-    def _known(self) -> list[Vitals]:
-        """The vitals of the replicas that may get calls."""
-        usable = self._present - self._suspects
-        return [vitals for replica, vitals in self._vitals.items() if replica in usable]
 
     def _method(self, name: str, *, stream: bool) -> Any:
         """The handle of a method. All arguments and results are plain: pickle is enough.
@@ -207,10 +171,9 @@ class StageClient:
             Unavailable: too many wait for a replica already.
         """
         if len(self._unplaced) >= MAX_UNPLACED:
-            starts = [v.start_s for v in self._vitals.values() if v.start_s]
             raise Unavailable(
                 f"no replica of the {self.stage} is there; try again later",
-                retry_after_s=max(starts, default=START_S),
+                retry_after_s=self.replicas.start_s,
             )
         self._unplaced.add(attempt)
         _attempts[attempt.call.id] = attempt
@@ -219,109 +182,47 @@ class StageClient:
 
     def close(self, attempt: Attempt) -> None:
         del _attempts[attempt.call.id]
-        self._unplaced.discard(attempt)
-        if attempt.replica:
-            self._placed[attempt.replica].discard(attempt)
+        self._withdraw(attempt)
 
-    def place(self, attempt: Attempt, replicas: Sequence[str]) -> str | None:
+    def place(self, attempt: Attempt, present: Sequence[str]) -> str | None:
         """Chooses the least loaded of the replicas for an attempt; None: it has to wait."""
-        self._present = frozenset(replicas)
-        usable = [r for r in replicas if r not in self._suspects and self._holds(r, attempt)]
+        usable = self.replicas.usable(present, attempt.work.fingerprint)
         usable = self._quarantine.allowed(usable, alone=attempt.alone)
         if not usable:
             return None
         random.shuffle(usable)
-        chosen = min(usable, key=lambda replica: len(self._placed[replica]))
-        if attempt.replica:
-            self._placed[attempt.replica].discard(attempt)
-        self._unplaced.discard(attempt)
-        if not self._placed[chosen]:
-            self._heard[chosen] = self._loop.time()
-        self._placed[chosen].add(attempt)
+        chosen = min(usable, key=lambda replica: len(self._placed.get(replica, ())))
+        self._withdraw(attempt)
+        if chosen not in self._placed:
+            self.replicas.begins(chosen)
+        self._placed.setdefault(chosen, set()).add(attempt)
         return chosen
 
-    def _holds(self, replica: str, attempt: Attempt) -> bool:
-        asked, vitals = attempt.work.fingerprint, self._vitals.get(replica)
-        return not asked or vitals is None or vitals.fingerprint in ("", asked)
-
-    def _is_replaced(self, attempt: Attempt) -> bool:
-        """Whether replicas are there, and all hold another checkpoint than the attempt needs."""
-        return bool(self._present) and not any(self._holds(r, attempt) for r in self._present)
-
-    # -- watching replicas -----------------------------------------------------------------------
-
-    def suspect(self, replica: str) -> None:
-        self._suspects.add(replica)
+    def _withdraw(self, attempt: Attempt) -> None:
+        self._unplaced.discard(attempt)
+        if attempt.replica and (there := self._placed.get(attempt.replica)):
+            there.discard(attempt)
+            if not there:
+                del self._placed[attempt.replica]
 
     async def _watch(self) -> None:
         """Runs while calls are under way, and asks once after the last of them."""
         busy = True
         while busy:
-            busy = bool(self._unplaced) or any(self._placed.values())
+            busy = bool(self._unplaced or self._placed)
             began = self._loop.time()
             await asyncio.sleep(ASK_EVERY_S)
-            late = self._loop.time() - began > 2 * ASK_EVERY_S  # it is this process that stalled
-            self._judge(excused=late)
-            for attempt in filter(self._is_replaced, [*self._unplaced]):
-                attempt.lose(REPLACED)
-            task = self._loop.create_task(self._ask())
+            if self._loop.time() - began > 2 * ASK_EVERY_S:
+                self.replicas.excuse(self._placed)
+            for replica in self.replicas.silent(self._placed):
+                for attempt in [*self._placed[replica]]:
+                    attempt.lose("silent")
+            for attempt in [*self._unplaced]:
+                if self.replicas.all_hold_another(attempt.work.fingerprint):
+                    attempt.lose(REPLACED)
+            task = self._loop.create_task(self.replicas.ask([*self._placed]))
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
-
-    async def answers(self) -> bool:
-        """Whether any replica answers, by a question not older than a second or asked now."""
-        now = self._loop.time()
-        if not any(now - heard <= ASK_EVERY_S for heard in self._heard.values()):
-            await self._ask()
-        return any(heard >= now - ASK_EVERY_S for heard in self._heard.values())
-
-    async def _ask(self) -> None:
-        """Asks every replica for its vitals."""
-        answers = await broadcast(self._handle, "alive", self._id)
-        now = self._loop.time()
-        quiet = [r for r, heard in self._heard.items() if now - heard > QUIET_AFTER_S]
-        async with asyncio.TaskGroup() as group:
-            for answer in answers:
-                group.create_task(self._hear(answer))
-            for replica in quiet:
-                if self._placed[replica]:
-                    group.create_task(self._check(replica))
-
-    async def _hear(self, answer: Awaitable[Vitals]) -> None:
-        try:
-            async with asyncio.timeout(SILENT_AFTER_S):
-                vitals = await answer
-        except Exception:  # it is starting, ending, broken or silent
-            return
-        self._vitals[vitals.replica] = vitals
-        self._heard[vitals.replica] = self._loop.time()
-        self._suspects.discard(vitals.replica)
-
-    async def _check(self, replica: str) -> None:
-        """Asks a replica that no longer gets calls how it is doing."""
-        try:
-            async with asyncio.timeout(SILENT_AFTER_S):
-                await check_health(self._handle, replica)
-        except Exception:  # as above
-            return
-        self._heard[replica] = self._loop.time()
-
-    def _judge(self, *, excused: bool) -> None:
-        """Takes the attempts from silent replicas, if another one can take them."""
-        now = self._loop.time()
-        for replica, heard in [*self._heard.items()]:
-            silent = now - heard
-            if excused and self._placed[replica]:
-                self._heard[replica] = now
-            elif silent > FORGET_AFTER_S and not self._placed[replica]:
-                for known in (self._heard, self._vitals, self._placed):
-                    known.pop(replica, None)
-                self._suspects.discard(replica)
-            elif silent > SILENT_AFTER_S and self._placed[replica]:
-                self._suspects.add(replica)
-                if any(now - h <= SILENT_AFTER_S for h in self._heard.values()):
-                    for attempt in [*self._placed[replica]]:
-                        attempt.lose("silent")
 
 
 class _Tries:
@@ -365,7 +266,7 @@ class _Tries:
         if cause == "checkpoint":  # nothing was lost: it was the wrong replica
             return
         if attempt.replica:
-            client.suspect(attempt.replica)
+            client.replicas.lose(attempt.replica)
         self._losses += 1
         self._deaths += cause == "died"
         if self._losses < MAX_ATTEMPTS:

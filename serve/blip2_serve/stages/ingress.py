@@ -86,14 +86,14 @@ class Ingress:
             **self._admission.stats(),
             "encodings": self._features.under_way,
             "calls": calls_under_way(),
-            "suspects": sum(stage.suspects for stage in stages),
+            "suspects": sum(stage.replicas.suspects for stage in stages),
         }
 
     async def features(self, image: bytes) -> ImageFeatures:
         """Returns an image's features: kept, being computed for someone else, or computed now."""
         name = digest(image, PREPROCESSING_VERSION)
         features = await self._features.get(name, lambda: self._encode(image, name))
-        if self._generator.serves(features.fingerprint):
+        if self._generator.replicas.serve(features.fingerprint):
             return features
         self._features.forget(name)  # the checkpoint has been replaced
         return await self._features.get(name, lambda: self._encode(image, name))
@@ -104,9 +104,9 @@ class Ingress:
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""
-        decoded, encoded = self._preprocessor.capacity(), self._encoder.capacity()
+        decoded, encoded = self._preprocessor.replicas.capacity(), self._encoder.replicas.capacity()
         images = None if decoded is None or encoded is None else 1 / (1 / decoded + 1 / encoded)
-        return Capacity(images, self._generator.capacity())
+        return Capacity(images, self._generator.replicas.capacity())
 
     def refused(self) -> None:
         """A request could not be admitted; the stages' autoscaling should know."""
@@ -146,7 +146,7 @@ class Ingress:
         """Why requests would not be answered now; None: they would be."""
         if not self._warm:
             return "the stages are still loading or warming up"
-        answers = await asyncio.gather(*(client.answers() for client in self._always_there))
+        answers = await asyncio.gather(*(client.replicas.answer() for client in self._always_there))
         asked = zip(self._always_there, answers, strict=True)
         silent = [client.stage for client, is_there in asked if not is_there]
         return f"no replica answers of: {', '.join(silent)}" if silent else None

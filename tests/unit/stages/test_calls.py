@@ -18,7 +18,7 @@ from blip2_serve.errors import (
     Unavailable,
     WrongCheckpoint,
 )
-from blip2_serve.stages import calls
+from blip2_serve.stages import calls, replicas
 from blip2_serve.stages.calls import StageClient, Work, attempt_of
 from blip2_serve.stages.router import CallRouter
 from blip2_serve.types import Call, Vitals
@@ -121,11 +121,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
             return
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(calls, "broadcast", broadcast)
-    monkeypatch.setattr(calls, "check_health", check_health)
+    monkeypatch.setattr(replicas, "broadcast", broadcast)
+    monkeypatch.setattr(replicas, "check_health", check_health)
     monkeypatch.setattr(calls, "ASK_EVERY_S", 0.02)
-    monkeypatch.setattr(calls, "QUIET_AFTER_S", 0.03)
-    monkeypatch.setattr(calls, "SILENT_AFTER_S", 0.06)
+    monkeypatch.setattr(replicas, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(replicas, "QUIET_AFTER_S", 0.03)
+    monkeypatch.setattr(replicas, "SILENT_AFTER_S", 0.06)
     monkeypatch.setattr(calls, "JITTER_S", 0.001)
 
 
@@ -346,7 +347,7 @@ async def test_a_bounded_number_of_calls_waits_for_a_replica(
     running = [asyncio.create_task(client.call("work", i, work=WORK)) for i in range(5)]
     with pytest.raises(Unavailable) as error:
         await running[4]
-    assert error.value.retry_after_s == calls.START_S
+    assert error.value.retry_after_s == replicas.START_S
     stage.replicas["a"] = Replica("a", echo)
 
     assert await asyncio.gather(*running[:4]) == [(0,), (1,), (2,), (3,)]
@@ -399,8 +400,8 @@ async def test_a_call_only_goes_where_its_checkpoint_is() -> None:
         assert await client.call("work", 1, work=Work("content", fingerprint="f2")) == (1,)
     await asyncio.sleep(0.1)
 
-    assert client.serves("f1")
-    assert not client.serves("f3")
+    assert client.replicas.serve("f1")
+    assert not client.replicas.serve("f3")
 
 
 async def test_a_call_whose_checkpoint_is_gone_ends_before_its_deadline() -> None:
@@ -414,7 +415,7 @@ async def test_a_call_whose_checkpoint_is_gone_ends_before_its_deadline() -> Non
             await client.call("work", 1, work=work)
 
     assert "replaced" in str(error.value)
-    assert not client.serves("f1")
+    assert not client.replicas.serve("f1")
 
 
 async def refuse_checkpoint(*_: Any) -> None:
@@ -479,15 +480,15 @@ async def test_no_attempt_outlives_its_call() -> None:
 async def test_the_capacity_is_that_of_all_replicas_shared_by_the_callers() -> None:
     stage = Stage(Replica("a", echo), Replica("b", echo))
     client = client_of(stage)
-    assert client.capacity() is None
+    assert client.replicas.capacity() is None
     await client.call("work", 1, work=WORK)
-    while client.capacity() is None:
+    while client.replicas.capacity() is None:
         await asyncio.sleep(0.01)
 
-    assert client.capacity() == 20.0
+    assert client.replicas.capacity() == 20.0
     del stage.replicas["b"]
     await client.call("work", 1, work=WORK)
-    assert client.capacity() == 10.0, "a replica that was stopped still counts"
+    assert client.replicas.capacity() == 10.0, "a replica that was stopped still counts"
 
 
 async def test_the_next_call_tells_the_stage_how_many_requests_were_refused() -> None:
@@ -512,9 +513,9 @@ async def test_the_next_call_tells_the_stage_how_many_requests_were_refused() ->
 async def test_a_stage_answers_while_one_of_its_replicas_does() -> None:
     stage = Stage(Replica("silent", echo, silent=True))
     client = client_of(stage)
-    assert not await client.answers()
+    assert not await client.replicas.answer()
     stage.replicas["other"] = Replica("other", echo)
-    assert await client.answers()
+    assert await client.replicas.answer()
     stage.replicas.clear()
     await asyncio.sleep(0.05)
-    assert not await client.answers()
+    assert not await client.replicas.answer()
