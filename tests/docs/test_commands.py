@@ -59,7 +59,7 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
     "installs packages": ("make install", ".venv/bin/pip install *"),
     "takes minutes": (
         "make load SCENARIO=*",
-        "make chaos *",
+        "make chaos*",
         ".venv/bin/python -m loadtest.bench.overload *",
         ".venv/bin/python -m loadtest.bench.compare *",
         ".venv/bin/python -m loadtest.load.capacity find *",

@@ -84,15 +84,13 @@ async def disconnect(client: httpx.AsyncClient, seed: int) -> None:
 
 
 async def overload(client: httpx.AsyncClient) -> None:
-    """Sends a body that is too large while another request is under way, and one with no time."""
-    body = chat(20, stream=True, max_tokens=300, ignore_eos=True)
-    async with client.stream("POST", CHAT, json=body) as response:
-        await anext(response.aiter_bytes())
-        refused = await client.post(CHAT, content=b" " * (MOST_HELD_BYTES + 1))
-    assert refused.status_code == httpx.codes.TOO_MANY_REQUESTS
-    late = {"x-request-timeout-seconds": "0.1"}
-    body = chat(21, max_tokens=300, ignore_eos=True)
-    answer = await client.post(CHAT, json=body, headers=late)
+    """Sends bodies that cannot all be held at once, and a request that has no time."""
+    body = b" " * MOST_HELD_BYTES
+    answers = await asyncio.gather(*(client.post(CHAT, content=body) for _ in range(4)))
+    assert httpx.codes.TOO_MANY_REQUESTS in {answer.status_code for answer in answers}
+    late = {"x-request-timeout-seconds": "0.3"}
+    long = chat(20, max_tokens=300, ignore_eos=True, num_beams=5)
+    answer = await client.post(CHAT, json=long, headers=late)
     assert answer.status_code == httpx.codes.REQUEST_TIMEOUT
 
 
