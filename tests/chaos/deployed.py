@@ -17,6 +17,8 @@ from support.manifests import build, ray_environment
 from tests.chaos import checker, history
 from tests.chaos.load import Load, new_session, templates, undisturbed
 
+# Replicas that start take the cores from those that work, so waits grow. Nothing is refused for it.
+PATIENT = {"max_wait_s": 60, "initial_requests": 256}
 STAGES = ("Ingress", "Preprocessor", "Encoder", "Generator")
 
 
@@ -34,6 +36,7 @@ def one_machine() -> Iterator[RayNodes]:
 def config(**args: Any) -> dict[str, Any]:
     """A serveConfigV2 with these `args`; its replicas reserve nothing."""
     stages = {name.lower(): {"num_cpus": 0, **args.pop(name.lower(), {})} for name in STAGES}
+    stages["ingress"].setdefault("admission", PATIENT)
     own = {"model": "demo", "device": "cpu", "dtype": "float32", **stages, **args}
     application = {
         "name": APP_NAME,

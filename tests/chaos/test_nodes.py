@@ -13,7 +13,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resource
 
 from support.cluster import RayNodes, ray_nodes
 from support.manifests import build, ray_environment, ray_service, serve_config
-from tests.chaos.deployed import STAGES, check_nothing_lost, overridden, under_load
+from tests.chaos.deployed import PATIENT, STAGES, check_nothing_lost, overridden, under_load
 from tests.chaos.history import Fault, now
 
 pytestmark = pytest.mark.long
@@ -34,6 +34,7 @@ class Prod:
         args = application["args"]
         args |= {"model": "demo", "device": "cpu", "dtype": "float32"}
         del args["max_model_len"]  # more than the shipped checkpoint has
+        args["ingress"]["admission"] = PATIENT
         for stage in ("preprocessor", "encoder", "generator"):
             args[stage]["threads"] = 1
         self._groups: list[dict[str, Any]] = ray_service(build("prod"))["spec"]["rayClusterConfig"][
