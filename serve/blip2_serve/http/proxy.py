@@ -88,6 +88,7 @@ class OpenAIErrors:
 async def _answer(send: Send, status: int, error: Blip2ServeError, headers: Headers) -> None:
     body = json.dumps(error.body()).encode()
     kept = [(k, v) for k, v in headers.raw if k.lower() not in (b"content-type", b"content-length")]
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*kept, *own]})
+    own = {"content-type": "application/json", "content-length": str(len(body)), **error.headers()}
+    more = [(n.lower().encode(), v.encode()) for n, v in own.items() if n not in Headers(raw=kept)]
+    await send({"type": "http.response.start", "status": status, "headers": [*kept, *more]})
     await send({"type": "http.response.body", "body": body})
