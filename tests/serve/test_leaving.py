@@ -36,7 +36,11 @@ MEMORY_BYTES = 32 << 20  # by which a replica may grow; the bodies of those who 
 def app(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
     """One picture is decoded at a time, and a request of eight sequences fills the engine."""
     folder = tmp_path_factory.mktemp("leaving")
-    config = {"generator": {"max_num_seqs": 8}, "preprocessor": {"threads": 1}}
+    config = {
+        "generator": {"max_num_seqs": 8},
+        "preprocessor": {"threads": 1},
+        "ingress": {"admission": {"min_requests": 64}},  # nobody is refused
+    }
     app = start_planted(base_url, "leaving", folder, config)
     yield app
     serve.delete(app.name)
