@@ -85,6 +85,7 @@ def answer(error: Blip2ServeError) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         "Cache-Control: no-cache",
+        *(f"{name}: {value}" for name, value in error.headers().items()),
     ]
     if error.status == HTTPStatus.SERVICE_UNAVAILABLE:
         head.append(f"Retry-After: {RETRY_AFTER_S}")

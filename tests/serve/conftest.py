@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -20,6 +21,9 @@ from support.server import App, free_port, start_app
 def base_url() -> Iterator[str]:
     """Starts Serve and returns its URL."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    # Replicas find the stages of `support.planted` there.
+    path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "blip2_serve.http.proxy.middlewares"
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)

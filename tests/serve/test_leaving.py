@@ -23,7 +23,7 @@ from ray import serve
 from blip2_serve.demo import scenes
 from support.images import data_url, encode
 from support.planted import Planted, start_planted
-from support.server import gather_at_most
+from support.server import gather_at_most, is_successful, wait_until
 
 URL = "/v1/generate"
 PICTURES = [data_url(scenes.sample(seed).image) for seed in range(8_000, 8_006)]
@@ -36,7 +36,11 @@ MEMORY_BYTES = 32 << 20  # by which a replica may grow; the bodies of those who 
 def app(base_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
     """One picture is decoded at a time, and a request of eight sequences fills the engine."""
     folder = tmp_path_factory.mktemp("leaving")
-    config = {"generator": {"max_num_seqs": 8}, "preprocessor": {"threads": 1}}
+    config = {
+        "generator": {"max_num_seqs": 8},
+        "preprocessor": {"threads": 1},
+        "ingress": {"admission": {"min_requests": 64}},  # nobody is refused
+    }
     app = start_planted(base_url, "leaving", folder, config)
     yield app
     serve.delete(app.name)
@@ -182,7 +186,13 @@ async def test_while_its_picture_is_encoded(app: Planted, stream: bool, waits: b
         if waits:
             assert (await first).status_code == 200
     engine = await until_nothing_is_left(app)
-    assert (await app.stats("Encoder"))["images"] == before["images"] + 1
+
+    async def encoded() -> int:
+        images: int = (await app.stats("Encoder"))["images"]
+        return images - before["images"]
+
+    await until(encoded)
+    assert await encoded() == 1
     assert (engine["steps"] == steps) == (not waits)
 
 
@@ -269,16 +279,47 @@ async def leave(app: Planted, rng: random.Random, after_s: float) -> bool:
     return False
 
 
-def memory(app: Planted) -> dict[str, int]:
-    """Resident bytes of each replica, by its stage and process."""
-    found = {}
+def replicas(app: Planted) -> list[tuple[str, psutil.Process]]:
+    """The stage and the process of each."""
+    found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            title = process.cmdline()[:1]
-            if title and f"ServeReplica:{app.name}:" in title[0]:
-                found[f"{title[0].rpartition(':')[2]} {process.pid}"] = process.memory_info().rss
+            title = "".join(process.cmdline()[:1])
+            if f"ServeReplica:{app.name}:" in title:
+                found.append((title.rpartition(":")[2], process))
     assert len(found) == 4
     return found
+
+
+def memory(app: Planted) -> dict[str, int]:
+    """Resident bytes of each replica."""
+    return {f"{stage} {p.pid}": p.memory_info().rss for stage, p in replicas(app)}
+
+
+async def test_what_a_killed_ingress_had_started_stops(app: Planted) -> None:
+    requests, steps = 32, (await until_nothing_is_left(app))["steps"]
+
+    async def readers() -> int:
+        count: int = (await app.stats("Generator"))["readers"]
+        return count
+
+    async with app.client() as client:
+        bodies = [
+            {**LONG, "prompt": f"{number}", "n": 8, "temperature": 1, "stream": number % 2 == 0}
+            for number in range(requests)
+        ]
+        asking = [asyncio.create_task(client.post(URL, json=body)) for body in bodies]
+        await until(lambda: is_equal(readers, requests))
+        dict(replicas(app))["Ingress"].kill()
+        killed = time.perf_counter()
+        await until(lambda: is_equal(readers, 0))
+        print(f"the generator is free {time.perf_counter() - killed:.2f} s after the kill")
+        engine = await app.stats("Generator")
+        await asyncio.gather(*asking, return_exceptions=True)
+    assert engine["steps"] - steps < requests * LONG["max_tokens"] / 2
+    assert engine["wrong"] is None
+    wait_until(lambda: is_successful(f"{app.url}/ready"))
+    await until_nothing_is_left(app)
 
 
 @pytest.mark.long

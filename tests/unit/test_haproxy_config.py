@@ -118,6 +118,7 @@ def test_errors_have_openais_shape(status: int) -> None:
     assert f"Content-Length: {len(body)}" in lines
     assert lines[0].startswith(f"HTTP/1.1 {ERRORS[status].status} ")
     assert ("Retry-After: 1" in lines) == (ERRORS[status].status == 503)
+    assert ("x-should-retry: false" in lines) == (ERRORS[status].status == 408)
 
 
 # -- HAProxy itself --------------------------------------------------------------------------------

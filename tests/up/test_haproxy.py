@@ -109,6 +109,57 @@ def test_a_request_that_runs_out_of_time_gets_openais_error(
         assert answer.json()["error"]["code"] == "timeout"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_request_whose_time_is_over_in_the_queue_is_a_408(stream: bool, server: Up) -> None:
+    """It is dropped there, and nobody should send it again."""
+    before = _total(server, "blip2_expired_total")
+    url, headers = f"{server.url}/v1/generate", {"x-request-timeout-seconds": "0.3"}
+
+    def expires() -> bool:
+        with _queue(server):
+            answer = httpx.post(url, json={**LONG, "stream": stream}, headers=headers, timeout=60)
+        assert answer.status_code in (408, 429), answer.text  # 429: it would have come too late
+        if answer.status_code == 408:
+            assert answer.json()["error"]["code"] == "timeout"
+            assert answer.headers["x-should-retry"] == "false"
+        return answer.status_code == 408
+
+    wait_until(expires)
+    wait_until(lambda: _total(server, "blip2_expired_total") > before)
+    httpx.post(url, json=SHORT, timeout=60).raise_for_status()
+
+
+@contextlib.contextmanager
+def _queue(server: Up) -> Iterator[None]:
+    """Keeps the engine busy during the block, for some seconds at most."""
+    with contextlib.ExitStack() as stack:
+        for number in range(5):
+            body = {**LONG, "stream": True, "prompt": f"number {number}"}
+            client = stack.enter_context(httpx.Client(timeout=60))
+            url = f"{server.url}/v1/generate"
+            thread = threading.Thread(target=client.post, args=(url,), kwargs={"json": body})
+            thread.start()
+            stack.callback(thread.join)
+        yield
+
+
+def test_a_stream_whose_time_is_over_ends_with_an_error(server: Up) -> None:
+    url = f"{server.url}/v1/generate"
+
+    def is_cut() -> bool:
+        """Whether the first token came in time, and the last did not."""
+        for limit in ("0.3", "0.5", "0.8", "1.2"):
+            headers = {"x-request-timeout-seconds": limit}
+            answer = httpx.post(url, json={**LONG, "stream": True}, headers=headers, timeout=60)
+            *events, last = answer.text.rstrip().split("\n\n")
+            if answer.status_code == 200 and events and last != "data: [DONE]":
+                assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+                return True
+        return False
+
+    wait_until(is_cut)
+
+
 @pytest.mark.parametrize("leave", ["while waiting", "while streaming"])
 def test_the_request_of_a_client_that_goes_away_is_dropped(leave: str, server: Up) -> None:
     before = _dropped(server)
@@ -130,11 +181,16 @@ def _go_away(url: str, leave: str) -> None:
             httpx.post(url, json=LONG, timeout=0.1)
 
 
-def _dropped(server: Up) -> float:
-    """How many requests the generator has dropped, as far as its metrics say."""
+def _total(server: Up, name: str) -> float:
+    """What the generator's counter of this name says so far."""
     page = httpx.get(f"{server.url}/metrics", timeout=60).text
-    lines = re.findall(r'^ray_blip2_dropped_total\{.*stage="generator".*\} (.+)$', page, re.M)
+    lines = re.findall(rf'^ray_{name}\{{.*stage="generator".*\}} (.+)$', page, re.M)
     return sum(map(float, lines))
+
+
+def _dropped(server: Up) -> float:
+    """How many requests the generator has dropped because their clients had left."""
+    return _total(server, "blip2_dropped_total")
 
 
 def test_nothing_listens_beyond_loopback(server: Up) -> None:

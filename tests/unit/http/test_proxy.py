@@ -60,6 +60,7 @@ async def test_an_error_in_plain_text_gets_openais_shape(status: int, code: str)
     assert response.status_code == status
     assert response.headers["content-type"] == "application/json"
     assert (response.headers["retry-after"], response.headers["x-request-id"]) == ("3", "7f")
+    assert response.headers.get("x-should-retry") == ("false" if status == 408 else None)
     assert error_of(response)["code"] == code
     assert TEXT not in response.text
 
