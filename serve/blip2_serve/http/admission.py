@@ -33,6 +33,7 @@ MEMORY = 50  # requests that means are taken over, roughly
 SMOOTH_OVER = 8  # arrivals
 SOME_FROM = 0.75  # share of the limit from which some requests are refused
 CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
+TYPICAL = 1.5  # average answers
 MOST_BIAS = 3.0  # of the stages' figures, and its inverse the least
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
 RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
@@ -101,7 +102,7 @@ class Admission:
         if self._bytes and self._bytes + body_bytes > self._limits.max_held_bytes:
             raise self._refusal("bytes", 0.0)
         images = self._mean_images > MOSTLY
-        self._check(images=images, time_left=None)
+        self._check(images=images)
         self._smooth_wait += (self.wait_s(images=images) - self._smooth_wait) / SMOOTH_OVER
         share = (self._smooth_wait / self._limit_s - SOME_FROM) / (1 - SOME_FROM)
         if self._requests >= self._limits.min_requests and self._draw() < share:
@@ -158,14 +159,15 @@ class Admission:
             seconds += self._images / capacity.images_per_s
         return self._bias * seconds
 
-    def _check(self, *, images: bool, time_left: float | None) -> None:
-        if self._requests < self._limits.min_requests:
-            return
+    def _check(self, *, images: bool) -> None:
+        """Refuses a request that would have to wait too long; with `images`, for the encoder too.
+
+        Raises:
+            Overloaded: it would.
+        """
         wait, limit = self.wait_s(images=images), self._limit_s
-        if wait > limit:
+        if wait > limit and self._requests >= self._limits.min_requests:
             raise self._refusal("wait", wait - limit)
-        if time_left is not None and wait > time_left:
-            raise self._refusal("deadline", wait - time_left)
 
     def _refusal(self, reason: str, excess_s: float) -> Overloaded:
         self._recorder.add(metrics.SHED, reason=reason)
@@ -215,6 +217,7 @@ class Ticket:
         self._images = self._answers = 0.0
         self._slow = False
         self.planned = False
+        self._for_encoder = admission._mean_images > MOSTLY  # it was admitted as if it needed it
         self._entered = admission._clock()
         self._wait_s = admission.wait_s()
 
@@ -278,7 +281,7 @@ class Ticket:
         admission, self._slow = self._admission, False
         admission._slow -= 1
         try:
-            admission._check(images=admission._mean_images > MOSTLY, time_left=None)
+            admission._check(images=admission._mean_images > MOSTLY)
         finally:
             admission._requests += 1
         self._asks(admission._mean_images, 1.0)
@@ -292,11 +295,13 @@ class Ticket:
         admission, self.planned = self._admission, True
         admission._mean_images = _mean(admission._mean_images, images)
         self._asks(0.0, 0.0)
-        # What was admitted since does not count, unless the request turns out to need the encoder.
         admission._requests -= 1
         try:
-            if images or time_left is not None:
-                admission._check(images=images > 0, time_left=time_left)
+            if images and not self._for_encoder:
+                admission._check(images=True)
+            wait = admission.wait_s(images=images > 0)
+            if time_left is not None and wait > time_left:
+                raise admission._refusal("deadline", wait - time_left)
         finally:
             admission._requests += 1
         self._asks(images, answers)
@@ -304,7 +309,8 @@ class Ticket:
     def answered(self, tokens: int, answers: int) -> None:
         """An answer is there: the tokens of all its choices, and their number."""
         self._admission.learn(tokens, answers)
-        self._admission.took(self._admission._clock() - self._entered, self._wait_s)
+        if self._answers <= TYPICAL:  # the time of others is mostly their own
+            self._admission.took(self._admission._clock() - self._entered, self._wait_s)
 
     def encoded(self) -> None:
         """The features of one image are there."""
