@@ -285,8 +285,8 @@ def replicas(app: Planted) -> list[tuple[str, psutil.Process]]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = "".join(process.cmdline()[:1])
-            if f"ServeReplica:{app.name}:" in title:
-                found.append((title.rpartition(":")[2], process))
+            if stage := re.search(rf"ServeReplica:{app.name}:(\w+)", title):
+                found.append((stage[1], process))
     assert len(found) == 4
     return found
 
