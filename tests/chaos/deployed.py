@@ -17,8 +17,10 @@ from support.manifests import build, ray_environment
 from tests.chaos import checker, history
 from tests.chaos.load import Load, new_session, templates, undisturbed
 
-# Replicas that start take the cores from those that work, so waits grow. Nothing is refused for it.
-PATIENT = {"max_wait_s": 60, "initial_requests": 256}
+# Replicas that start take the cores from those that work. Nothing is refused for it.
+PATIENT = {"max_wait_s": 60}
+AT_MOST = 12  # requests in flight
+
 STAGES = ("Ingress", "Preprocessor", "Encoder", "Generator")
 
 
@@ -66,7 +68,7 @@ def total(nodes: RayNodes, metric: str, **labels: str) -> float:
 async def under_load(
     url: str, file: Path, rate: float, *, each: int = 1, seed: int = 1
 ) -> AsyncIterator[history.Writer]:
-    """Notes undisturbed answers, then asks during the block at `rate` requests per second.
+    """Notes undisturbed answers, then asks during the block at up to `rate` requests per second.
 
     The history is written to `file`. The block may add faults to it.
     """
@@ -74,7 +76,8 @@ async def under_load(
     async with new_session() as session:
         some = templates(each, seed)
         expected = await undisturbed(session, url, some)
-        load = Load(url, list(zip(some, expected, strict=True)), writer, rate, seed)
+        known = list(zip(some, expected, strict=True))
+        load = Load(url, known, writer, rate, seed, AT_MOST)
         async with load.running(session):
             await asyncio.sleep(1)  # so that the first change finds work
             yield writer

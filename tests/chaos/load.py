@@ -100,7 +100,10 @@ def new_session() -> aiohttp.ClientSession:
 
 
 class Load:
-    """Sends requests at `rate` per second, and records them in `writer`."""
+    """Sends requests at `rate` per second, and records them in `writer`.
+
+    With `at_most`, none is sent while that many are in flight.
+    """
 
     def __init__(
         self,
@@ -109,8 +112,10 @@ class Load:
         writer: history.Writer,
         rate: float,
         seed: int,
+        at_most: int | None = None,
     ) -> None:
         self._url, self._templates, self._writer, self._rate = url, some, writer, rate
+        self._at_most = at_most
         self._rng = random.Random(seed)
         self._run = self._rng.getrandbits(32)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -135,6 +140,8 @@ class Load:
         for number in itertools.count():
             if until.is_set():
                 break
+            while self._at_most and len(self._tasks) >= self._at_most:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             template, expected = self._rng.choice(self._templates)
             picture = template.picture + self._rng.randbytes(16)  # decoders ignore the rest
             name = f"chaos-{self._run:08x}-{number}"

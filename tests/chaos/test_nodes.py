@@ -57,7 +57,7 @@ class Prod:
             replica["replica_id"]
             for found in self.nodes.all_replicas().values()
             for replica in found
-            if replica["node_id"] == node_id
+            if replica.get("node_id") == node_id
         }
         return self._members.pop(node_id), there
 

@@ -41,9 +41,11 @@ class RayNodes:
 
     def add(self, num_cpus: float, resources: Mapping[str, float], num_gpus: float = 0) -> Node:
         """Adds a node. Its GPUs are only counted: no replica finds one."""
-        return self.cluster.add_node(
-            num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources)
-        )
+        # This process is the test's: it keeps its own SIGTERM, which only a main thread can change.
+        with mock.patch("ray._private.utils.set_sigterm_handler"):
+            return self.cluster.add_node(
+                num_cpus=num_cpus, num_gpus=num_gpus, resources=dict(resources)
+            )
 
     def lose(self, node: Node) -> None:
         """Kills a node, as if its machine had failed."""
