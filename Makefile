@@ -2,6 +2,7 @@
 # make test        run the test suite
 # make test-quick  run the unit tests
 # make test-long   run slow tests, and property tests with more examples
+# make soak        run tests with many replicas, nodes and clients: an hour, one after the other
 # make load        load-test URL with loadtest/scenarios/$(SCENARIO).yaml; report in results/$(SCENARIO)
 # make chaos       kill and stop replicas under load, FAULTS times, and check that no answer is lost
 # make install     create .venv with every extra
@@ -28,19 +29,22 @@ FAULTS ?= 20
 
 PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: serve test test-quick test-long load chaos install check image-test clean
+.PHONY: serve test test-quick test-long soak load chaos install check image-test clean
 
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) tests/unit $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
-	$(BIN)/pytest -n $(TEST_WORKERS) -m "long or hypothesis" --hypothesis-profile=$(EXAMPLES) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "(long or hypothesis) and not soak" --hypothesis-profile=$(EXAMPLES) $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-test
+	$(BIN)/pytest -m soak $(PYTEST_ARGS)
 
 load: $(VENV)/.installed-loadtest
 	$(BIN)/locust -f loadtest/locustfile.py --headless --only-summary -H $(URL) --scenario $(SCENARIO) \

@@ -27,7 +27,7 @@ from tests.chaos.deployed import (
 from tests.chaos.history import Choice, Exchange, Record, Sent
 from tests.chaos.load import new_session, templates, undisturbed
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.soak
 
 RATE = 3.0  # requests per second, which the cores can answer while replicas start
 TWO_INGRESSES = {"ingress": {"num_replicas": 2}}

@@ -23,7 +23,7 @@ from tests.chaos.faults import is_gone
 from tests.chaos.history import Fault, now
 from tests.chaos.load import new_session
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.soak
 
 RATE = 3.0  # requests per second
 PICTURE = encode(scenes.sample(6_003).image)

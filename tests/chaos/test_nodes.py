@@ -16,7 +16,7 @@ from support.manifests import build, ray_environment, ray_service, serve_config
 from tests.chaos.deployed import PATIENT, STAGES, check_nothing_lost, overridden, under_load
 from tests.chaos.history import Fault, now
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.soak
 
 RATE = 3.0  # requests per second, which the cores can answer while replicas start
 GROUPS = ("preprocess", "encode", "generate")

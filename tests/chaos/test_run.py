@@ -15,8 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.long
-def test_a_killed_replica_costs_answers_but_makes_none_wrong(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.chaos.run", "--faults", "3", "--kinds", "kill"]
+def test_faults_of_many_kinds_lose_no_request_and_change_no_answer(tmp_path: Path) -> None:
+    """Takes about three minutes; `make chaos` does the same for as long as you like."""
+    kinds = ["kill", "freeze", "kill_two", "controller"]
+    command = [sys.executable, "-m", "tests.chaos.run", "--faults", "5", "--kinds", *kinds]
     finished = subprocess.run(
         [*command, "--output", str(tmp_path)],
         cwd=ROOT,
@@ -26,8 +28,6 @@ def test_a_killed_replica_costs_answers_but_makes_none_wrong(tmp_path: Path) -> 
         check=False,
     )
     records = history.read(tmp_path / "history.jsonl")
-    violations = checker.check(records).violations
-    assert len([record for record in records if isinstance(record, Fault)]) == 3
-    assert {verdict.fault for verdict in violations} <= {"lost"}, finished.stdout
-    assert f"{len(violations)} violations" in finished.stdout
-    assert finished.returncode == bool(violations), finished.stderr
+    assert len([record for record in records if isinstance(record, Fault)]) >= 5
+    assert not checker.check(records).violations, finished.stdout
+    assert finished.returncode == 0, finished.stderr

@@ -13,7 +13,7 @@ from blip2_serve.demo import scenes
 from support.images import data_url
 from support.server import App, start_app
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.soak
 
 REPLICAS = (1, 3)
 WITHIN = 0.2

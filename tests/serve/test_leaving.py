@@ -236,7 +236,7 @@ async def test_while_it_is_answered(app: Planted, stream: bool, phase: str) -> N
 # -- many -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.soak)])
 async def test_clients_that_leave_at_random_moments_leave_nothing_behind(
     app: Planted, count: int
 ) -> None:
@@ -322,7 +322,7 @@ async def test_what_a_killed_ingress_had_started_stops(app: Planted) -> None:
     await until_nothing_is_left(app)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 async def test_how_soon_its_slots_are_free(app: Planted) -> None:
     """Prints it; the limit is generous, as the machine may be busy."""
     seconds = []

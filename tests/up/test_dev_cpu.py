@@ -39,7 +39,7 @@ def test_the_application_of_its_serve_config_captions_a_picture(nodes: RayNodes)
     assert ask(nodes) == SCENE.caption
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_it_answers_while_serve_is_changed(nodes: RayNodes) -> None:
     wait_until(lambda: len(running(nodes)) == 5)
     before = running(nodes)
