@@ -54,7 +54,13 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
         ".venv/bin/serve run blip2_serve.app:build *",
         ".venv/bin/serve deploy serve.yaml",
     ),
-    "the tests themselves": ("make test", "make test-quick", "make test-long", "make image-test"),
+    "the tests themselves": (
+        "make test",
+        "make test-quick",
+        "make test-long",
+        "make soak",
+        "make image-test",
+    ),
     "the first step of CI": ("make check",),
     "installs packages": ("make install", ".venv/bin/pip install *"),
     "takes minutes": (
