@@ -23,7 +23,7 @@ from ray import serve
 from blip2_serve.demo import scenes
 from support.images import data_url, encode
 from support.planted import Planted, start_planted
-from support.server import gather_at_most, is_successful, wait_until
+from support.server import gather_at_most
 
 URL = "/v1/generate"
 PICTURES = [data_url(scenes.sample(seed).image) for seed in range(8_000, 8_006)]
@@ -294,32 +294,6 @@ def replicas(app: Planted) -> list[tuple[str, psutil.Process]]:
 def memory(app: Planted) -> dict[str, int]:
     """Resident bytes of each replica."""
     return {f"{stage} {p.pid}": p.memory_info().rss for stage, p in replicas(app)}
-
-
-async def test_what_a_killed_ingress_had_started_stops(app: Planted) -> None:
-    requests, steps = 32, (await until_nothing_is_left(app))["steps"]
-
-    async def readers() -> int:
-        count: int = (await app.stats("Generator"))["readers"]
-        return count
-
-    async with app.client() as client:
-        bodies = [
-            {**LONG, "prompt": f"{number}", "n": 8, "temperature": 1, "stream": number % 2 == 0}
-            for number in range(requests)
-        ]
-        asking = [asyncio.create_task(client.post(URL, json=body)) for body in bodies]
-        await until(lambda: is_equal(readers, requests))
-        dict(replicas(app))["Ingress"].kill()
-        killed = time.perf_counter()
-        await until(lambda: is_equal(readers, 0))
-        print(f"the generator is free {time.perf_counter() - killed:.2f} s after the kill")
-        engine = await app.stats("Generator")
-        await asyncio.gather(*asking, return_exceptions=True)
-    assert engine["steps"] - steps < requests * LONG["max_tokens"] / 2
-    assert engine["wrong"] is None
-    wait_until(lambda: is_successful(f"{app.url}/ready"))
-    await until_nothing_is_left(app)
 
 
 @pytest.mark.soak

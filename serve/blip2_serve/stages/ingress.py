@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -173,6 +174,7 @@ class Ingress:
 
 
 def _work(features: ImageFeatures, prompt: str, params: SamplingParams) -> Work:
-    key = f"{features.digest} {hash((prompt, params))}"
+    # The same content has another seed each time that the client sends none.
+    key = f"{features.digest} {hash((prompt, replace(params, seed=0)))}"
     size = float(params.max_tokens or 0) * max(params.n, params.num_beams)
     return Work(key, size, deadline.current(), features.fingerprint)
