@@ -76,7 +76,7 @@ def prod() -> Iterator[Prod]:
             prod.add(group)
         nodes.deploy(prod.config)
         nodes.until_ready()
-        nodes.until_replicas(dict.fromkeys(STAGES, EACH))
+        nodes.until_replicas(dict.fromkeys(STAGES, EACH), or_more=True)
         yield prod
 
 
@@ -98,7 +98,8 @@ async def replace_one(group: str, prod: Prod, end: Callable[[Node], None], file:
         ending = asyncio.create_task(asyncio.to_thread(end, node))
         await asyncio.to_thread(prod.add, group)
         await ending
-        await asyncio.to_thread(prod.nodes.until_replicas, dict.fromkeys(STAGES, EACH), there)
+        counts = dict.fromkeys(STAGES, EACH)  # stages that scale up may ask for more
+        await asyncio.to_thread(prod.nodes.until_replicas, counts, there, or_more=True)
     check_nothing_lost(file)
 
 

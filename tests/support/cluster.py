@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from blip2_serve import haproxy
 from support.server import free_port, is_successful, wait_until
 
 READY_WITHIN_S = 120
-CHANGED_WITHIN_S = 240
+CHANGED_WITHIN_S = 150
 DRAINED_WITHIN_S = 150.0  # as long as prod gives its pods
 SERVE = Path(sys.executable).with_name("serve")
 
@@ -96,21 +97,37 @@ class RayNodes:
         """Returns the ids of the running replicas of these deployments."""
         return {replica["replica_id"] for name in deployments for replica in self.replicas(name)}
 
-    def until_replicas(self, counts: Mapping[str, int], others: Collection[str] = ()) -> None:
+    def until_replicas(
+        self, counts: Mapping[str, int], others: Collection[str] = (), *, or_more: bool = False
+    ) -> None:
         """Waits until the deployments have these numbers of replicas, running and none stopping.
 
-        None of them has an id in `others`.
+        With `or_more`, others may run, start or stop besides. None has an id in `others`.
         """
+        missing = ""
 
         def are_there() -> bool:
+            nonlocal missing
             replicas = self.all_replicas()
+            states = {
+                name: Counter(
+                    "old" if r["replica_id"] in others else r["state"]
+                    for r in replicas.get(name, [])
+                )
+                for name in counts
+            }
+            missing = f"{states} instead of {counts}"
             return all(
-                len(found := replicas.get(name, [])) == count
-                and all(r["state"] == "RUNNING" and r["replica_id"] not in others for r in found)
-                for name, count in counts.items()
+                (found["RUNNING"] >= counts[name] and not found["old"])
+                if or_more
+                else found == Counter({"RUNNING": counts[name]})
+                for name, found in states.items()
             )
 
-        wait_until(are_there, CHANGED_WITHIN_S)
+        try:
+            wait_until(are_there, CHANGED_WITHIN_S)
+        except AssertionError:
+            raise AssertionError(missing) from None
 
     @property
     def _applications(self) -> str:
