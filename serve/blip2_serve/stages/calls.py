@@ -370,7 +370,7 @@ class Attempt:
     def _interrupted(self) -> Exception:
         if self._cause:
             return ReplicaLost(self._cause)
-        if self.replica is None:
+        if self.replica is None and not self._client.replicas.are_there:
             return Unavailable(f"no replica of the {self._client.stage} was there in time")
         return TimedOut("the answer took longer than the request or this server allows")
 

@@ -57,6 +57,11 @@ class Replicas:
         """How many have been lost and have not answered since."""
         return len(self._suspects)
 
+    @property
+    def are_there(self) -> bool:
+        """Whether one has answered and is not lost."""
+        return any(replica not in self._suspects for replica in self._vitals)
+
     def serve(self, fingerprint: str) -> bool:
         """Whether some replica may hold the checkpoint."""
         known = [vitals.fingerprint for vitals in self._known()]

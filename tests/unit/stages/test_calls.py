@@ -353,6 +353,24 @@ async def test_a_bounded_number_of_calls_waits_for_a_replica(
     assert await asyncio.gather(*running[:4]) == [(0,), (1,), (2,), (3,)]
 
 
+async def test_a_call_whose_time_is_over_before_it_is_placed_is_not_told_that_nobody_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Stage(Replica("a", echo))
+    client = client_of(stage)
+    await client.call("work", 1, work=WORK)
+    while not client.replicas.are_there:
+        await asyncio.sleep(0.01)
+
+    async def hang(_: Call) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(stage, "_route", hang)
+    deadline = asyncio.get_running_loop().time() + 0.1
+    with pytest.raises(TimedOut):
+        await client.call("work", work=Work("content", deadline=deadline))
+
+
 async def test_a_suspect_that_finds_no_place_passes_its_turn_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
