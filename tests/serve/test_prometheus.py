@@ -88,7 +88,7 @@ async def overload(client: httpx.AsyncClient) -> None:
     body = b" " * MOST_HELD_BYTES
     answers = await asyncio.gather(*(client.post(CHAT, content=body) for _ in range(4)))
     assert httpx.codes.TOO_MANY_REQUESTS in {answer.status_code for answer in answers}
-    late = {"x-request-timeout-seconds": "0.3"}
+    late = {"x-request-timeout-seconds": "0.05"}
     long = chat(20, max_tokens=300, ignore_eos=True, num_beams=5)
     answer = await client.post(CHAT, json=long, headers=late)
     assert answer.status_code == httpx.codes.REQUEST_TIMEOUT
