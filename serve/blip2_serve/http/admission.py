@@ -169,6 +169,16 @@ class Admission:
         if wait > limit and self._requests >= self._limits.min_requests:
             raise self._refusal("wait", wait - limit)
 
+    def _check_deadline(self, time_left: float, *, images: bool) -> None:
+        """Refuses a request that would have to wait for longer than it has.
+
+        Raises:
+            Overloaded: it would.
+        """
+        wait = self.wait_s(images=images)
+        if wait > time_left and self._requests >= self._limits.min_requests:
+            raise self._refusal("deadline", wait - time_left)
+
     def _refusal(self, reason: str, excess_s: float) -> Overloaded:
         self._recorder.add(metrics.SHED, reason=reason)
         self._note_refused()
@@ -299,9 +309,8 @@ class Ticket:
         try:
             if images and not self._for_encoder:
                 admission._check(images=True)
-            wait = admission.wait_s(images=images > 0)
-            if time_left is not None and wait > time_left:
-                raise admission._refusal("deadline", wait - time_left)
+            if time_left is not None:
+                admission._check_deadline(time_left, images=images > 0)
         finally:
             admission._requests += 1
         self._asks(images, answers)
