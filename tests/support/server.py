@@ -57,6 +57,9 @@ def start_app(base_url: str, name: str, config: dict[str, Any]) -> App:
     stages = ("ingress", "preprocessor", "encoder", "generator")
     # Nothing is reserved, because several applications share two cores.
     light = {stage: {**config.get(stage, {}), "num_cpus": 0} for stage in stages}
+    # However slow the machine, a test that is not about overload is not refused.
+    patient = {"max_wait_s": 600, "initial_requests": 1000}
+    light["ingress"]["admission"] = {**patient, **light["ingress"].get("admission", {})}
     application = build(AppConfig.model_validate({**config, **light}))
     quiet = LoggingConfig(log_level="WARNING")
     serve.run(application, name=name, route_prefix=f"/{name}", logging_config=quiet)
