@@ -9,7 +9,7 @@
    sent, and latencies count from when it should have been. What is answered with 200 (goodput),
    refused (429 or 503) or failed otherwise; then the time until a probe is answered as fast as 99%
    were at capacity.
-3. Three times as many users as the server held requests under overload, who come back when
+3. A crowd three times the requests that the server held under overload, whose users come back when
    Retry-After says so: the share of refused requests that are admitted at their first retry.
 
 Each request is about a new small JPEG. Without --url, a server is started as in `compare`. Prints a

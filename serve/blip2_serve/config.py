@@ -46,9 +46,8 @@ class PreprocessorConfig(StageConfig):
     decode_timeout_s: float = Field(
         5.0,
         gt=0,
-        description="Seconds of CPU time that decoding one image may take. By the clock it may "
-        "take four times as long, since the machine may be busy. An image that takes longer is "
-        "refused.",
+        description="CPU seconds that decoding one image may use; the wall-clock limit is four "
+        "times that, since the machine may be busy. An image that exceeds either is refused.",
     )
     decode_memory_mb: int = Field(
         1280,

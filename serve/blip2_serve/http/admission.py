@@ -87,7 +87,7 @@ class Admission:
         self._mean_tokens: float | None = None  # of one answer
         self._mean_work: float | None = None  # tokens of all answers to a request
         self._usual_s: float | None = None  # from arrival to the last token, while it was calm
-        self._bias = 1.0  # how many times as long requests take as the stages' figures say
+        self._bias = 1.0  # the time that requests take, over what the stages' figures suggest
         self._finished: deque[float] = deque()  # when
         self._next_return = -math.inf  # when the next refused client should come back
         self._warned = -math.inf

@@ -101,7 +101,7 @@ def test_what_requests_take_while_others_wait_is_not_usual() -> None:
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_figures_that_are_off_are_corrected_by_what_requests_really_take(factor: float) -> None:
-    """The stages claim 10 answers per second; in truth it is `factor` times as many."""
+    """The stages claim 10 answers per second, and deliver that times `factor`."""
     server = Server(Capacity(1e9, 10.0), max_wait_s=2.0)
     queue: list[Ticket] = []
     for _ in range(400):
