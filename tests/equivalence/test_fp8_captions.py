@@ -68,7 +68,8 @@ def captions(features: Tensor) -> list[str]:
     config = AppConfig.model_validate(
         {"dtype": "float32", "generator": {"kv_slots": 4096, "max_num_seqs": 16, "threads": 1}}
     )
-    engine, tokenizer, *_ = generator._load(config, open_device("cpu"))
+    loaded = generator._load(config, open_device("cpu"))
+    engine, tokenizer = loaded.engine, loaded.tokenizer
     ids = tokenizer.prompt_ids("")
     for number, image in enumerate(features):
         engine.add(Request(str(number), ids, image, str(number), SamplingParams(max_tokens=64)))

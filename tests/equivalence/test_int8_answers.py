@@ -43,7 +43,8 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(dtype: str) -> No
             },
         }
     )
-    engine, tokenizer, *_ = generator._load(config, open_device("cpu"))
+    loaded = generator._load(config, open_device("cpu"))
+    engine, tokenizer = loaded.engine, loaded.tokenizer
     assert not isinstance(engine._runner._decoder.lm_head, nn.Linear)
     template = ChatConfig().asked
     expected: dict[str, str] = {}

@@ -49,8 +49,18 @@ async def pool_of(
         pool.close()
 
 
+OTHERS: set[int] = set()  # processes that other tests have started
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    OTHERS.clear()
+    OTHERS.update(child.pid for child in psutil.Process().children())
+
+
 def children() -> dict[int, psutil.Process]:
-    return {child.pid: child for child in psutil.Process().children()}
+    found = psutil.Process().children()
+    return {child.pid: child for child in found if child.pid not in OTHERS}
 
 
 def large(command: bytes, side: int = 6000) -> bytes:
