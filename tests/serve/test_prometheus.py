@@ -157,11 +157,13 @@ def scraping(app: App, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with gpu_page() as gpu, prometheus(folder, {**targets, "gpu": f"{gpu}/metrics"}) as scraping:
         asyncio.run(lose_replicas(app))
         wait_until(lambda: app.post(CHAT, json=chat(1)).is_success)
+        cancelled = 'sum(ray_blip2_requests_total{outcome="cancelled"})'
         asyncio.run(traffic(app))
-        scraping.wait_for('ray_blip2_requests_total{outcome="cancelled"}')
+        scraping.wait_for(cancelled)
+        before = scraping.query(cancelled)[0]["value"][1]
         # Once more, because a rate needs two values.
         asyncio.run(traffic(app))
-        scraping.wait_for('ray_blip2_requests_total{outcome="cancelled"} > 3')
+        scraping.wait_for(f"{cancelled} > {before}")
         yield scraping
 
 
