@@ -169,8 +169,8 @@ async def test_while_its_picture_is_encoded(app: Planted, stream: bool, waits: b
     body = {**LONG, "stream": stream, "image": data_url(scenes.sample(8_100 + 2 * stream).image)}
     other = {**body, "image": data_url(scenes.sample(8_101 + 2 * stream).image)}
 
-    async def waiting() -> int:
-        count: int = (await app.stats("Encoder"))["waiting"]
+    async def calls() -> int:
+        count: int = (await app.stats("Encoder"))["calls"]
         return count
 
     async with contextlib.AsyncExitStack() as clients:
@@ -179,8 +179,8 @@ async def test_while_its_picture_is_encoded(app: Planted, stream: bool, waits: b
             await until(lambda: exists(holds))
             if waits:
                 async with asking(app, other):
-                    await until(waiting)
-                await until(lambda: is_equal(waiting, 0))
+                    await until(lambda: is_equal(calls, 2))
+                await until(lambda: is_equal(calls, 1))
             else:
                 await clients.aclose()
                 await until_ingress_is_idle(app)

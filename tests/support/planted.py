@@ -48,7 +48,19 @@ class Encoder(encoder.Encoder):
 
     async def __init__(self, config: Any, device: str) -> None:  # type: ignore[misc]
         self._folder = Path(config.model).parent
+        self._calls = 0
         await super().__init__(config, device)
+
+    async def encode(self, *args: Any, call: Any = None) -> Any:
+        self._calls += 1
+        try:
+            return await super().encode(*args, call=call)
+        finally:
+            self._calls -= 1
+
+    async def stats(self) -> dict[str, Any]:
+        """Also how many calls somebody waits for."""
+        return {**await super().stats(), "calls": self._calls}
 
     def _encode(self, pixels: Any) -> Any:
         hold(self._folder, "encode")
