@@ -26,10 +26,10 @@ from blip2_serve.http.schema import (
     CaptionRequest,
     ChatRequest,
     GenerateRequest,
-    GenerationFields,
     StreamFields,
 )
 from blip2_serve.http.schema_completions import CompletionRequest
+from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.http.schema_responses import ResponsesRequest
 from blip2_serve.ingress_config import IngressConfig
 from blip2_serve.observe import metrics

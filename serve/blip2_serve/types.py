@@ -5,7 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """An image as one checkpoint's processor makes it.
+
+    Attributes:
+        values: uint8 [3, height, width].
+        resample: Pillow's filter that it was resized with.
+    """
+
+    values: NDArray[np.uint8]
+    resample: int
+
+    def is_like(self, other: Pixels) -> bool:
+        """Whether both were made for checkpoints that want the same of their processors."""
+        return self.values.shape == other.values.shape and self.resample == other.resample
 
 
 @dataclass(frozen=True)

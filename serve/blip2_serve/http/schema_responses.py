@@ -20,7 +20,8 @@ from blip2_serve.http.chat import (
     UserMessage,
 )
 from blip2_serve.http.compatibility import OpenAIFields, ShortText, because
-from blip2_serve.http.schema import MAX_TOP_LOGPROBS, GenerationFields, StreamFields
+from blip2_serve.http.schema import MAX_TOP_LOGPROBS, StreamFields
+from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.http.validation import Strict
 
 LOGPROBS = "message.output_text.logprobs"

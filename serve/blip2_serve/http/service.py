@@ -14,7 +14,7 @@ from blip2_serve.http.admission import Admission, Capacity
 from blip2_serve.http.images import ImageReader
 from blip2_serve.http.measure import StreamTimer
 from blip2_serve.http.presets import Preset, names_of, within
-from blip2_serve.http.schema import GenerationFields
+from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.http.stream import TokenStream
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder

@@ -24,7 +24,7 @@ from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.batching import BatchThread
 from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
-from blip2_serve.types import Call, ImageFeatures, Vitals
+from blip2_serve.types import Call, ImageFeatures, Pixels, Vitals
 
 MAX_WITHOUT_NUMBERS = 3  # images in a row: then it may not be the images' fault
 
@@ -52,7 +52,8 @@ class Encoder:
         self._device = device
         checkpoint = open_checkpoint(config.model, config.revision)
         processor = ImageProcessor.load(checkpoint.folder)
-        self._blank = np.zeros((3, *processor.size), np.uint8)
+        blank = np.zeros((3, *processor.size), np.uint8)
+        self._blank = Pixels(blank, int(processor.resample))
         dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
         self._fingerprint = fingerprint_of(config, checkpoint.folder, dtype)
         with measured_loading("vision model") as report:
@@ -62,7 +63,7 @@ class Encoder:
         self._loaded = Model(report, device.gpu_memory)
 
     async def encode(
-        self, pixels: NDArray[np.uint8], digest: str, *, call: Call | None = None
+        self, pixels: Pixels, digest: str, *, call: Call | None = None
     ) -> ImageFeatures:
         """Turns uint8 [3, S, S] into the features of the image that `digest` names.
 
@@ -72,10 +73,10 @@ class Encoder:
         """
         expires = expiry(call)
         self._instruments.called(call)
-        if pixels.shape != self._blank.shape:
+        if not pixels.is_like(self._blank):
             raise WrongCheckpoint("the image was prepared for another checkpoint")
         with self._instruments.in_stage():
-            data, shape, dtype = await self._batching.result_of(pixels, expires)
+            data, shape, dtype = await self._batching.result_of(pixels.values, expires)
         return ImageFeatures(digest, data, shape, dtype, self._fingerprint)
 
     def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded | Blip2ServeError]:
@@ -114,7 +115,7 @@ class Encoder:
         if is_stalled(stalled_s, self._batching.usual_s):
             raise RuntimeError(f"the encoder has made no progress for {stalled_s:.0f} s")
         if self._batching.failure or self._without_numbers >= MAX_WITHOUT_NUMBERS:
-            await self._batching.result_of(self._blank)
+            await self._batching.result_of(self._blank.values)
 
     async def stats(self) -> dict[str, Any]:
         return self._instruments.stats()

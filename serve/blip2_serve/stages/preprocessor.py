@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from blip2_serve.config import AppConfig
 from blip2_serve.model.decode_worker import Limits
 from blip2_serve.model.processor import ImageProcessor
@@ -16,7 +13,7 @@ from blip2_serve.observe.instruments import PreprocessorInstruments
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.decoding import DecodePool
 from blip2_serve.stages.vital_signs import VitalSigns
-from blip2_serve.types import Call, Vitals
+from blip2_serve.types import Call, Pixels, Vitals
 
 
 class Preprocessor:
@@ -27,13 +24,14 @@ class Preprocessor:
         own = config.preprocessor
         processor = ImageProcessor.load(find_configuration(config.model, config.revision))
         limits = Limits(own.max_pixels, own.decode_timeout_s, own.decode_memory_mb << 20)
+        self._resample = int(processor.resample)
         self._pool = DecodePool(processor, own.threads, limits)
         self._instruments = PreprocessorInstruments(RayRecorder(), own.threads)
         await self._pool.start()
         self._instruments.ready()
         self._signs = VitalSigns(self._instruments)
 
-    async def pixels(self, data: bytes, *, call: Call | None = None) -> NDArray[np.uint8]:
+    async def pixels(self, data: bytes, *, call: Call | None = None) -> Pixels:
         """Turns an image file into uint8 [3, S, S].
 
         Raises:
@@ -44,7 +42,7 @@ class Preprocessor:
         with self._instruments.image(len(data)):
             decoded = await self._pool.decode(data, call.seconds_left if call else None)
         self._instruments.decoded(decoded.waited, decoded.seconds)
-        return decoded.pixels
+        return Pixels(decoded.pixels, self._resample)
 
     async def check_health(self) -> None:
         """Called by Serve. Raises while a lost worker cannot be replaced."""

@@ -13,8 +13,8 @@ from blip2_serve.http.schema import (
     CaptionRequest,
     ChatRequest,
     GenerateRequest,
-    GenerationFields,
 )
+from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.types import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "what is it?"}]

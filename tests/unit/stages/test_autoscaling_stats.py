@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 import blip2_serve
 from blip2_serve.config import AppConfig
 from blip2_serve.stages.encoder import Encoder
 from blip2_serve.stages.generator import Generator
 from blip2_serve.stages.preprocessor import Preprocessor
-from blip2_serve.types import ImageFeatures, SamplingParams
+from blip2_serve.types import ImageFeatures, Pixels, SamplingParams
 from support.replicas import replica
 
 CONFIG = AppConfig.model_validate({"dtype": "float32"})
@@ -48,7 +45,7 @@ async def test_a_preprocessor_reports_images() -> None:
 async def test_an_encoder_reports_images_and_a_generator_requests() -> None:
     preprocessor, started = replica(Preprocessor, CONFIG)
     await started
-    pixels: np.ndarray[Any, Any] = await preprocessor.pixels(PICTURE.read_bytes())
+    pixels: Pixels = await preprocessor.pixels(PICTURE.read_bytes())
     encoder, loaded = replica(Encoder, CONFIG, "cpu")
     await loaded
     features: ImageFeatures = await encoder.encode(pixels, "digest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import Blip2ServeError, TimedOut
+from blip2_serve.errors import Blip2ServeError, TimedOut, WrongCheckpoint
 from blip2_serve.stages.encoder import Encoder
 from blip2_serve.types import Call, ImageFeatures
 from support.replicas import replica
@@ -46,7 +47,7 @@ async def test_an_image_without_numbers_fails_alone() -> None:
     await loaded
     works = encoder._run
     dark = encoder._blank
-    light = np.full_like(dark, 255)
+    light = replace(dark, values=np.full_like(dark.values, 255))
 
     def loses_dark_ones(batch: torch.Tensor) -> torch.Tensor:
         features: torch.Tensor = works(batch).clone()
@@ -81,3 +82,13 @@ async def test_an_image_whose_time_is_over_is_not_encoded() -> None:
         await encoder.encode(pixels, "digest", call=Call("a", 0.0))
     for call in (None, Call("a", None), Call("a", 3600.0)):
         assert (await encoder.encode(pixels, "digest", call=call)).digest == "digest"
+
+
+async def test_an_image_prepared_for_another_checkpoint_is_not_encoded() -> None:
+    encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
+    await loaded
+    right = encoder._blank
+    larger = replace(right, values=np.zeros((3, 32, 32), np.uint8))
+    for wrong in (larger, replace(right, resample=right.resample + 1)):
+        with pytest.raises(WrongCheckpoint):
+            await encoder.encode(wrong, "digest")
