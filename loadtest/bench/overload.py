@@ -40,7 +40,6 @@ from loadtest.results import machine, write_json
 AT_CAPACITY = 0.8
 LEAD_SHARE = 0.2  # of a closed loop's window, before it opens
 CROWD = 3  # times the requests that the server held under overload, for the obedient
-OBEYING_S = 150.0  # at least: a client may be told to come back after a minute
 FEW_ANSWERS = 20  # at capacity: fewer have no p99
 
 
@@ -90,7 +89,7 @@ async def run(endpoint: Endpoint, args: argparse.Namespace) -> None:
                 await load(clients, factor, plateau, args.seconds, args.seed, limit, args.recovery)
             ]
             write(args, users, plateau, loads, None)  # the next one may break the server
-        obeying = await obey(clients, crowd(loads[-1]), max(args.seconds, OBEYING_S))
+        obeying = await obey(clients, crowd(loads[-1]), args.obeying)
     finally:
         connections.close()
     write(args, users, plateau, loads, obeying)
@@ -106,7 +105,7 @@ def write(
     loads: Sequence[OpenLoad],
     obeying: Obedience | None,
 ) -> None:
-    named = ("seconds", "calibration_seconds", "factors", "seed", "timeout")
+    named = ("seconds", "calibration_seconds", "obeying", "factors", "seed", "timeout")
     results = {
         "machine": machine(),
         "settings": {name: getattr(args, name) for name in named},
@@ -190,6 +189,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--users", type=int, nargs="+", default=[32, 64], help="of the plateau")
     parser.add_argument(
         "--calibration-seconds", type=float, default=30, help="of plateau and capacity, each"
+    )
+    parser.add_argument(
+        "--obeying", type=float, default=150, help="seconds; a client may be told to wait for 60"
     )
     parser.add_argument("--recovery", type=float, default=120, help="seconds to wait for it")
     parser.add_argument("--timeout", type=float, default=60, help="seconds, of each request")

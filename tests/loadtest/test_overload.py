@@ -384,6 +384,7 @@ def arguments(output: Path) -> Namespace:
         users=[4],
         seconds=2.0,
         calibration_seconds=2.0,
+        obeying=5.0,
         factors=[5.0],
         recovery=20.0,
     )
