@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from blip2_serve.compute.assembly import EngineLimits, assemble
-from blip2_serve.compute.base import Device, set_threads
+from blip2_serve.compute.base import Device, prepare_thread
 from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
@@ -44,7 +44,7 @@ def encode(config: AppConfig, pixels_file: Path, inbox: Any, features: Any, resu
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the parent ends this process
     pictures = np.load(pixels_file)
     device = open_device(config.device)
-    set_threads(config.encoder.threads)
+    prepare_thread(device.place, config.encoder.threads)
     checkpoint = open_checkpoint(config.model)
     dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
     encoder = ImageEncoder.load(
@@ -103,7 +103,7 @@ def _load(
 ) -> tuple[Engine, list[int], tuple[int, int], torch.dtype]:
     """The generator's engine, a caption's prompt, and shape and dtype of an image's features."""
     own = config.generator
-    set_threads(own.threads)
+    prepare_thread(device.place, own.threads)
     checkpoint = open_checkpoint(config.model)
     model = checkpoint.config
     tokenizer = Tokenizer(checkpoint.folder, model)

@@ -40,6 +40,9 @@ _PROXY_ERRORS = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "blip2_serve.http.
 # Serve kills a replica that has stalled. Otherwise it would wait for it to finish its requests.
 _NO_WAITING_FOR_THE_STALLED = {"RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1"}
 
+# Ray's 15 would leave threads that compute next to no lower priority than those that serve.
+_SERVING_COMES_FIRST = {"RAY_worker_niceness": "0"}
+
 # A pickled message is a little larger than the image or body in it. Bytes.
 _MESSAGE_OVERHEAD = 1 << 20
 
@@ -68,6 +71,7 @@ def of_server(config: AppConfig, *, local: bool, folder: Path) -> Variables:
         # Restricts Ray to this machine, as on Windows and macOS, so it listens on loopback only.
         defaults["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         defaults |= short_hops(config) | _PROXY_ERRORS | _NO_WAITING_FOR_THE_STALLED
+        defaults |= _SERVING_COMES_FIRST
         own = {LOOPBACK_ONLY: "1", CLOSED_FILE: str(folder / "closed")}
         return Variables(defaults, _NO_PROXY_BETWEEN_STAGES | own)
     return Variables(defaults, _NO_PROXY_BETWEEN_STAGES)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
+COMPUTE_NICENESS = 10  # a tenth of the others' share, if they want all that they can get
+LARGEST_NICENESS = 19
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
@@ -28,6 +31,18 @@ def cores() -> int:
     else:
         allowed = os.cpu_count() or 1
     return max(1, int(min([allowed, *_cpu_quotas()])))
+
+
+def give_way() -> None:
+    """Lowers the priority of this thread, and of those it will start, below its process's.
+
+    Whoever computes on the cores that also serve should call it. Otherwise a request that only
+    needs a word, such as a refusal, waits for the time slices of matrix products. Linux only:
+    elsewhere threads have no priority of their own.
+    """
+    if sys.platform == "linux":
+        niceness = os.getpriority(os.PRIO_PROCESS, os.getpid()) + COMPUTE_NICENESS
+        os.setpriority(os.PRIO_PROCESS, 0, min(niceness, LARGEST_NICENESS))
 
 
 def available_memory() -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from blip2_serve.app import SHUTDOWN_MARGIN_S
 from blip2_serve.config import AppConfig
-from blip2_serve.environment import of_haproxy
+from blip2_serve.environment import of_haproxy, of_server
 from support.manifests import (
     K8S,
     OVERLAYS,
@@ -268,6 +268,10 @@ def test_haproxy_is_set_up_as_on_one_machine(overlay: str) -> None:
     shared = {name for name in here if name.startswith("RAY_SERVE_HAPROXY_") and name in there}
     assert len(shared) == 3  # ports and paths are one machine's
     assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
+    assert (
+        there["RAY_worker_niceness"]
+        == of_server(AppConfig(), local=True, folder=folder).defaults["RAY_worker_niceness"]
+    )
     assert there["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == there["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +13,13 @@ import psutil
 import pytest
 
 from blip2_serve import machine
+from blip2_serve.config import AppConfig
+from blip2_serve.model.source import DEMO_PICTURE
+from blip2_serve.stages.encoder import Encoder
+from blip2_serve.stages.generator import Generator
+from blip2_serve.stages.preprocessor import Preprocessor
+from blip2_serve.types import SamplingParams
+from support.replicas import replica
 
 GIB = 1 << 30
 
@@ -181,3 +190,60 @@ def test_other_systems_than_linux_have_no_limits(
     assert machine.cores() == os.cpu_count()
     assert machine.anonymous_memory() == 7
     assert machine.available_memory() > 0
+
+
+# -- priority --------------------------------------------------------------------------------------
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it per thread")
+
+
+def niceness_of(thread: int) -> int:
+    return os.getpriority(os.PRIO_PROCESS, thread)
+
+
+def own_niceness() -> int:
+    return niceness_of(os.getpid())
+
+
+@needs_linux
+def test_a_thread_gives_way_with_those_that_it_starts_and_no_other() -> None:
+    before = own_niceness()
+    expected = min(before + 10, 19)
+    found = []
+
+    def starts_another() -> None:
+        machine.give_way()
+        machine.give_way()  # the second call changes nothing
+        found.append(niceness_of(0))
+        other = threading.Thread(target=lambda: found.append(niceness_of(0)))
+        other.start()
+        other.join()
+
+    thread = threading.Thread(target=starts_another)
+    thread.start()
+    thread.join()
+    assert found == [expected, expected]
+    assert own_niceness() == before
+
+
+@needs_linux
+async def test_what_computes_on_a_cpu_gives_way_to_what_serves() -> None:
+    before = own_niceness()
+    config = AppConfig(dtype="float32")
+    preprocessor, started = replica(Preprocessor, config)
+    encoder, loaded = replica(Encoder, config, "cpu")
+    generator, ready = replica(Generator, config, "cpu")
+    await asyncio.gather(started, loaded, ready)
+    pixels = await preprocessor.pixels(DEMO_PICTURE.read_bytes())
+    features = await encoder.encode(pixels, "digest")
+    await generator.generate(features, "", SamplingParams(max_tokens=2))
+    threads = {thread.name: thread.native_id or 0 for thread in threading.enumerate()}
+    computing = {name: niceness_of(threads[name]) for name in ("batches", "engine")}
+    decoders = {
+        child.nice()
+        for child in psutil.Process().children()
+        if any("decode_worker" in part for part in child.cmdline())
+    }
+    assert computing == dict.fromkeys(("batches", "engine"), min(before + 10, 19))
+    assert decoders == {min(before + 10, 19)}
+    assert own_niceness() == before

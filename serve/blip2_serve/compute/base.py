@@ -190,10 +190,14 @@ class Device:
         return attend
 
 
-def set_threads(threads: int | None) -> None:
-    """Sets how many threads torch uses when called from this thread; None: all usable cores.
+def prepare_thread(place: torch.device, threads: int | None) -> None:
+    """Prepares this thread to compute: on a CPU it gives way to threads that serve.
+
+    `threads` is how many torch uses when it is called from this one; None: all usable cores.
 
     Ray sets OMP_NUM_THREADS to the CPUs that the replica reserves, rounded up: 1. OpenMP keeps the
     number per calling thread, so every thread that computes must call this.
     """
+    if place.type == "cpu":
+        machine.give_way()
     torch.set_num_threads(threads or machine.cores())

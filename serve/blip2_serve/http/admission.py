@@ -34,7 +34,7 @@ SMOOTH_OVER = 8  # arrivals
 SOME_FROM = 0.75  # share of the limit from which some requests are refused
 CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
 TYPICAL = 1.5  # average answers
-MOST_BIAS = 3.0  # of the stages' figures, and its inverse the least
+MOST_BIAS = 3.0  # of the stages' figures; they are never taken for too high
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
 RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
 RETURN_SHARE = 0.09  # of what the server can do: what refused clients may ask for when they return
@@ -122,14 +122,18 @@ class Admission:
         self._mean_work = _mean(self._mean_work, tokens)
         self._finished.append(self._clock())
 
-    def took(self, seconds: float, wait_s: float) -> None:
-        """Learns how long an answered request took; `wait_s` is what `wait_s()` was at first."""
+    def took(self, seconds: float, figures_s: float) -> None:
+        """Learns how long an answered request took; `figures_s` is what the figures said at first.
+
+        The bias must not follow from itself: it would swing, since times are known with a delay.
+        """
         calm_s = CALM * self._limits.max_wait_s
-        if max(wait_s, self.wait_s()) <= calm_s:
+        expected_s = self._bias * figures_s
+        if max(expected_s, self.wait_s()) <= calm_s:
             self._usual_s = _mean(self._usual_s, seconds)
-        elif calm_s < wait_s < math.inf:
-            bias = _mean(self._bias, self._bias * seconds / wait_s)
-            self._bias = min(max(bias, 1 / MOST_BIAS), MOST_BIAS)
+        elif calm_s < expected_s < math.inf:
+            bias = _mean(self._bias, seconds / figures_s)
+            self._bias = min(max(bias, 1.0), MOST_BIAS)
 
     @property
     def _limit_s(self) -> float:
@@ -151,13 +155,17 @@ class Admission:
 
     def wait_s(self, *, images: bool = True) -> float:
         """Seconds until all admitted work is done; without `images`, all answers."""
+        return self._bias * self.figures_s(images=images)
+
+    def figures_s(self, *, images: bool = True) -> float:
+        """The same, going by the stages' figures alone."""
         capacity = self._capacity()
         if capacity.images_per_s is None or capacity.answers_per_s is None:
             return 0.0 if self._requests < self._limits.initial_requests else math.inf
         seconds = self._answers / capacity.answers_per_s
         if images:
             seconds += self._images / capacity.images_per_s
-        return self._bias * seconds
+        return seconds
 
     def _check(self, *, images: bool) -> None:
         """Refuses a request that would have to wait too long; with `images`, for the encoder too.
@@ -229,7 +237,7 @@ class Ticket:
         self.planned = False
         self._for_encoder = admission._mean_images > MOSTLY  # it was admitted as if it needed it
         self._entered = admission._clock()
-        self._wait_s = admission.wait_s()
+        self._figures_s = admission.figures_s()
 
     def __enter__(self) -> Self:
         self._admission._requests += 1
@@ -319,7 +327,7 @@ class Ticket:
         """An answer is there: the tokens of all its choices, and their number."""
         self._admission.learn(tokens, answers)
         if self._answers <= TYPICAL:  # the time of others is mostly their own
-            self._admission.took(self._admission._clock() - self._entered, self._wait_s)
+            self._admission.took(self._admission._clock() - self._entered, self._figures_s)
 
     def encoded(self) -> None:
         """The features of one image are there."""

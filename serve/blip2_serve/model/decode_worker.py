@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from blip2_serve import machine
 from blip2_serve.errors import InvalidImage
 from blip2_serve.model.pictures.faults import limit_pixels
 from blip2_serve.model.processor import ImageProcessor
@@ -84,6 +85,7 @@ def main(decoder: Callable[[ImageProcessor], Decode] = lambda processor: process
     limits = Limits(**task.limits)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # threads of the parent may block any signal
     _die_with(task.parent)
+    machine.give_way()
     faulthandler.enable()  # says on standard error where it crashes
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # cores would fill disks, with users' images
     limit_pixels(limits.pixels)

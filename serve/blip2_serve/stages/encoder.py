@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from blip2_serve.compute.base import Device, set_threads
+from blip2_serve.compute.base import Device, prepare_thread
 from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.progress import is_stalled
@@ -47,7 +47,7 @@ class Encoder:
 
     def _load(self, config: AppConfig, device: Device) -> None:
         own = config.encoder
-        set_threads(own.threads)
+        prepare_thread(device.place, own.threads)
         check_quantize(device.place, own.quantize)
         self._device = device
         checkpoint = open_checkpoint(config.model, config.revision)

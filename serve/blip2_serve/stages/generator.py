@@ -20,7 +20,7 @@ from torch import Tensor
 
 from blip2_serve import __version__
 from blip2_serve.compute.assembly import EngineLimits, assemble
-from blip2_serve.compute.base import Device, set_threads
+from blip2_serve.compute.base import Device, prepare_thread
 from blip2_serve.compute.devices import check_quantize, open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.engine import Engine
@@ -82,7 +82,7 @@ class Generator:
             sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._loop = EngineLoop(
             loaded.engine,
-            partial(set_threads, config.generator.threads),
+            partial(prepare_thread, place.place, config.generator.threads),
             observe=self._instruments.step,
             events_per_s=config.generator.stream_events_per_s,
             largest_step=config.generator.max_num_batched_tokens,
@@ -264,7 +264,7 @@ class _Loaded:
 
 def _load(config: AppConfig, device: Device) -> _Loaded:
     own = config.generator
-    set_threads(own.threads)
+    prepare_thread(device.place, own.threads)
     check_quantize(device.place, own.quantize)
     checkpoint = open_checkpoint(config.model, config.revision)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
