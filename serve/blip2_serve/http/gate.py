@@ -46,6 +46,7 @@ class Door:
         self._recorder = recorder
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._turn = asyncio.Lock()
 
     async def enter(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application on a request, or refuses that. One that was admitted just runs."""
@@ -72,7 +73,7 @@ class Door:
             await app(scope, receive, send)
             return
         ends = asyncio.get_running_loop().time() + self._body_timeout_s
-        body = _Body(receive, entered, ends, lambda: self._drop(receive))
+        body = _Body(receive, entered, ends, self._turn, lambda: self._drop(receive))
         with contextlib.closing(body):
             await app(scope, body.receive, send)
 
@@ -95,7 +96,9 @@ class Door:
 class _Body:
     """A body on its way, within limits of time, bytes and the number of slow ones.
 
-    So slow uploads keep out neither each other nor anyone else.
+    So slow uploads keep out neither each other nor anyone else. Whole bodies go in one by one, each
+    in an iteration of the event loop: a crowd that comes at once does not hold up what takes no
+    time, such as a refusal.
     """
 
     def __init__(
@@ -103,11 +106,13 @@ class _Body:
         receive: Receive,
         entered: Ticket,
         ends: float,
+        turn: asyncio.Lock,
         drop: Callable[[], Awaitable[None]],
     ) -> None:
         self._receive = receive
         self._ticket = entered
         self._ends = ends
+        self._turn = turn
         self._drop = drop
         self._loop = asyncio.get_running_loop()
         self._complete = False
@@ -144,6 +149,8 @@ class _Body:
             raise
         if self._complete:
             self._ticket.complete()
+            async with self._turn:
+                await asyncio.sleep(0)
         return message
 
     def close(self) -> None:

@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from fastapi import FastAPI
+from starlette.types import Message, Receive, Scope, Send
 
 from blip2_serve.config import AppConfig
 from blip2_serve.http import gate
-from blip2_serve.http.admission import Capacity
+from blip2_serve.http.admission import Admission, Capacity
+from blip2_serve.ingress_config import AdmissionConfig
 from support.fake_backend import ROUTES, FakeBackend, body_for, client_of, error_of, post
 from support.recorder import FakeRecorder
 
@@ -187,3 +189,31 @@ async def test_a_request_cannot_ask_for_more_tokens_than_the_limit(
     assert response.status_code == status
     if status == 400:
         assert error_of(response)["param"] == "max_tokens"
+
+
+async def test_a_crowd_that_comes_at_once_does_not_hold_up_others() -> None:
+    """Bodies that are there go in one by one; what takes no time comes in between."""
+    inside: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, _: Send) -> None:
+        if scope["method"] == "POST":
+            await receive()
+        inside.append(scope["method"])
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(_: Message) -> None:
+        raise AssertionError("nobody is refused")
+
+    def scope(method: str) -> Scope:
+        return {"type": "http", "method": method, "headers": []}
+
+    admission = Admission(AdmissionConfig(), lambda: Capacity(1e9, 1e9), FakeRecorder())
+    gate_of_app = gate.Gate(app, gate.Door(admission, FakeRecorder(), 1000, 30.0))
+    async with asyncio.TaskGroup() as group:
+        for method in ["POST"] * 50 + ["GET"]:
+            group.create_task(gate_of_app(scope(method), receive, send))
+
+    assert inside.index("GET") < 5
+    assert inside.count("POST") == 50
