@@ -301,16 +301,22 @@ def memory(app: Planted) -> dict[str, int]:
 async def test_how_soon_its_slots_are_free(app: Planted) -> None:
     """Prints it; the limit is generous, as the machine may be busy."""
     seconds = []
-    for number in range(50):
-        body = {**LONG, "stream": True, "prompt": f"number {number}"}
+    for number in range(200):
+        more = {"n": 8, "temperature": 1, "max_tokens": 1000, "stream": True}
         async with app.client() as client:
+            body = {**LONG, **more, "prompt": f"number {number}"}
             async with client.stream("POST", URL, json=body) as answer:
                 await anext(answer.aiter_lines())
-                assert (await app.stats("Generator"))["running"] == 1
+                is_running = bool((await app.stats("Generator"))["running"])
             began = time.perf_counter()
             while (await app.stats("Generator"))["running"]:
                 pass
-            seconds.append(time.perf_counter() - began)
+            if is_running:  # else the answer was over before anyone looked
+                seconds.append(time.perf_counter() - began)
     seconds.sort()
-    print(f"slots are free after {seconds[25]:.3f} s (p50), {seconds[-1]:.3f} s (longest)")
+    assert len(seconds) > 20
+    middle = seconds[len(seconds) // 2]
+    print(
+        f"slots are free after {middle:.3f} s (p50 of {len(seconds)}), {seconds[-1]:.3f} s at most"
+    )
     assert seconds[-1] < WITHIN_S

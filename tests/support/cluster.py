@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,14 @@ class RayNodes:
     cluster: Cluster
     dashboard: str
     url: str
+    starter: ThreadPoolExecutor
 
     def add(self, num_cpus: float, resources: Mapping[str, float], num_gpus: float = 0) -> Node:
         """Adds a node. Its GPUs are only counted: no replica finds one."""
+        # The kernel ends a node with the thread that started it, which asyncio's do with a test.
+        return self.starter.submit(self._add, num_cpus, resources, num_gpus).result()
+
+    def _add(self, num_cpus: float, resources: Mapping[str, float], num_gpus: float) -> Node:
         # This process is the test's: it keeps its own SIGTERM, which only a main thread can change.
         with mock.patch("ray._private.utils.set_sigterm_handler"):
             return self.cluster.add_node(
@@ -144,14 +150,14 @@ def ray_nodes(environment: Mapping[str, str]) -> Iterator[RayNodes]:
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, as paths of sockets are limited
     own = {"RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     port = free_port()
-    with mock.patch.dict(os.environ, {**environment, **own}):
+    with mock.patch.dict(os.environ, {**environment, **own}), ThreadPoolExecutor(1) as starter:
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": port},
         )
         try:
             dashboard = f"http://127.0.0.1:{port}"
-            nodes = RayNodes(cluster, dashboard, f"http://127.0.0.1:{free_port()}")
+            nodes = RayNodes(cluster, dashboard, f"http://127.0.0.1:{free_port()}", starter)
             wait_until(lambda: is_successful(nodes._applications), READY_WITHIN_S)
             yield nodes
         finally:
