@@ -21,7 +21,7 @@ from support.server import App, free_port, start_app
 def base_url() -> Iterator[str]:
     """Starts Serve and returns its URL."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_worker_niceness"] = "0"  # as `up` has it; other tests run beside
+    os.environ |= {"RAY_worker_niceness": "0"}  # as `up` has it; other tests run beside
     # Replicas find the stages of `support.planted` there.
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))

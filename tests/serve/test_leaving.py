@@ -95,7 +95,8 @@ async def until_nothing_is_left(app: Planted) -> dict[str, Any]:
 
     async def idle() -> bool:
         decoding = (await app.stats("Preprocessor"))["ongoing"]
-        encoding = (await app.stats("Encoder"))["waiting"]
+        encoder = await app.stats("Encoder")
+        encoding = encoder["waiting"] or encoder["busy"]
         engine = await app.stats("Generator")
         return not (decoding or encoding or engine["running"] or engine["waiting"])
 

@@ -49,6 +49,7 @@ class Encoder(encoder.Encoder):
     async def __init__(self, config: Any, device: str) -> None:  # type: ignore[misc]
         self._folder = Path(config.model).parent
         self._calls = 0
+        self._busy = False
         await super().__init__(config, device)
 
     async def encode(self, *args: Any, call: Any = None) -> Any:
@@ -59,12 +60,16 @@ class Encoder(encoder.Encoder):
             self._calls -= 1
 
     async def stats(self) -> dict[str, Any]:
-        """Also how many calls somebody waits for."""
-        return {**await super().stats(), "calls": self._calls}
+        """Also how many calls somebody waits for, and whether a batch is computed."""
+        return {**await super().stats(), "calls": self._calls, "busy": self._busy}
 
     def _encode(self, pixels: Any) -> Any:
+        self._busy = True
         hold(self._folder, "encode")
-        return super()._encode(pixels)
+        try:
+            return super()._encode(pixels)
+        finally:
+            self._busy = False
 
 
 class Generator(generator.Generator):

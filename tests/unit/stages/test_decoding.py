@@ -364,7 +364,7 @@ async def test_a_preprocessor_minds_the_calls_time() -> None:
     preprocessor, started = replica(Preprocessor, AppConfig())
     await started
     call = Call("id", seconds_left=100)
-    assert (await preprocessor.pixels(GOOD, call=call)).shape == (3, *PROCESSOR.size)
+    assert (await preprocessor.pixels(GOOD, call=call)).values.shape == (3, *PROCESSOR.size)
     with pytest.raises(TimedOut):
         await preprocessor.pixels(GOOD, call=Call("id", seconds_left=0))
     await preprocessor.check_health()
