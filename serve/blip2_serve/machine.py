@@ -1,4 +1,4 @@
-"""The cores and the memory of this machine that this process may use. Imports no torch.
+"""The cores, the memory and the priority that this process has. Imports no torch.
 
 On Linux, CPU affinity and control groups (versions 1 and 2) limit both: a container with a quota of
 two cores has two, even on a machine with 64. On other systems there are no such limits.
