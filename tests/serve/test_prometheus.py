@@ -67,20 +67,27 @@ async def traffic(app: App) -> None:
         await client.post(CHAT, json=chat(1, "what is there?"))  # hits both caches
         await client.post(CHAT, json=chat(1, "red " * 450))  # exceeds the KV cache
         await client.post("/v1/caption", json={"image": data_url(b"no image")})
-        for seed in range(10, 13):
-            await disconnect(client, seed)
+        await leave(client)
 
 
 def chat(seed: int, question: str | None = None, **more: Any) -> dict[str, Any]:
     return {"messages": [image_message(image(seed), question)], **more}
 
 
-async def disconnect(client: httpx.AsyncClient, seed: int) -> None:
-    """Starts to read a long answer and disconnects."""
-    body = chat(seed, stream=True, max_tokens=300, ignore_eos=True)
-    async with client.stream("POST", CHAT, json=body) as response:
-        async for _ in response.aiter_bytes():
-            break
+async def leave(client: httpx.AsyncClient) -> None:
+    """Disconnects from streams for which the generator has room for only one at a time."""
+
+    async def read(seed: int) -> None:
+        body = chat(seed, stream=True, max_tokens=300, ignore_eos=True)
+        async with client.stream("POST", CHAT, json=body) as response:
+            async for _ in response.aiter_bytes():
+                break
+
+    streams = [asyncio.create_task(read(seed)) for seed in range(30, 38)]
+    await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+    for stream in streams:
+        stream.cancel()
+    await asyncio.wait(streams)
 
 
 async def overload(client: httpx.AsyncClient) -> None:

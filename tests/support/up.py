@@ -39,6 +39,15 @@ class Up:
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def named(self, ending: str) -> list[psutil.Process]:
+        """Returns those of its processes whose name ends in `ending`."""
+        found = []
+        for process in self.family():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has exited meanwhile
+                if process.name().endswith(ending):
+                    found.append(process)
+        return found
+
     def stop(self, how: signal.Signals, *, group: bool = True) -> None:
         """Stops the server with a signal and waits until all of its processes have exited.
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 import yaml
 from PIL import Image
@@ -230,22 +229,18 @@ def test_a_killed_ingress_costs_no_request_that_has_no_answer_yet(server: Up) ->
     for thread in threads:
         thread.start()
     wait_until(lambda: len(answers) > 10)
-    _ingresses(server)[0].kill()
+    server.named(":Ingress")[0].kill()
     killed.set()
     for thread in threads:
         thread.join()
     assert {answer.status_code for answer in answers} == {httpx.codes.OK}
     assert len(answers) > 20
-    wait_until(lambda: len(_ingresses(server)) == 2, 120)
+    wait_until(lambda: len(server.named(":Ingress")) == 2, 120)
     assert listening(server.family()) == {}  # after HAProxy was started anew
 
 
-def _ingresses(server: Up) -> list[psutil.Process]:
-    return [process for process in server.family() if process.name().endswith(":Ingress")]
-
-
 def _haproxy_config(server: Up) -> Path:
-    command = next(p for p in server.family() if p.name() == "haproxy").cmdline()
+    command = server.named("haproxy")[0].cmdline()
     return Path(command[command.index("-f") + 1])
 
 
