@@ -81,7 +81,7 @@ def prometheus(folder: Path, targets: dict[str, str]) -> Iterator[Prometheus]:
         jobs.append({"job_name": name, "metrics_path": f"/{path}", "static_configs": static})
     config = {
         # A scrape times out after one interval, and on two busy cores a page can take a second.
-        "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": "4s", "scrape_timeout": "4s", "evaluation_interval": "1s"},
         "rule_files": [str(write_rules(folder / "rules.yaml"))],
         "scrape_configs": jobs,
     }

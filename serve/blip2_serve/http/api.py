@@ -29,7 +29,10 @@ from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.service import Backend, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
 from blip2_serve.observe.metrics import Recorder
-from blip2_serve.observe.metrics_page import MetricsPage
+from blip2_serve.observe.metrics_page import CONTENT_TYPE, MetricsPage
+
+SCRAPE_TIMEOUT_S = 10.0  # Prometheus' default
+NODES_SHARE = 0.5  # of it: nodes that are late are left out
 
 LIMITATIONS = (
     "For research: BLIP-2's authors advise against deployment without first assessing safety and "
@@ -173,5 +176,14 @@ class Api:
     async def metrics(self, request: Request) -> Response:
         """Serves the metrics of all replicas on all nodes, for Prometheus."""
         urls = await self._service.backend.metrics_urls()
-        page, content_type = await self._metrics_page.page(urls, request.headers.get("accept", ""))
-        return Response(page, headers={"Content-Type": content_type})
+        page = await self._metrics_page.page(urls, NODES_SHARE * scrape_timeout_s(request))
+        return Response(page, headers={"Content-Type": CONTENT_TYPE})
+
+
+def scrape_timeout_s(request: Request) -> float:
+    """How long Prometheus waits for the page: it says so in a header."""
+    try:
+        told = float(request.headers["x-prometheus-scrape-timeout-seconds"])
+    except (KeyError, ValueError):
+        return SCRAPE_TIMEOUT_S
+    return min(SCRAPE_TIMEOUT_S, told)  # not the other way round: it may be NaN

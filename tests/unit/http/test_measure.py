@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import (
@@ -20,7 +21,7 @@ from blip2_serve.errors import (
     TimedOut,
     Unavailable,
 )
-from blip2_serve.http.api import create_app
+from blip2_serve.http.api import create_app, scrape_timeout_s
 from blip2_serve.observe import metrics
 from support.fake_backend import (
     ROUTES,
@@ -262,6 +263,15 @@ async def test_the_metrics_page_is_made_of_the_nodes_pages() -> None:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=")
     assert 'ray_blip2_node_up{node="a"} 0.0' in response.text
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"), [(None, 10), ("4", 4), ("600", 10), ("nan", 10), ("soon", 10)]
+)
+def test_nodes_are_awaited_as_long_as_prometheus_waits(header: str | None, seconds: float) -> None:
+    fields = [(b"x-prometheus-scrape-timeout-seconds", header.encode())] if header else []
+
+    assert scrape_timeout_s(Request({"type": "http", "headers": fields})) == seconds
 
 
 def test_the_kind_of_an_image_error_survives_pickling() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from prometheus_client.openmetrics.parser import (
-    text_string_to_metric_families as parse_openmetrics,
-)
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from blip2_serve.observe.metrics_page import MetricsPage, render
@@ -39,48 +38,60 @@ ray_blip2_requests_total{route="/v1/caption",WorkerId="b"} 4.0
 """
 
 
-def samples(page: bytes) -> dict[str, float]:
+def samples(page: str) -> dict[str, float]:
     """Values by name and sorted labels."""
     return {
         f"{s.name}{sorted(s.labels.items())}": s.value
-        for family in parse(page.decode())
+        for family in parse(page)
         for s in family.samples
     }
 
 
 def test_the_pages_of_all_nodes_are_merged() -> None:
-    page, _ = render({"a": ONE, "b": OTHER}, "")
+    page = render({"a": ONE, "b": OTHER})
     found = samples(page)
 
     assert found["ray_blip2_requests_total[('WorkerId', 'a'), ('route', '/v1/caption')]"] == 3
     assert found["ray_blip2_requests_total[('WorkerId', 'b'), ('route', '/v1/caption')]"] == 4
     assert found["ray_blip2_queue_time_seconds_bucket[('le', '+Inf'), ('stage', 'encoder')]"] == 2
     assert found["ray_serve_deployment_replica_healthy[('deployment', 'Encoder')]"] == 1
-    assert page.decode().count("# TYPE ray_blip2_requests_total counter") == 1
+    assert page.count("# TYPE ray_blip2_requests_total counter") == 1
 
 
 def test_metrics_of_ray_itself_are_left_out() -> None:
-    page, _ = render({"a": ONE}, "")
+    page = render({"a": ONE})
 
-    assert b"ray_node_cpu_count" not in page
+    assert "ray_node_cpu_count" not in page
 
 
 def test_a_node_that_did_not_answer_is_marked_as_down() -> None:
-    page, _ = render({"a": ONE, "b": None}, "")
+    page = render({"a": ONE, "b": None})
     found = samples(page)
 
     assert found["ray_blip2_node_up[('node', 'a')]"] == 1
     assert found["ray_blip2_node_up[('node', 'b')]"] == 0
 
 
-def test_openmetrics_is_for_clients_that_ask_for_it() -> None:
-    accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
-    page, content_type = render({"a": ONE, "b": OTHER}, accept)
+def test_each_family_is_in_one_piece_under_one_header() -> None:
+    renamed = OTHER.replace("answered", "that were answered")
+    more = OTHER + ONE
+    lines = [line for line in render({"a": ONE, "b": renamed, "c": more}).splitlines() if line]
+    families = [
+        line.split(" ")[2] if line[0] == "#" else re.split("[{ ]", line)[0] for line in lines
+    ]
+    stems = [re.sub("_(bucket|count|sum)$", "", name) for name in families]
+    pieces = [name for name, _ in itertools.groupby(stems)]
 
-    assert content_type.startswith("application/openmetrics-text")
-    families = {family.name: family for family in parse_openmetrics(page.decode())}
-    assert len(families["ray_blip2_requests"].samples) == 2
-    assert render({"a": ONE}, "")[1].startswith("text/plain")
+    assert len(set(pieces)) == len(pieces) == 4
+    assert len([line for line in lines if line.startswith("# HELP")]) == 4
+    assert len([line for line in lines if line.startswith("ray_blip2_requests_total{")]) == 4
+
+
+def test_odd_characters_in_labels_split_no_line() -> None:
+    odd = 'ray_serve_x{a="\x85\u2028{} # HELP"} 1.0'
+    page = f"# HELP ray_serve_x Odd.\n# TYPE ray_serve_x gauge\n{odd}\n"
+
+    assert f"{odd}\n" in render({"a": page})
 
 
 class Exporter(BaseHTTPRequestHandler):
@@ -112,7 +123,7 @@ def exporter() -> Iterator[str]:
 async def test_silent_broken_and_missing_nodes_delay_nobody(exporter: str) -> None:
     nodes = {"good": f"{exporter}/good", "broken": f"{exporter}/broken"}
     nodes |= {"silent": f"{exporter}/silent", "gone": "http://127.0.0.1:9/metrics"}
-    page, _ = await asyncio.wait_for(MetricsPage().page(nodes, ""), 10)
+    page = await asyncio.wait_for(MetricsPage().page(nodes, within_s=1), 10)
     found = samples(page)
 
     answered = {node: found[f"ray_blip2_node_up[('node', '{node}')]"] for node in nodes}
