@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
 from blip2_serve.engine.sequence import Request
 from blip2_serve.model import decoder
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import DEMO_FOLDER
-from blip2_serve.stages import generator
+from blip2_serve.stages import language_model
 from blip2_serve.types import SamplingParams
 from support.checkpoints import load_encoder
 from support.device import DEVICE
@@ -71,7 +70,7 @@ def captions(features: Tensor) -> list[str]:
         {"dtype": "float32", "generator": {"kv_slots": 4096, "max_num_seqs": 16, "threads": 1}}
     )
     with ThreadPoolExecutor(1) as thread:  # it would change this thread's priority
-        loaded = thread.submit(generator._load, config, open_device("cpu")).result()
+        loaded = thread.submit(language_model.load, config, "cpu").result()
     engine, tokenizer = loaded.engine, loaded.tokenizer
     ids = tokenizer.prompt_ids("")
     for number, image in enumerate(features):

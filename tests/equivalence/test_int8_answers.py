@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from blip2_serve.compute.cpu import int8_product
-from blip2_serve.compute.devices import open_device
 from blip2_serve.config import AppConfig
 from blip2_serve.demo import scenes
 from blip2_serve.engine.sequence import Request
 from blip2_serve.ingress_config import ChatConfig
 from blip2_serve.model.processor import ImageProcessor
 from blip2_serve.model.source import DEMO_FOLDER
-from blip2_serve.stages import generator
+from blip2_serve.stages import language_model
 from blip2_serve.types import SamplingParams
 from support.checkpoints import load_encoder
 from support.images import encode
@@ -46,7 +45,7 @@ def test_at_least_95_percent_of_captions_and_answers_are_right(dtype: str) -> No
         }
     )
     with ThreadPoolExecutor(1) as thread:  # it would change this thread's priority
-        loaded = thread.submit(generator._load, config, open_device("cpu")).result()
+        loaded = thread.submit(language_model.load, config, "cpu").result()
     engine, tokenizer = loaded.engine, loaded.tokenizer
     assert not isinstance(engine._runner._decoder.lm_head, nn.Linear)
     template = ChatConfig().asked

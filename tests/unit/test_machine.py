@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -233,7 +233,8 @@ async def test_what_computes_on_a_cpu_gives_way_to_what_serves() -> None:
     preprocessor, started = replica(Preprocessor, config)
     encoder, loaded = replica(Encoder, config, "cpu")
     generator, ready = replica(Generator, config, "cpu")
-    await asyncio.gather(started, loaded, ready)
+    for start in (started, loaded, ready):  # two threads cannot import transformers at once
+        await start
     pixels = await preprocessor.pixels(DEMO_PICTURE.read_bytes())
     features = await encoder.encode(pixels, "digest")
     await generator.generate(features, "", SamplingParams(max_tokens=2))
@@ -247,3 +248,31 @@ async def test_what_computes_on_a_cpu_gives_way_to_what_serves() -> None:
     assert computing == dict.fromkeys(("batches", "engine"), min(before + 10, 19))
     assert decoders == {min(before + 10, 19)}
     assert own_niceness() == before
+
+
+STARTS = """
+import asyncio, os, sys
+from blip2_serve.config import AppConfig
+from blip2_serve.stages.{module} import {stage}
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.getpriority(os.PRIO_PROCESS, 0))
+
+sys.meta_path.insert(0, Watch())
+replica = object.__new__({stage})
+asyncio.run(replica.__init__(AppConfig(dtype="float32"), "cpu"))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize(("module", "stage"), [("encoder", "Encoder"), ("generator", "Generator")])
+def test_a_replica_that_starts_on_a_cpu_gives_way_before_it_imports_torch(
+    module: str, stage: str
+) -> None:
+    code = STARTS.format(module=module, stage=stage)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert {*map(int, done.stdout.split())} == {min(own_niceness() + 10, 19)}

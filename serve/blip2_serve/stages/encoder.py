@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from blip2_serve.compute.base import Device, prepare_thread
-from blip2_serve.compute.devices import check_quantize, open_device
+from blip2_serve import machine
 from blip2_serve.config import AppConfig
 from blip2_serve.engine.progress import is_stalled
 from blip2_serve.errors import Blip2ServeError, WrongCheckpoint
-from blip2_serve.model.checkpoint import open_checkpoint, resolve_dtype, tensor_bytes
-from blip2_serve.model.processor import ImageProcessor
-from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.observe import logs
-from blip2_serve.observe.instruments import EncoderInstruments, Model
-from blip2_serve.observe.loading import measured_loading
+from blip2_serve.observe.instruments import EncoderInstruments
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.batching import BatchThread
 from blip2_serve.stages.deadline import expiry
-from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
+from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import Call, ImageFeatures, Pixels, Vitals
 
-MAX_WITHOUT_NUMBERS = 3  # images in a row: then it may not be the images' fault
+if TYPE_CHECKING:
+    from blip2_serve.stages.vision_model import Encoded, VisionModel
 
-_Encoded = tuple[bytes, tuple[int, int], str]  # data, shape and dtype of an ImageFeatures
+MAX_WITHOUT_NUMBERS = 3  # images in a row: then it may not be the images' fault
 
 
 class Encoder:
@@ -37,30 +32,20 @@ class Encoder:
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure(config.log_format)
         limit = config.encoder.max_batch_size
-        self._without_numbers = 0  # images in a row whose features were not finite
         self._instruments = EncoderInstruments(RayRecorder(), limit)
-        load = partial(self._load, config, open_device(device))
+        load = partial(self._load, config, device)
         self._batching = BatchThread(load, self._encode, limit, self._instruments.batch)
         await self._batching.prepared
-        self._instruments.ready(self._loaded, lambda: self._batching.waiting)
-        self._signs = VitalSigns(self._instruments, self._fingerprint)
+        self._instruments.ready(self._model.loaded, lambda: self._batching.waiting)
+        self._signs = VitalSigns(self._instruments, self._model.fingerprint)
 
-    def _load(self, config: AppConfig, device: Device) -> None:
-        own = config.encoder
-        prepare_thread(device.place, own.threads)
-        check_quantize(device.place, own.quantize)
-        self._device = device
-        checkpoint = open_checkpoint(config.model, config.revision)
-        processor = ImageProcessor.load(checkpoint.folder)
-        blank = np.zeros((3, *processor.size), np.uint8)
-        self._blank = Pixels(blank, int(processor.resample))
-        dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
-        self._fingerprint = fingerprint_of(config, checkpoint.folder, dtype)
-        with measured_loading("vision model") as report:
-            encoder = ImageEncoder.load(checkpoint, processor, device.place, dtype)
-            report.tensor_bytes = tensor_bytes(encoder)
-            self._run = device.prepare_encoder(encoder, own.max_batch_size, own.quantize)
-        self._loaded = Model(report, device.gpu_memory)
+    def _load(self, config: AppConfig, device: str) -> None:
+        # First: a replica that starts should not take the cores from those that serve.
+        if device == "cpu":
+            machine.give_way()
+        from blip2_serve.stages.vision_model import VisionModel
+
+        self._model: VisionModel = VisionModel(config, device)
 
     async def encode(
         self, pixels: Pixels, digest: str, *, call: Call | None = None
@@ -73,28 +58,14 @@ class Encoder:
         """
         expires = expiry(call)
         self._instruments.called(call)
-        if not pixels.is_like(self._blank):
+        if not pixels.is_like(self._model.blank):
             raise WrongCheckpoint("the image was prepared for another checkpoint")
         with self._instruments.in_stage():
             data, shape, dtype = await self._batching.result_of(pixels.values, expires)
-        return ImageFeatures(digest, data, shape, dtype, self._fingerprint)
+        return ImageFeatures(digest, data, shape, dtype, self._model.fingerprint)
 
-    def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[_Encoded | Blip2ServeError]:
-        batch = self._device.host_tensor((len(pixels), *pixels[0].shape), torch.uint8)
-        np.stack(pixels, out=batch.numpy())
-        features = self._device.download(self._run(batch))
-        shape = (features.shape[1], features.shape[2])
-        dtype = str(features.dtype).removeprefix("torch.")
-        # One number that is not finite makes the sum so too.
-        finite = features.flatten(1).sum(1, dtype=torch.float32).isfinite().tolist()
-        self._without_numbers = 0 if any(finite) else self._without_numbers + len(finite)
-        # numpy has no bfloat16, but bytes are bytes.
-        return [
-            (f.view(torch.uint8).numpy().tobytes(), shape, dtype)
-            if is_finite
-            else Blip2ServeError("the model computed no finite numbers for this image")
-            for f, is_finite in zip(features, finite, strict=True)
-        ]
+    def _encode(self, pixels: list[NDArray[np.uint8]]) -> list[Encoded | Blip2ServeError]:
+        return self._model.encode(pixels)
 
     async def alive(self, caller: str) -> Vitals:
         """Called by each ingress replica once per second, while it has work here.
@@ -114,8 +85,8 @@ class Encoder:
         stalled_s = self._batching.stalled_s
         if is_stalled(stalled_s, self._batching.usual_s):
             raise RuntimeError(f"the encoder has made no progress for {stalled_s:.0f} s")
-        if self._batching.failure or self._without_numbers >= MAX_WITHOUT_NUMBERS:
-            await self._batching.result_of(self._blank.values)
+        if self._batching.failure or self._model.without_numbers >= MAX_WITHOUT_NUMBERS:
+            await self._batching.result_of(self._model.blank.values)
 
     async def stats(self) -> dict[str, Any]:
         return self._instruments.stats()

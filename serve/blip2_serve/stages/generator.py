@@ -8,43 +8,23 @@ import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
-import torch
-import transformers
-from torch import Tensor
 
-from blip2_serve import __version__
-from blip2_serve.compute.assembly import EngineLimits, assemble
-from blip2_serve.compute.base import Device, prepare_thread
-from blip2_serve.compute.devices import check_quantize, open_device
+from blip2_serve import machine
 from blip2_serve.config import AppConfig
-from blip2_serve.engine.engine import Engine
 from blip2_serve.engine.loop import EngineLoop
 from blip2_serve.engine.progress import is_stalled
 from blip2_serve.engine.sequence import Request
 from blip2_serve.errors import ContextLengthExceeded, InvalidRequest, WrongCheckpoint
-from blip2_serve.model.checkpoint import (
-    eos_token_ids,
-    longest_sequence,
-    open_checkpoint,
-    resolve_dtype,
-    shortest_sequence,
-    tensor_bytes,
-)
-from blip2_serve.model.decoder import OptDecoder
-from blip2_serve.model.tokenizer import Tokenizer
 from blip2_serve.observe import logs
-from blip2_serve.observe.instruments import GeneratorInstruments, Model
-from blip2_serve.observe.loading import LoadReport, measured_loading
+from blip2_serve.observe.instruments import GeneratorInstruments
 from blip2_serve.observe.recorder import RayRecorder
 from blip2_serve.stages.deadline import expiry
 from blip2_serve.stages.progress import Sent
-from blip2_serve.stages.vital_signs import VitalSigns, fingerprint_of
+from blip2_serve.stages.vital_signs import VitalSigns
 from blip2_serve.types import (
     Call,
     Choice,
@@ -56,6 +36,9 @@ from blip2_serve.types import (
     Vitals,
 )
 
+if TYPE_CHECKING:
+    from blip2_serve.stages.language_model import LanguageModel
+
 SWITCH_INTERVAL_S = 0.0002
 MAX_WITHOUT_NUMBERS = 3  # requests in a row: then it is not the requests' fault
 
@@ -65,34 +48,28 @@ class Generator:
 
     async def __init__(self, config: AppConfig, device: str) -> None:  # type: ignore[misc]
         logs.configure(config.log_format)
-        self._device = place = open_device(device)
         self._default_max_tokens = config.generator.default_max_tokens
         self._instruments = GeneratorInstruments(RayRecorder(), config.generator.max_num_seqs)
         # In a thread that ends: libgomp counts every living thread that ever computed, and if they
         # outnumber the cores, none of them spins.
         with ThreadPoolExecutor(1) as thread:
-            loading = asyncio.get_running_loop().run_in_executor(thread, _load, config, place)
-            loaded = await loading
-        self._tokenizer = loaded.tokenizer
-        self._max_model_len = loaded.max_model_len
-        self._fingerprint = loaded.fingerprint
-        if place.asynchronous:
+            loading = asyncio.get_running_loop().run_in_executor(thread, _load, config, device)
+            self._model = model = await loading
+        if model.device.asynchronous:
             # The engine's thread needs Python for a moment at each step, while the event loop is
             # busy with requests; it would wait for up to 5 ms, longer than the step.
             sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._loop = EngineLoop(
-            loaded.engine,
-            partial(prepare_thread, place.place, config.generator.threads),
+            model.engine,
+            model.prepare_thread,
             observe=self._instruments.step,
             events_per_s=config.generator.stream_events_per_s,
             largest_step=config.generator.max_num_batched_tokens,
         )
         self._instruments.ready(
-            Model(loaded.report, place.gpu_memory),
-            self._loop.stats,
-            _build_info(config, place, loaded.report),
+            model.loaded, self._loop.stats, {**model.build_info, "ray": ray.__version__}
         )
-        self._signs = VitalSigns(self._instruments, self._fingerprint)
+        self._signs = VitalSigns(self._instruments, model.fingerprint)
 
     async def generate(
         self,
@@ -183,18 +160,18 @@ class Generator:
     ) -> Request:
         expires = expiry(call)
         self._instruments.called(call)
-        if features.fingerprint not in ("", self._fingerprint):
+        if features.fingerprint not in ("", self._model.fingerprint):
             raise WrongCheckpoint("the image features come from another checkpoint")
-        at_least = self._tokenizer.least_tokens(prompt)
-        if at_least >= self._max_model_len:  # tokenising megabytes would block the event loop
+        at_least = self._model.tokenizer.least_tokens(prompt)
+        if at_least >= self._model.max_model_len:  # tokenising megabytes would block the event loop
             raise ContextLengthExceeded(
                 f"the prompt takes at least {at_least} tokens; this model has "
-                f"{self._max_model_len} positions",
+                f"{self._model.max_model_len} positions",
                 "prompt",
             )
-        ids = self._tokenizer.prompt_ids(prompt)
+        ids = self._model.tokenizer.prompt_ids(prompt)
         params = self._bounded(len(ids), params)
-        image = _tensor(features, self._device)
+        image = self._model.tensor_of(features)
         name = uuid.uuid4().hex
         return Request(name, ids, image, features.digest, params, sent, expires)
 
@@ -203,21 +180,21 @@ class Generator:
 
         It is a limit: above what the prompt leaves of the model's positions, it is cut to that.
         """
-        room = self._max_model_len - prompt_tokens
+        room = self._model.max_model_len - prompt_tokens
         if room < 1:
             raise ContextLengthExceeded(
                 f"image and prompt take {prompt_tokens} tokens, which leaves none for an answer: "
-                f"this model has {self._max_model_len} positions; shorten the prompt",
+                f"this model has {self._model.max_model_len} positions; shorten the prompt",
                 "prompt",
             )
         max_tokens = min(params.max_tokens or self._default_max_tokens, room)
         if params.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is above max_tokens ({max_tokens})", "min_tokens")
-        unknown = [i for i, _ in params.logit_bias if i >= self._tokenizer.vocabulary]
+        unknown = [i for i, _ in params.logit_bias if i >= self._model.tokenizer.vocabulary]
         if unknown:
             raise InvalidRequest(
                 f"logit_bias has the token id {unknown[0]}; this model's ids are below "
-                f"{self._tokenizer.vocabulary}",
+                f"{self._model.tokenizer.vocabulary}",
                 "logit_bias",
             )
         return replace(params, max_tokens=max_tokens)
@@ -231,21 +208,9 @@ class Generator:
     def _logprob_with_bytes(self, logprob: TokenLogprob) -> TokenLogprob:
         return replace(
             logprob,
-            token=self._tokenizer.token_bytes(logprob.token_id),
+            token=self._model.tokenizer.token_bytes(logprob.token_id),
             top=tuple(map(self._logprob_with_bytes, logprob.top)),
         )
-
-
-def _build_info(config: AppConfig, device: Device, loading: LoadReport) -> dict[str, str]:
-    return {
-        "version": __version__,
-        "model": config.model_name,
-        "dtype": loading.dtype,
-        "device": device.place.type,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "ray": ray.__version__,
-    }
 
 
 def _choice(event: TokenEvent) -> Choice:
@@ -253,51 +218,10 @@ def _choice(event: TokenEvent) -> Choice:
     return Choice(event.token_ids, event.text, event.finish_reason, event.logprobs)
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    engine: Engine
-    tokenizer: Tokenizer
-    max_model_len: int  # tokens
-    fingerprint: str
-    report: LoadReport
+def _load(config: AppConfig, device: str) -> LanguageModel:
+    # First: a replica that starts should not take the cores from those that serve.
+    if device == "cpu":
+        machine.give_way()
+    from blip2_serve.stages.language_model import load
 
-
-def _load(config: AppConfig, device: Device) -> _Loaded:
-    own = config.generator
-    prepare_thread(device.place, own.threads)
-    check_quantize(device.place, own.quantize)
-    checkpoint = open_checkpoint(config.model, config.revision)
-    tokenizer = Tokenizer(checkpoint.folder, checkpoint.config)
-    dtype = resolve_dtype(config.dtype, device.place, checkpoint.config)
-    with measured_loading("language model") as report:
-        decoder = OptDecoder.load(checkpoint, device.place, dtype)
-        report.tensor_bytes = tensor_bytes(decoder)
-        report.dtype = str(dtype).removeprefix("torch.")
-        pad_to = device.prepare_decoder(decoder, own.quantize)
-    max_len = longest_sequence(checkpoint.config, config.max_model_len)
-    engine = assemble(
-        decoder,
-        device,
-        EngineLimits(
-            max_num_seqs=own.max_num_seqs,
-            max_waiting=own.max_waiting,
-            max_num_batched_tokens=own.max_num_batched_tokens,
-            kv_slots=own.kv_slots,
-            kv_memory_fraction=own.kv_memory_fraction,
-            prefix_caching=own.prefix_caching,
-        ),
-        pad_to=pad_to,
-        min_len=shortest_sequence(checkpoint.config),
-        max_len=max_len,
-        decode=tokenizer.decode,
-        eos_token_ids=eos_token_ids(checkpoint.config),
-    )
-    fingerprint = fingerprint_of(config, checkpoint.folder, dtype)
-    return _Loaded(engine, tokenizer, max_len, fingerprint, report)
-
-
-def _tensor(features: ImageFeatures, device: Device) -> Tensor:
-    """[queries, hidden] in main memory, from where the runner copies it."""
-    tensor = device.host_tensor(features.shape, getattr(torch, features.dtype))
-    tensor.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(features.data, np.uint8)
-    return tensor
+    return load(config, device)

@@ -25,19 +25,19 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
         patch.setattr(type(encoder._batching), "stalled_s", 61.0)
         with pytest.raises(RuntimeError, match="no progress for 61 s"):
             await encoder.check_health()
-    works, pixels = encoder._run, encoder._blank
+    works, pixels = encoder._model._run, encoder._model.blank
 
     def is_gone(_: Any) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    encoder._run = is_gone
+    encoder._model._run = is_gone
     with pytest.raises(RuntimeError, match="CUDA error"):
         await encoder.encode(pixels, "digest")
     for _ in range(2):  # Serve checks several times before it replaces a replica
         with pytest.raises(RuntimeError, match="CUDA error"):
             await encoder.check_health()
 
-    encoder._run = works  # as if only that batch had failed
+    encoder._model._run = works  # as if only that batch had failed
     await encoder.check_health()
     assert encoder._batching.failure is None
 
@@ -45,8 +45,8 @@ async def test_an_encoder_is_unhealthy_only_while_batches_fail() -> None:
 async def test_an_image_without_numbers_fails_alone() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
-    works = encoder._run
-    dark = encoder._blank
+    works = encoder._model._run
+    dark = encoder._model.blank
     light = replace(dark, values=np.full_like(dark.values, 255))
 
     def loses_dark_ones(batch: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ async def test_an_image_without_numbers_fails_alone() -> None:
         features[batch.flatten(1).amax(1) == 0, 3, 5] = torch.nan
         return features
 
-    encoder._run = loses_dark_ones
+    encoder._model._run = loses_dark_ones
     calls = [encoder.encode(pixels, "digest") for pixels in (dark, light, dark)]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [
@@ -69,15 +69,15 @@ async def test_an_image_without_numbers_fails_alone() -> None:
             await encoder.encode(dark, "digest")
     with pytest.raises(Blip2ServeError, match="no finite numbers"):
         await encoder.check_health()  # of a blank image, too
-    encoder._run = works
+    encoder._model._run = works
     await encoder.check_health()
-    assert encoder._without_numbers == 0
+    assert encoder._model.without_numbers == 0
 
 
 async def test_an_image_whose_time_is_over_is_not_encoded() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
-    pixels = encoder._blank
+    pixels = encoder._model.blank
     with pytest.raises(TimedOut):
         await encoder.encode(pixels, "digest", call=Call("a", 0.0))
     for call in (None, Call("a", None), Call("a", 3600.0)):
@@ -87,7 +87,7 @@ async def test_an_image_whose_time_is_over_is_not_encoded() -> None:
 async def test_an_image_prepared_for_another_checkpoint_is_not_encoded() -> None:
     encoder, loaded = replica(Encoder, AppConfig(dtype="float32"), "cpu")
     await loaded
-    right = encoder._blank
+    right = encoder._model.blank
     larger = replace(right, values=np.zeros((3, 32, 32), np.uint8))
     for wrong in (larger, replace(right, resample=right.resample + 1)):
         with pytest.raises(WrongCheckpoint):
