@@ -47,6 +47,7 @@ def unschedulable(idle: App) -> Iterator[str]:
         stage: {"num_cpus": 0} for stage in ("ingress", "preprocessor", "encoder", "generator")
     }
     light["preprocessor"]["resources"] = {"nowhere": 1}
+    light["request_timeout_s"] = 5  # Serve gives a replica its grace even if it has never started
     target = serve.RunTarget(
         build(AppConfig.model_validate(light)), name=NEVER, route_prefix=f"/{NEVER}"
     )
