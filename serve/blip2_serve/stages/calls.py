@@ -118,13 +118,14 @@ class StageClient:
     ) -> AsyncGenerator[Any, None]:
         """Yields what a method yields. Leaving early cancels it.
 
-        `resume` returns the last argument of each attempt: where to begin. Raises as `call`.
+        `resume` returns the last argument of each attempt: where to begin; None: all is there.
+        Raises as `call`.
         """
         remote = self._method(method, stream=True)
         tries = _Tries(self, work)
-        while True:
+        while (begin := resume()) is not None:
             with await tries.next() as attempt:
-                items = remote.remote(*args, resume(), call=attempt.call)
+                items = remote.remote(*args, begin, call=attempt.call)
                 finished = False
                 try:
                     while True:

@@ -20,8 +20,13 @@ class Progress:
         elif (tokens := self._tokens[event.index]) is not None:
             tokens += event.token_ids
 
-    def sent(self) -> Sent:
-        """The token ids sent of each answer, None for a finished one; empty if there are none."""
+    def sent(self) -> Sent | None:
+        """The token ids sent of each answer, None for a finished one; empty if there are none.
+
+        None if all are finished: only the end of the stream was lost.
+        """
+        if all(tokens is None for tokens in self._tokens):
+            return None
         if not any(tokens is None or tokens for tokens in self._tokens):
             return ()
         return tuple(None if tokens is None else tuple(tokens) for tokens in self._tokens)

@@ -470,6 +470,27 @@ async def test_a_stream_goes_on_where_it_was_and_its_pause_is_measured() -> None
     assert len(recorder.observed["blip2_replay_pause_seconds",]) == 1
 
 
+async def test_a_stream_that_lost_only_its_end_is_not_asked_for_again() -> None:
+    received: list[int] = []
+
+    async def dies_after_the_last(begin: int) -> Any:
+        async def numbers() -> AsyncIterator[int]:
+            yield begin
+            raise dead()
+
+        return numbers()
+
+    stage = Stage(Replica("a", dies_after_the_last))
+    numbers = client_of(stage).stream("count", resume=lambda: None if received else 0, work=WORK)
+    async with asyncio.timeout(5):
+        received.append(await anext(numbers))
+        with pytest.raises(StopAsyncIteration):
+            await anext(numbers)
+
+    assert received == [0]
+    assert len(stage.responses) == 1
+
+
 async def test_leaving_a_stream_cancels_it() -> None:
     async def endless(begin: int) -> Any:
         async def numbers() -> AsyncIterator[int]:

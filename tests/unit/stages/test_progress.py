@@ -17,3 +17,11 @@ def test_the_tokens_of_each_answer_add_up_and_finished_answers_have_none() -> No
     progress.add(TokenEvent((3,), " c", index=0))
 
     assert progress.sent() == ((1, 2, 3), (), None)
+
+
+def test_nothing_is_left_to_send_once_all_answers_are_finished() -> None:
+    progress = Progress(2)
+    progress.add(TokenEvent((1,), " a", "length", index=0))
+    assert progress.sent() == (None, ())
+    progress.add(TokenEvent((2,), " b", "stop", index=1))
+    assert progress.sent() is None
