@@ -90,14 +90,14 @@ def load(config: AppConfig, device_name: str) -> LanguageModel:
         eos_token_ids=eos_token_ids(checkpoint.config),
     )
     return LanguageModel(
-        engine,
-        tokenizer,
-        device,
-        prepare,
-        max_len,
-        fingerprint_of(config, checkpoint.folder, dtype),
-        Model(report, device.gpu_memory),
-        {
+        engine=engine,
+        tokenizer=tokenizer,
+        device=device,
+        prepare_thread=prepare,
+        max_model_len=max_len,
+        fingerprint=fingerprint_of(config, checkpoint.folder, dtype),
+        loaded=Model(report, device.gpu_memory),
+        build_info={
             "version": __version__,
             "model": config.model_name,
             "dtype": report.dtype,
