@@ -10,7 +10,7 @@ one layer: it writes the keys and values of the step's tokens into their slots, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from blip2_serve.compute.drawing import keep_top_p
 from blip2_serve.compute.mixed import MixedParts
 from blip2_serve.engine.sequence import Chunk
 from blip2_serve.model.decoder import Attend, OptDecoder, add_norm
-from blip2_serve.model.vision import ImageEncoder
+
+if TYPE_CHECKING:  # it imports transformers' modelling code, which no generator needs
+    from blip2_serve.model.vision import ImageEncoder
 
 # uint8 pixels [B, 3, S, S] in main memory -> image features [B, queries, hidden] on the device
 Encode = Callable[[Tensor], Tensor]

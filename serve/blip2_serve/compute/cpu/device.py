@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from blip2_serve.compute.base import Decode, DecodeStep, Device, Encode
 from blip2_serve.compute.cpu import linear, paged_attention
 from blip2_serve.compute.cpu.int8 import quantize_decoder
-from blip2_serve.compute.cpu.vision import pack_vision
 from blip2_serve.model.decoder import Attend, OptDecoder
-from blip2_serve.model.vision import ImageEncoder
+
+if TYPE_CHECKING:
+    from blip2_serve.model.vision import ImageEncoder
 
 
 class CpuDevice(Device):
@@ -30,6 +33,9 @@ class CpuDevice(Device):
     def prepare_encoder(
         self, encoder: ImageEncoder, max_batch_size: int, quantize: str | None = None
     ) -> Encode:
+        # Only here, as it imports transformers' modelling code, which no generator needs.
+        from blip2_serve.compute.cpu.vision import pack_vision
+
         pack_vision(encoder)
         return super().prepare_encoder(encoder, max_batch_size, quantize)
 
