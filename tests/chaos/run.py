@@ -4,7 +4,8 @@
 
 Starts `blip2-serve up` with the shipped checkpoint in float32 and two replicas of each stage, notes
 the undisturbed answers, and injects faults under load. The next fault comes when every stage is
-whole again. Prints the checker's report; exits with 1 on any violation.
+whole again. Prints the checker's report; exits with 1 on any violation. Ctrl-C ends it early, with
+a report of the faults until then.
 """
 
 from __future__ import annotations
@@ -134,14 +135,17 @@ async def run(up: Up, args: argparse.Namespace, file: Path) -> bool:
 
 def main() -> None:
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the server like Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "history.jsonl"
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder))
         # Ray would hold back the second of two similar lines, which `missing` looks for.
         with running_up(Path(folder), "--config", config, RAY_DEDUP_LOGS="0") as up:
-            whole = asyncio.run(run(up, args, file))
+            try:
+                whole = asyncio.run(run(up, args, file))
+            except KeyboardInterrupt:  # `run` has awaited what was in flight
+                whole = True
     report = checker.check(history.read(file))
     print(f"\n{report}\n{file}")
     sys.exit(bool(report.violations) or not whole)

@@ -54,6 +54,9 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
         ".venv/bin/serve run blip2_serve.app:build *",
         ".venv/bin/serve deploy serve.yaml",
     ),
+    "tests/loadtest/test_gpu.py does it": (
+        ".venv/bin/python -m loadtest.bench.gpu --device cpu --shape small",
+    ),
     "the tests themselves": (
         "make test",
         "make test-quick",

@@ -26,9 +26,12 @@ print("loaded", sorted({name.partition(".")[0] for name in sys.modules}))
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, object]]:
     """Its output and its report."""
     output = tmp_path_factory.mktemp("gpu") / "report.json"
-    options = ["--device", "cpu", "--images", "9", "--running", "4", "--output", output]
+    options = ["--device", "cpu", "--shape", "small", "--images", "9", "--running", "4"]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *options], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", RUN, *options, "--output", output],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(output.read_text())

@@ -48,17 +48,16 @@ class Up:
                     found.append(process)
         return found
 
-    def stop(self, how: signal.Signals, *, group: bool = True) -> None:
-        """Stops the server with a signal and waits until all of its processes have exited.
-
-        Terminals and some supervisors send it to the process group.
-        """
-        family = self.family()
-        assert family
+    def send(self, how: signal.Signals, *, group: bool) -> None:
+        """Sends a signal. Terminals and some supervisors send theirs to the process group."""
         if group:
             os.killpg(self.process.pid, how)
         else:
             self.process.send_signal(how)
+
+    def until_gone(self, family: list[psutil.Process]) -> None:
+        """Waits until the server, told to stop, and what was its family have exited."""
+        assert family
         assert self.process.wait(timeout=60) == 0
         wait_until(lambda: not any(map(_is_alive, family)), within_s=30)
 

@@ -12,7 +12,8 @@ from blip2_serve.demo import scenes
 from support.collector import Collector, orphans, stages_of
 from support.images import data_url, image_message
 from support.server import wait_until
-from support.up import Up, running_up
+from support.stopping import stop_with_a_stream_under_way
+from support.up import Up, listening, running_up
 
 SCENE = scenes.sample(5_001)
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -28,9 +29,9 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Up]:
-    """A server that traces requests on demand and logs in JSON."""
+    """A server on all addresses that traces requests on demand and logs in JSON."""
     folder = tmp_path_factory.mktemp("up")
-    flags = ("--trace", "0", "--log-format", "json")
+    flags = ("--host", "0.0.0.0", "--trace", "0", "--log-format", "json")
     with running_up(folder, *flags, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as server:
         yield server
 
@@ -73,6 +74,9 @@ def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
     assert server.proxied == []
 
 
-def test_sigterm_leaves_no_process_behind(server: Up) -> None:
-    server.stop(signal.SIGTERM, group=False)
-    assert "Traceback" not in server.log.read_text()
+def test_it_listens_on_all_addresses_when_told_to(server: Up) -> None:
+    assert listening(server.family()) == {"haproxy": {int(server.url.rpartition(":")[2])}}
+
+
+def test_sigterm_finishes_a_stream_and_leaves_no_process(server: Up) -> None:
+    stop_with_a_stream_under_way(server, signal.SIGTERM, group=False)
