@@ -38,7 +38,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed-test
-	$(BIN)/pytest -n $(TEST_WORKERS) tests/unit $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" tests/unit $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) -m "(long or hypothesis) and not soak" --hypothesis-profile=$(EXAMPLES) $(PYTEST_ARGS)

@@ -279,7 +279,7 @@ def test_many_requests_through_few_slots_match_transformers(
     )
     picture = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
     prefix = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
-    for name in range(40):
+    for name in range(24):
         prompt = prefix[: random.randint(2, 14)]
         prompt += [random.randrange(VOCABULARY) for _ in range(random.randint(1, 10))]
         width = random.choice([{}, {"n": 3}, {"num_beams": 4}])
