@@ -17,6 +17,9 @@ from blip2_serve.stage_config import (
 # A web page's origin as browsers send it: without a path, and without a slash at its end.
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/?#\s*]+)$")]
 
+# A host in lower case, or all below one. IPv6 addresses are written without brackets.
+HostPattern = Annotated[str, Field(pattern=r"^(\*\.)?[a-z0-9_:.-]*[a-z0-9]$")]
+
 
 class ImageLimits(FrozenConfig):
     """Images that clients may send."""
@@ -24,8 +27,17 @@ class ImageLimits(FrozenConfig):
     max_bytes: int = Field(20 << 20, ge=1, description="Largest size of an image file, in bytes.")
     allow_urls: bool = Field(
         False,
-        description="Fetch images from https URLs that clients send. Any client can then make the "
-        "server fetch any address that it can reach.",
+        description="Fetch images from https URLs that clients send, if they lead to public "
+        "addresses.",
+    )
+    allow_http: bool = Field(False, description="Fetch images from http URLs as well.")
+    allowed_hosts: tuple[HostPattern, ...] = Field(
+        (),
+        description="Hosts that images are fetched from, such as `images.example.com`, or "
+        "`*.example.com` for all below one. Empty: from any host.",
+    )
+    denied_hosts: tuple[HostPattern, ...] = Field(
+        (), description="Hosts that no image is fetched from, whether allowed or not."
     )
     url_timeout_s: float = Field(
         10.0,
@@ -34,7 +46,7 @@ class ImageLimits(FrozenConfig):
         "downloads.",
     )
     max_downloads: int = Field(
-        16, ge=1, description="Images that one ingress replica may download at once."
+        64, ge=1, description="Images that one ingress replica may download at once."
     )
 
 

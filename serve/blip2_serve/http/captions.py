@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,8 @@ from blip2_serve.http.schema import MAX_IMAGES, CaptionFields, CaptionRequest
 from blip2_serve.http.service import ModelCall, Service
 from blip2_serve.http.validation import explain
 from blip2_serve.types import Completion, SamplingParams
+
+DOWNLOADS_AT_ONCE = 4  # of one request
 
 _REQUEST_BODY: dict[str, Any] = {
     "required": True,
@@ -64,7 +67,10 @@ class Captions:
         asked = self._service.asked(fields)
         prompt = default_prompt(asked.preset) if fields.prompt is None else fields.prompt
         self._service.plan(asked.params, len(images))
-        results = await gather(self._caption(image, prompt, asked.params) for image in images)
+        turns = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
+        results = await gather(
+            self._caption(image, prompt, asked.params, turns) for image in images
+        )
         errors = [result for result in results if isinstance(result, Blip2ServeError)]
         fatal = errors.pop(0) if len(errors) == len(results) else None
         for error in errors:
@@ -74,13 +80,14 @@ class Captions:
         return JSONResponse(_caption_list(asked.model, results, fields))
 
     async def _caption(
-        self, image: str | bytes, prompt: str, params: SamplingParams
+        self, image: str | bytes, prompt: str, params: SamplingParams, turns: asyncio.Semaphore
     ) -> Completion | Blip2ServeError:
-        """`image`: a URL, or the bytes of an upload."""
+        """`image`: a URL, or the bytes of an upload. `turns` limits the downloads of a request."""
         images = self._service.images
         try:
             if isinstance(image, str):
-                image = await images.fetch(image, "image")
+                async with turns:
+                    image = await images.fetch(image, "image")
             else:
                 images.check(image, "image")
             return await self._service.complete(ModelCall(image, prompt, params))

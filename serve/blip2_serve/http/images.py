@@ -7,10 +7,10 @@ import binascii
 import contextlib
 import hashlib
 
-import httpx
 import pybase64
 
 from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
+from blip2_serve.http.downloads import Downloader
 from blip2_serve.ingress_config import ImageLimits
 
 _DATA_PREFIX = "data:"
@@ -19,17 +19,18 @@ _DATA_PREFIX = "data:"
 class ImageReader:
     """Reads the image files of all requests to one ingress replica."""
 
-    def __init__(self, limits: ImageLimits) -> None:
+    def __init__(self, limits: ImageLimits, downloader: Downloader | None = None) -> None:
         self._limits = limits
+        self._downloader = downloader or Downloader(limits)
         self._downloads = asyncio.Semaphore(limits.max_downloads)
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """The image file at a data URL or, if the server allows it, at an https URL.
+        """The image file at a data URL or, if the server allows it, at another one.
 
         `param` names the request's field in errors.
 
         Raises:
-            InvalidRequest: the URL is of another kind, or https URLs are not allowed.
+            InvalidRequest: the URL is of a kind, or leads to a place, that is not allowed.
             InvalidImage: the URL is malformed, too slow or unreachable, or its data has no bytes
                 or more than the limit.
             Overloaded: too many other images are being downloaded.
@@ -48,16 +49,17 @@ class ImageReader:
         """
         if is_data_url(url):
             return
-        if not url.lstrip().lower().startswith("https://"):
+        if not url.lstrip().lower().startswith(("https://", "http://")):
             raise InvalidRequest(
                 'send the image as a data URL ("data:image/jpeg;base64,...") or an https URL', param
             )
         if not self._limits.allow_urls:
             raise InvalidRequest(
-                "this server does not fetch https URLs; send a data URL "
+                "this server does not fetch image URLs; send a data URL "
                 '("data:image/jpeg;base64,..."), or start the server with --allow-image-urls',
                 param,
             )
+        self._downloader.check(url.strip(), param)
 
     def check(self, data: bytes, param: str) -> bytes:
         """`data` itself, if it may be an image file.
@@ -79,39 +81,13 @@ class ImageReader:
         try:
             async with asyncio.timeout(seconds), self._downloads:
                 begun = True
-                return await self._get(url, param)
+                return await self._downloader.get(url, param)
         except TimeoutError:
             if not begun:
                 raise Overloaded("too many images are being downloaded; try again later") from None
             raise InvalidImage(
                 f"downloading the image took longer than {seconds:g} seconds", param, "fetch"
             ) from None
-
-    async def _get(self, url: str, param: str) -> bytes:
-        """Stops soon after the size limit. httpx's own timeout only limits each single read."""
-        data = bytearray()
-        try:
-            async with (
-                httpx.AsyncClient(follow_redirects=False) as client,
-                client.stream("GET", url, timeout=self._limits.url_timeout_s) as response,
-            ):
-                if response.status_code != httpx.codes.OK:
-                    raise InvalidImage(
-                        f"the image URL answered with status {response.status_code}", param, "fetch"
-                    )
-                async for piece in response.aiter_bytes():
-                    data += piece
-                    if len(data) > self._limits.max_bytes:
-                        break
-        except httpx.InvalidURL:
-            raise InvalidImage("the image URL is not valid", param, "url") from None
-        except httpx.HTTPError:
-            raise InvalidImage(
-                "the image cannot be downloaded: its server cannot be reached or broke off",
-                param,
-                "fetch",
-            ) from None
-        return bytes(data)
 
 
 def is_data_url(url: str) -> bool:

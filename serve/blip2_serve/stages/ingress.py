@@ -56,11 +56,6 @@ class Ingress:
             detached_context,
             lambda result: self._recorder.add(metrics.FEATURE_LOOKUPS, result=result),
         )
-        if config.ingress.images.allow_urls:
-            logger.warning(
-                "image URLs are on: any client can make this server fetch https addresses, "
-                "including those of its own network"
-            )
         # A stage that may scale to zero is not asked: that would keep it from it.
         self._always_there = [
             client

@@ -8,16 +8,19 @@ from typing import Any
 import httpx
 import pytest
 
+from blip2_serve.config import AppConfig
 from blip2_serve.errors import (
     InvalidImage,
     Overloaded,
 )
+from blip2_serve.http.downloads import Downloader
 from blip2_serve.types import SamplingParams
 from support.fake_backend import (
     PROMPT_TOKENS,
     TEXT,
     TOKEN_IDS,
     FakeBackend,
+    client_of,
     data_url,
     error_of,
     post,
@@ -213,6 +216,29 @@ async def test_an_invalid_caption_request_is_a_400_that_names_the_field(
 
     assert response.status_code == 400
     assert error_of(response)["param"] == param
+
+
+async def test_at_most_four_images_of_a_request_are_downloaded_at_once(
+    monkeypatch: pytest.MonkeyPatch, backend: FakeBackend
+) -> None:
+    now = most = 0
+
+    async def get(_: Downloader, __: str, ___: str) -> bytes:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.001)
+        now -= 1
+        return b"one"
+
+    monkeypatch.setattr(Downloader, "get", get)
+    config = AppConfig.model_validate({"ingress": {"images": {"allow_urls": True}}})
+    urls = [f"https://example.com/{number}" for number in range(10)]
+    async with client_of(backend, config) as client:
+        answer = (await post(client, "/v1/caption", {"images": urls})).json()
+
+    assert len(answer["data"]) == 10
+    assert most == 4
 
 
 async def test_an_unexpected_failure_of_one_caption_cancels_the_others(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable
 from urllib.parse import quote
 
-import httpx
 import pytest
 
 from blip2_serve.errors import InvalidImage, InvalidRequest, Overloaded
+from blip2_serve.http.downloads import Downloader
 from blip2_serve.http.images import ImageReader, digest
 from blip2_serve.ingress_config import ImageLimits
 
@@ -107,104 +106,46 @@ async def test_other_urls_are_refused_even_if_https_is_allowed(url: str) -> None
         await ImageReader(OPEN).fetch(url, "image")
 
 
-Answer = Callable[[httpx.Request], httpx.Response]
+class Slow(Downloader):
+    """Downloads the URL's own text, each after some time; notes how many are under way."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(OPEN)
+        self._seconds = seconds
+        self.now = self.most = 0
+
+    async def get(self, url: str, _: str) -> bytes:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(self._seconds)
+        self.now -= 1
+        return url.encode()
 
 
-@pytest.fixture
-def answer_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
-    """Replaces the network by a function."""
-
-    def replace(answer: Answer) -> None:
-        original = httpx.AsyncClient.__init__
-
-        def offline(self: httpx.AsyncClient, **options: object) -> None:
-            original(self, **{**options, "transport": httpx.MockTransport(answer)})  # type: ignore[arg-type]
-
-        monkeypatch.setattr(httpx.AsyncClient, "__init__", offline)
-
-    return replace
-
-
-async def test_an_https_url_is_fetched_if_allowed(
-    answer_with: Callable[[Answer], None],
-) -> None:
-    answer_with(lambda request: httpx.Response(200, content=str(request.url).encode()))
-
+async def test_an_https_url_is_fetched_if_allowed() -> None:
     url = "https://example.com/a.png"
-    assert await ImageReader(OPEN).fetch(url, "image") == url.encode()
+
+    assert await ImageReader(OPEN, Slow(0)).fetch(f" {url}\n", "image") == url.encode()
+    with pytest.raises(InvalidRequest, match="does not fetch image URLs"):
+        await ImageReader(ImageLimits(), Slow(0)).fetch(url, "image")
 
 
-def fails(error: Exception) -> Answer:
-    def raise_it(_: httpx.Request) -> httpx.Response:
-        raise error
-
-    return raise_it
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        pytest.param(lambda _: httpx.Response(404), id="not found"),
-        pytest.param(lambda _: httpx.Response(200), id="empty"),
-        pytest.param(lambda _: httpx.Response(200, content=b"x" * 1001), id="too large"),
-        pytest.param(
-            lambda _: httpx.Response(302, headers={"location": "http://169.254.169.254/"}),
-            id="a redirect, which could lead into the server's network",
-        ),
-        pytest.param(fails(httpx.ConnectError("no route")), id="unreachable"),
-        pytest.param(fails(httpx.ReadTimeout("slow")), id="too slow"),
-    ],
-)
-async def test_a_url_that_yields_no_image_is_an_invalid_image(
-    answer_with: Callable[[Answer], None], answer: Answer
-) -> None:
-    answer_with(answer)
-
-    with pytest.raises(InvalidImage) as caught:
-        await ImageReader(OPEN).fetch("https://example.com/a.png", "image")
-    assert caught.value.param == "image"
-
-
-class Drip(httpx.AsyncByteStream):
-    """An endless response in small pieces, none of which takes long."""
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            await asyncio.sleep(0.01)
-            yield b"."
-
-
-async def test_a_server_that_drips_data_cannot_exceed_the_timeout(
-    answer_with: Callable[[Answer], None],
-) -> None:
-    answer_with(lambda _: httpx.Response(200, stream=Drip()))
-    reader = ImageReader(OPEN.model_copy(update={"url_timeout_s": 0.2}))
+async def test_a_download_cannot_exceed_the_timeout() -> None:
+    reader = ImageReader(OPEN.model_copy(update={"url_timeout_s": 0.2}), Slow(60))
 
     with pytest.raises(InvalidImage, match=r"longer than 0\.2 seconds"):
         async with asyncio.timeout(10):
             await reader.fetch("https://example.com/a.png", "image")
 
 
-async def test_the_number_of_concurrent_downloads_is_limited(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now, most = 0, 0
-
-    async def download(_: ImageReader, url: str, __: str) -> bytes:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0)
-        now -= 1
-        return url.encode()
-
-    monkeypatch.setattr(ImageReader, "_get", download)
-    reader = ImageReader(OPEN.model_copy(update={"max_downloads": 3}))
+async def test_the_number_of_concurrent_downloads_is_limited() -> None:
+    slow = Slow(0)
+    reader = ImageReader(OPEN.model_copy(update={"max_downloads": 3}), slow)
     urls = [f"https://example.com/{number}.png" for number in range(20)]
 
     found = await asyncio.gather(*(reader.fetch(url, "image") for url in urls))
     assert found == [url.encode() for url in urls]
-    assert most == 3
+    assert slow.most == 3
 
 
 async def test_the_timeout_of_a_download_that_never_starts_is_an_overload() -> None:
