@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import httpx
 from blip2_serve.errors import StartupError
 
 TIMEOUT_S = 600.0
+KEY_VARIABLE = "BLIP2_API_KEY"  # of the environment
 
 
 def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
     """Returns an HTTP client of the server at `url`; a slash at the end makes no difference.
 
     A server on a loopback address, or `on_this_machine`, is asked directly. Proxies that the
-    environment names (`http_proxy`) are used for other machines only.
+    environment names (`http_proxy`) are used for other machines only. The API key is that of the
+    environment (`BLIP2_API_KEY`), if there is one.
 
     Raises:
         StartupError: `url` is not an http or https URL, or the proxy settings are wrong.
@@ -34,7 +37,11 @@ def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
             f"{url!r} is not a server URL ({error}): give one such as http://127.0.0.1:8000"
         ) from None
     try:
-        return httpx.Client(base_url=parsed, timeout=TIMEOUT_S, trust_env=not direct)
+        key = os.environ.get(KEY_VARIABLE)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(
+            base_url=parsed, headers=headers, timeout=TIMEOUT_S, trust_env=not direct
+        )
     except (httpx.InvalidURL, ValueError) as error:
         raise StartupError(
             f"the proxy settings in the environment are wrong ({error}): correct or unset "

@@ -4,10 +4,12 @@
     ├── InvalidRequest              400  invalid_request_error
     │   ├── InvalidImage            400    code invalid_image
     │   └── ContextLengthExceeded   400    code context_length_exceeded
+    ├── Unauthorized                401  invalid_request_error, code invalid_api_key
     ├── ModelNotFound               404  invalid_request_error, code model_not_found
     ├── RequestTooLarge             413  invalid_request_error, code request_too_large
     ├── TimedOut                    408  server_error, code timeout
     ├── Overloaded                  429  rate_limit_error, code overloaded
+    ├── RateLimited                 429  rate_limit_error, code rate_limit_exceeded
     ├── Quarantined                 500  server_error, code quarantined
     ├── Unavailable                 503  server_error, code unavailable
     │   └── WrongCheckpoint         503
@@ -101,6 +103,17 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class Unauthorized(Blip2ServeError):
+    """The request needs an API key, and has none or one that is not known."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), "WWW-Authenticate": "Bearer"}
+
+
 class ModelNotFound(Blip2ServeError):
     """The request names a model other than the served one."""
 
@@ -132,6 +145,14 @@ class Overloaded(Blip2ServeError):
     type = "rate_limit_error"
     code = "overloaded"
     retry_after_s = 1.0
+
+
+class RateLimited(Blip2ServeError):
+    """The caller has used up what its API key may use; the server may be idle."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class Quarantined(Blip2ServeError):

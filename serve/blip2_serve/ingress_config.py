@@ -142,6 +142,17 @@ class AdmissionConfig(FrozenConfig):
     )
 
 
+class AccessConfig(FrozenConfig):
+    """Who may use the server: by default, everybody who reaches it."""
+
+    keys_file: str | None = Field(
+        None,
+        description="File of API keys, on each node that runs the ingress. With it, every route "
+        "but `/health` and `/ready` asks for one.",
+    )
+    metrics_open: bool = Field(False, description="Do not ask for a key for `/metrics`.")
+
+
 class IngressScaling(ScalingConfig):
     """The ingress does not measure its capacity, so its ongoing requests decide."""
 
@@ -164,6 +175,7 @@ class IngressConfig(StageConfig):
         64 << 20, ge=1, description="Largest size of a request's body, in bytes."
     )
     admission: AdmissionConfig = Field(AdmissionConfig(), description=AdmissionConfig.__doc__)
+    access: AccessConfig = Field(AccessConfig(), description=AccessConfig.__doc__)
     cors_origins: tuple[Origin, ...] = Field(
         (),
         description="Origins whose web pages may call the server from a browser, such as "

@@ -40,6 +40,7 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
     "starts another server; tests/up does that": (
         "make serve ARGS=*",
         "OTEL_EXPORTER_OTLP_ENDPOINT=* .venv/bin/blip2-serve up --trace 0.01",
+        ".venv/bin/blip2-serve up --api-keys keys.yaml",
     ),
     "needs a file or a folder of the reader's": (
         ".venv/bin/blip2-serve up --config FILE.yaml *",

@@ -57,7 +57,7 @@ def leaves(model: type[BaseModel]) -> Iterator[str]:
             section = type(field.default)
             own = leaves(section)
             # Sections within a stage are named with their keys; stages and `scaling` have tables.
-            named = name in ("images", "chat", "admission")
+            named = name in ("images", "chat", "admission", "access")
             yield from (f"{name}.{key}" if named else key for key in own)
         else:
             yield name

@@ -72,6 +72,9 @@ class FakeBackend:
     def refused(self) -> None:
         self.refusals += 1
 
+    def ingress_replicas(self) -> int:
+        return 0
+
     async def features(self, image: bytes) -> ImageFeatures:
         self.encoded.append(image)
         if self.together:

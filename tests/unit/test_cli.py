@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
 import pytest
 import torch
 from transformers import Blip2Config
@@ -21,8 +22,10 @@ from blip2_serve.cli import main
 from blip2_serve.cli.commands import given
 from blip2_serve.cli.configuration import merged, read_config
 from blip2_serve.cli.running import Launch
+from blip2_serve.cli.terminal import greet
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
+from blip2_serve.http.keys import KeyFile
 from support.server import free_port
 
 COMMAND = Path(sys.executable).parent / "blip2-serve"
@@ -297,3 +300,47 @@ def test_the_package_runs_as_a_module() -> None:
         [sys.executable, "-m", "blip2_serve", "version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == __version__
+
+
+def test_a_key_is_printed_once_and_its_hash_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "keys.yaml"
+    arguments = ["keys", "add", "alice", "--file", str(file), "--requests-per-minute", "60"]
+    monkeypatch.setattr(sys, "argv", ["blip2-serve", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code
+    found = KeyFile(file).find(capsys.readouterr().out.strip())
+    assert found
+    assert (found.name, found.requests_per_minute) == ("alice", 60)
+
+    with pytest.raises(SystemExit) as end:
+        main()
+    printed = capsys.readouterr()
+    assert "same name" in the_line(end.value.code, printed.out, printed.err)
+
+
+def test_a_file_of_keys_that_cannot_be_read_is_an_error_that_names_it(
+    up: Up, tmp_path: Path, checkpoint: Path
+) -> None:
+    line = up("--api-keys", str(tmp_path / "none.yaml"), "--model", str(checkpoint))
+
+    assert str(tmp_path / "none.yaml") in line
+
+
+@pytest.mark.parametrize("keys_file", [None, "keys.yaml"])
+def test_how_to_ask_a_server_is_shown_with_the_key_that_it_asks_for(
+    keys_file: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        assert keys_file is None, "it has no key to caption the picture with"
+        return httpx.Response(200, json={"data": [{"caption": "a square"}]})
+
+    config = AppConfig.model_validate({"ingress": {"access": {"keys_file": keys_file}}})
+    with httpx.Client(transport=httpx.MockTransport(answer), base_url="http://a") as server:
+        greet(server, "http://a", config)
+
+    printed = capsys.readouterr().out
+    assert ("a square" in printed) is (keys_file is None)
+    assert ("Authorization: Bearer $BLIP2_API_KEY" in printed) is (keys_file is not None)

@@ -164,3 +164,12 @@ def test_waiting_for_a_server_ends_in_time_even_if_it_never_answers(
         running.wait_until_ready(Hanging(), within_s=60)
     assert "within 60 seconds" in error.value.message
     assert 60 <= seconds < 70
+
+
+def test_the_key_of_the_environment_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLIP2_API_KEY", raising=False)
+    with connect("http://127.0.0.1:8000") as server:
+        assert "authorization" not in server.headers
+    monkeypatch.setenv("BLIP2_API_KEY", "blip2-secret")
+    with connect("http://127.0.0.1:8000") as server:
+        assert server.headers["authorization"] == "Bearer blip2-secret"

@@ -12,6 +12,7 @@ from blip2_serve.cli import options, running
 from blip2_serve.cli.configuration import read_config
 from blip2_serve.cli.terminal import err, out
 from blip2_serve.errors import StartupError
+from blip2_serve.http.keys import add_key
 
 EXIT_USAGE = 2
 URL = "http://127.0.0.1:8000"
@@ -21,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(help="API keys, for `up --api-keys`.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:
@@ -52,6 +55,7 @@ def up(
     address: options.Address = None,
     config: options.Config = None,
     allow_image_urls: options.AllowImageUrls = False,
+    api_keys: options.ApiKeys = None,
     log_format: options.LogFormat = None,
     trace: options.Trace = None,
 ) -> None:
@@ -66,7 +70,10 @@ def up(
             "max_model_len": max_model_len,
             "log_format": log_format,
             "generator": {"quantize": quantize},
-            "ingress": {"images": {"allow_urls": allow_image_urls or None}},
+            "ingress": {
+                "images": {"allow_urls": allow_image_urls or None},
+                "access": {"keys_file": api_keys and str(api_keys.resolve())},
+            },
         }
     )
     launch = running.Launch(read_config(config, flags), host, port, address, trace)
@@ -92,3 +99,22 @@ def ask(image: options.Image, question: options.Question, url: options.Url = URL
     """Ask a question about an image."""
     with client.connect(url) as server:
         out.print(client.ask(server, image, question), markup=False)
+
+
+@keys.command()
+def add(
+    name: options.KeyName,
+    file: options.KeysFile,
+    requests_per_minute: options.PerMinute = None,
+    tokens_per_minute: options.PerMinute = None,
+    max_concurrent: options.Concurrent = None,
+) -> None:
+    """Make a key, add its hash to a file, and print it: it cannot be shown again."""
+    secret = add_key(
+        file,
+        name,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrent=max_concurrent,
+    )
+    out.print(secret, markup=False)

@@ -37,6 +37,10 @@ Quantize = Annotated[
 AllowImageUrls = Annotated[
     bool, Option("--allow-image-urls", help="Fetch images from https URLs that clients send.")
 ]
+ApiKeys = Annotated[
+    Path | None,
+    Option(help="File of API keys, which `blip2-serve keys add` writes; requests then need one."),
+]
 LogFormat = Annotated[str | None, Option(help="Format of the log lines: text or json.")]
 
 # -- up: where and how it runs ---------------------------------------------------------------------
@@ -56,3 +60,10 @@ Trace = Annotated[
 Url = Annotated[str, Option(help="URL of the server.")]
 Image = Annotated[Path, Argument(exists=True, dir_okay=False, readable=True, help="Image file.")]
 Question = Annotated[str, Argument(help="Question about the image.")]
+
+# -- keys ------------------------------------------------------------------------------------------
+
+KeyName = Annotated[str, Argument(help="Whose key it is, as metrics and logs will name it.")]
+KeysFile = Annotated[Path, Option("--file", help="File of API keys; made if it is missing.")]
+PerMinute = Annotated[float | None, Option(min=0, help="Limit; default: none.")]
+Concurrent = Annotated[int | None, Option(min=1, help="Requests under way; default: no limit.")]

@@ -23,6 +23,7 @@ from blip2_serve import client, environment, haproxy, preflight
 from blip2_serve.cli.terminal import err, greet
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
+from blip2_serve.http.keys import KeyFile
 
 APP_NAME = "blip2"
 READY_POLL_S = 0.2
@@ -64,6 +65,8 @@ def check(launch: Launch) -> None:
     with err.status("reading the checkpoint's configuration"):
         import blip2_serve.compute.devices  # noqa: F401
     preflight.check_model(launch.config, local=launch.address is None)
+    if launch.address is None and launch.config.ingress.access.keys_file:
+        KeyFile(Path(launch.config.ingress.access.keys_file))
 
 
 def serve_until_stopped(launch: Launch) -> None:
@@ -82,7 +85,7 @@ def serve_until_stopped(launch: Launch) -> None:
     ):
         with client.connect(launch.url, on_this_machine=True) as server:
             wait_until_ready(server)
-            greet(server, launch.url, launch.config.model_name)
+            greet(server, launch.url, launch.config)
         signals.first.wait()
 
 

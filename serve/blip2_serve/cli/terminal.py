@@ -8,17 +8,21 @@ import httpx
 from rich.console import Console
 
 from blip2_serve import client
+from blip2_serve.config import AppConfig
 from blip2_serve.model.source import DEMO_PICTURE
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def greet(server: httpx.Client, url: str, model_name: str) -> None:
-    """Captions the shipped picture, and prints the caption and how to ask for another."""
-    caption = client.caption(server, DEMO_PICTURE)
-    out.print(f"\n[bold]{model_name}[/] is ready at [bold]{url}[/]")
-    out.print(f"{DEMO_PICTURE.name}: {caption}\n", markup=False)
+def greet(server: httpx.Client, url: str, config: AppConfig) -> None:
+    """Says that the server is ready, and how to ask it; shows a caption if anybody may ask."""
+    needs_key = config.ingress.access.keys_file is not None
+    caption = None if needs_key else client.caption(server, DEMO_PICTURE)
+    out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
+    if caption is not None:
+        out.print(f"{DEMO_PICTURE.name}: {caption}", markup=False)
     picture = shlex.quote(f"image=@{DEMO_PICTURE}")
-    out.print(f"    curl -F {picture} {url}/v1/caption\n", markup=False)
+    key = f'-H "Authorization: Bearer ${client.KEY_VARIABLE}" ' if needs_key else ""
+    out.print(f"\n    curl {key}-F {picture} {url}/v1/caption\n", markup=False)
     out.print("Press Ctrl-C to stop.")

@@ -16,6 +16,7 @@ from blip2_serve import __version__
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidRequest, Unavailable
 from blip2_serve.http import openai
+from blip2_serve.http.access import Access
 from blip2_serve.http.body import HeadAsGet, QuickJson, RequestBody
 from blip2_serve.http.captions import Captions
 from blip2_serve.http.chat import image_of, prompt_of
@@ -52,7 +53,9 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     add_error_handlers(app, recorder)
     service = Service(backend, config, recorder)
     own = config.ingress
-    door = Door(service.admission, recorder, own.max_body_bytes, own.admission.body_timeout_s)
+    access = Access(own.access, backend.ingress_replicas)
+    body_timeout_s = own.admission.body_timeout_s
+    door = Door(access, service.admission, recorder, own.max_body_bytes, body_timeout_s)
     app.state.door, app.state.admission = door, service.admission
     app.state.request_timeout_s = config.request_timeout_s
     app.add_middleware(Gate, door=door)

@@ -12,7 +12,14 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut
+from blip2_serve.errors import (
+    Blip2ServeError,
+    Overloaded,
+    RateLimited,
+    TimedOut,
+    Unauthorized,
+)
+from blip2_serve.http.access import Access, Caller
 from blip2_serve.http.admission import Admission, Ticket
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
@@ -21,6 +28,7 @@ DROP_WITHIN_S = 5.0
 SLOW_AFTER_S = 0.25  # a body that takes longer counts as work only once it is there
 
 _ticket: ContextVar[Ticket | None] = ContextVar("ticket", default=None)
+_caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 def ticket() -> Ticket | None:
@@ -28,8 +36,13 @@ def ticket() -> Ticket | None:
     return _ticket.get()
 
 
+def caller() -> Caller | None:
+    """Whose request this code works for; None: anybody's."""
+    return _caller.get()
+
+
 class Door:
-    """Admits requests that compute, which are those with POST.
+    """Asks who is there, and admits requests that compute, which are those with POST.
 
     The body of a refused request is read and dropped, within limits: a client that is still sending
     would otherwise see a reset.
@@ -37,11 +50,13 @@ class Door:
 
     def __init__(
         self,
+        access: Access,
         admission: Admission,
         recorder: Recorder,
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
+        self._access = access
         self._admission = admission
         self._recorder = recorder
         self._max_body_bytes = max_body_bytes
@@ -50,22 +65,34 @@ class Door:
 
     async def enter(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application on a request, or refuses that. One that was admitted just runs."""
-        if scope["type"] != "http" or scope["method"] != "POST" or ticket():
+        if scope["type"] != "http" or ticket():
+            await app(scope, receive, send)
+            return
+        try:
+            caller = self._access.caller(scope)
+        except Unauthorized as error:
+            await self._refuse(error, receive, send)
+            return
+        if scope["method"] != "POST":
             await app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")
         length = int(declared) if declared.isdigit() else 0  # chunks count as they come
-        try:
-            entered = self._admission.enter(min(length, self._max_body_bytes))
-        except Overloaded as error:
-            await self._refuse(error, receive, send)
-            return
-        with entered:
-            token = _ticket.set(entered)
+        with contextlib.ExitStack() as held:
+            try:
+                if caller:
+                    held.enter_context(caller.running())
+                entered = self._admission.enter(min(length, self._max_body_bytes))
+            except (RateLimited, Overloaded) as error:
+                await self._refuse(error, receive, send)
+                return
+            held.enter_context(entered)
+            tokens = _ticket.set(entered), _caller.set(caller)
             try:
                 await app(scope, receive, send)
             finally:
-                _ticket.reset(token)
+                _ticket.reset(tokens[0])
+                _caller.reset(tokens[1])
 
     async def limit_body(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application on a request that was admitted; its body comes within limits."""
@@ -77,8 +104,11 @@ class Door:
         with contextlib.closing(body):
             await app(scope, body.receive, send)
 
-    async def _refuse(self, error: Overloaded, receive: Receive, send: Send) -> None:
-        self._recorder.add(metrics.REQUESTS, route="other", outcome="overloaded")
+    async def _refuse(self, error: Blip2ServeError, receive: Receive, send: Send) -> None:
+        outcome = "overloaded" if isinstance(error, Overloaded) else "invalid"
+        self._recorder.add(metrics.REQUESTS, route="other", outcome=outcome)
+        if error.code and outcome == "invalid":
+            self._recorder.add(metrics.REJECTIONS, reason=error.code)
         await self._drop(receive)
         await answer(error, send)
 

@@ -36,6 +36,9 @@ class Backend(Protocol):
     def refused(self) -> None:
         """Takes note of a request that was not admitted."""
 
+    def ingress_replicas(self) -> int:
+        """How many replicas like this one take requests; 0 while nobody knows."""
+
     async def features(self, image: bytes) -> ImageFeatures:
         """The features of an image file in any accepted format.
 
@@ -169,7 +172,9 @@ class Service:
             features = await self._features(call)
             params, copies = _computed(call.params)
             completion = await self.backend.generate(features, call.prompt, params)
-            self._answered(completion.completion_tokens, params.n)
+            tokens = completion.completion_tokens
+            self._answered(tokens, params.n)
+            _charge(completion.prompt_tokens + tokens)
             return replace(completion, choices=completion.choices * copies)
 
     async def stream(self, call: ModelCall) -> TokenStream:
@@ -189,12 +194,15 @@ class Service:
     async def _learning(
         self, events: AsyncGenerator[TokenEvent, None], answers: int
     ) -> AsyncGenerator[TokenEvent, None]:
-        tokens = 0
-        async with aclosing(events):
-            async for event in events:
-                tokens += len(event.token_ids)
-                yield event
-        self._answered(tokens, answers)
+        prompt = tokens = 0
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    prompt, tokens = event.prompt_tokens, tokens + len(event.token_ids)
+                    yield event
+            self._answered(tokens, answers)
+        finally:  # also those that nobody waited for
+            _charge(prompt + tokens)
 
     def _answered(self, tokens: int, answers: int) -> None:
         if ticket := gate.ticket():
@@ -211,6 +219,12 @@ class Service:
         if ticket:
             ticket.encoded()
         return features
+
+
+def _charge(tokens: int) -> None:
+    """Charges the owner of the request's API key, if it has one."""
+    if caller := gate.caller():
+        caller.used(tokens)
 
 
 def _computed(params: SamplingParams) -> tuple[SamplingParams, int]:

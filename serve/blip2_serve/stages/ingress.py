@@ -109,6 +109,10 @@ class Ingress:
         for stage in (self._preprocessor, self._encoder, self._generator):
             stage.refused()
 
+    def ingress_replicas(self) -> int:
+        """How many replicas like this one have called the generator lately; 0: nobody knows."""
+        return self._generator.replicas.callers
+
     async def _encode(self, image: bytes, name: str) -> ImageFeatures:
         work = Work(name)
         pixels = await self._preprocessor.call("pixels", image, work=work)

@@ -45,7 +45,12 @@ class Replicas:
         """
         known = self._known()
         told = [v.capacity for v in known if v.capacity]
-        return len(known) * sum(told) / len(told) / max(v.callers for v in known) if told else None
+        return len(known) * sum(told) / len(told) / self.callers if told else None
+
+    @property
+    def callers(self) -> int:
+        """How many ingress replicas call this stage; 0 while no replica has told."""
+        return max((vitals.callers for vitals in self._known()), default=0)
 
     @property
     def start_s(self) -> float:

@@ -13,8 +13,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from blip2_serve.config import AppConfig
 from blip2_serve.http import gate
+from blip2_serve.http.access import Access
 from blip2_serve.http.admission import Admission, Capacity
-from blip2_serve.ingress_config import AdmissionConfig
+from blip2_serve.ingress_config import AccessConfig, AdmissionConfig
 from support.fake_backend import ROUTES, FakeBackend, body_for, client_of, error_of, post
 from support.recorder import FakeRecorder
 
@@ -210,7 +211,9 @@ async def test_a_crowd_that_comes_at_once_does_not_hold_up_others() -> None:
         return {"type": "http", "method": method, "headers": []}
 
     admission = Admission(AdmissionConfig(), lambda: Capacity(1e9, 1e9), FakeRecorder())
-    gate_of_app = gate.Gate(app, gate.Door(admission, FakeRecorder(), 1000, 30.0))
+    gate_of_app = gate.Gate(
+        app, gate.Door(Access(AccessConfig()), admission, FakeRecorder(), 1000, 30.0)
+    )
     async with asyncio.TaskGroup() as group:
         for method in ["POST"] * 50 + ["GET"]:
             group.create_task(gate_of_app(scope(method), receive, send))
