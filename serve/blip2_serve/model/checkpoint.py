@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +44,8 @@ class Checkpoint:
         Progress is logged every few seconds, with `what` as the name of the whole.
 
         Raises:
-            StartupError: A tensor is missing or has another shape.
+            StartupError: A tensor is missing, has another shape or values that are not finite, or
+                the checkpoint has more layers than its config says.
         """
         missing = [name for name in destinations if name not in self.files]
         if missing:
@@ -51,6 +53,7 @@ class Checkpoint:
                 f"{self.folder} lacks {len(missing)} tensors of the {what}, the first being "
                 f"{missing[0]}: the checkpoint is incomplete or not a BLIP-2 OPT model"
             )
+        self._refuse_more_layers(destinations)
         progress = _Progress(what, sum(t.numel() * t.element_size() for t in destinations.values()))
         for path in sorted({self.files[name] for name in destinations}):
             with _open(path) as tensors:
@@ -64,7 +67,32 @@ class Checkpoint:
                             f"says {list(destination.shape)}"
                         )
                     destination.copy_(source)
+                    if not _is_finite(destination):
+                        kind = str(destination.dtype).removeprefix("torch.")
+                        raise StartupError(
+                            f"{self.folder}: {name} has values that are not finite in {kind}: the "
+                            "checkpoint is damaged, or needs another --dtype"
+                        )
                     progress.add(destination.numel() * destination.element_size())
+
+    def _refuse_more_layers(self, destinations: Mapping[str, Tensor]) -> None:
+        """A part of the model must not be left out in silence. Other tensors may be buffers."""
+        parts = {_without_numbers(name) for name in destinations}
+        for name in self.files:
+            if name not in destinations and _without_numbers(name) in parts:
+                raise StartupError(
+                    f"{self.folder} has {name}, which its config has no place for: they do not "
+                    "belong together"
+                )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".#.", name)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    lowest, highest = torch.aminmax(tensor)  # NaN if there is one
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
 def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
@@ -167,20 +195,29 @@ def shortest_sequence(config: Blip2Config) -> int:
 def _tensor_files(folder: Path) -> dict[str, Path]:
     for single, index in WEIGHT_LAYOUTS:
         if (folder / index).exists():
-            weight_map = json.loads((folder / index).read_text())["weight_map"]
+            weight_map = _weight_map(folder / index)
             absent = sorted({n for n in weight_map.values() if not (folder / n).exists()})
             if absent:
                 raise StartupError(f"{folder}: {index} lists {absent[0]}, which does not exist")
             return {name: folder / file for name, file in weight_map.items()}
         if (folder / single).exists():
-            try:
-                with _open(folder / single) as tensors:
-                    return dict.fromkeys(tensors, folder / single)
-            except Exception as error:
-                raise StartupError(f"cannot read {folder / single}: {error}") from error
+            with _open(folder / single) as tensors:
+                return dict.fromkeys(tensors, folder / single)
     raise StartupError(
         f"{folder} has no weights: neither {WEIGHT_LAYOUTS[0][0]} nor {WEIGHT_LAYOUTS[1][0]}"
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The names of the files that an index lists for each tensor."""
+    try:
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        # Nothing outside of the checkpoint's folder.
+        if all(name == Path(name).name not in ("", "..") for name in found.values()):
+            return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise StartupError(f"{index} does not list the files of a checkpoint: it is damaged")
 
 
 class _Tensors(Protocol):
@@ -190,11 +227,21 @@ class _Tensors(Protocol):
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Tensors]:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            yield _Safetensors(file)
-    else:
-        yield torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """Opens a file of tensors. Those of torch's own format may hold nothing else: it could run.
+
+    Raises:
+        StartupError: the file cannot be read.
+    """
+    with ExitStack() as opened:
+        try:
+            tensors: _Tensors
+            if path.suffix == ".safetensors":
+                tensors = _Safetensors(opened.enter_context(safe_open(path, framework="pt")))
+            else:
+                tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # each format has errors of its own
+            raise StartupError(f"cannot read {path}: {error}") from error
+        yield tensors
 
 
 class _Safetensors:

@@ -38,7 +38,9 @@ class Tokenizer:
     def __init__(self, folder: Path, config: Blip2Config) -> None:
         try:
             # Otherwise "<image>" in a prompt would become an image position.
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, split_special_tokens=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise StartupError(f"cannot load a tokenizer from {folder}: {error}") from error
         self.vocabulary: int = config.text_config.vocab_size
