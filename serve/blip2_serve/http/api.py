@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from blip2_serve.http.captions import Captions
 from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import add_error_handlers, report_broken_stream
 from blip2_serve.http.gate import Door, Gate
+from blip2_serve.http.headers import SecureHeaders
 from blip2_serve.http.measure import Measure
 from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.responses import Responses
@@ -59,6 +61,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     app.state.door, app.state.admission = door, service.admission
     app.state.request_timeout_s = config.request_timeout_s
     app.add_middleware(Gate, door=door)
+    _outermost(app, SecureHeaders)
     for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
     if config.ingress.cors_origins:
@@ -67,22 +70,25 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
 
 
 def _allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Lets web pages of these origins call the routes.
+    """Lets web pages of these origins call the routes, and read the answer to a failure."""
+    _outermost(
+        app,
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],  # OpenAI's client alone sends a dozen of its own
+        expose_headers=["x-request-id"],
+    )
 
-    Around all other middleware, unlike `add_middleware`: pages can read the answer to a failure.
-    """
+
+def _outermost(app: FastAPI, middleware: Callable[..., ASGIApp], **options: Any) -> None:
+    """Adds middleware around all other, unlike `add_middleware`, also around what answers a bug."""
     build = app.build_middleware_stack
 
-    def build_with_cors() -> ASGIApp:
-        return CORSMiddleware(
-            build(),
-            allow_origins=origins,
-            allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["*"],  # OpenAI's client alone sends a dozen of its own
-            expose_headers=["x-request-id"],
-        )
+    def build_within() -> ASGIApp:
+        return middleware(build(), **options)
 
-    app.build_middleware_stack = build_with_cors  # type: ignore[method-assign]
+    app.build_middleware_stack = build_within  # type: ignore[method-assign]
 
 
 class Api:

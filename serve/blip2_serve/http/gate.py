@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from functools import partial
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip2_serve.errors import (
@@ -21,6 +21,7 @@ from blip2_serve.errors import (
 )
 from blip2_serve.http.access import Access, Caller
 from blip2_serve.http.admission import Admission, Ticket
+from blip2_serve.http.headers import secure
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 
@@ -215,5 +216,6 @@ async def answer(
     headers |= {name.lower(): value for name, value in others}
     headers |= {b"content-type": b"application/json", b"content-length": b"%d" % len(body)}
     start = {"type": "http.response.start", "status": error.status, "headers": [*headers.items()]}
+    secure(MutableHeaders(scope=start))
     await send(start)
     await send({"type": "http.response.body", "body": body})
