@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from blip2_serve.app import SHUTDOWN_MARGIN_S
 from blip2_serve.config import AppConfig
@@ -18,6 +20,7 @@ from support.manifests import (
     Object,
     Pod,
     build,
+    build_folder,
     matches,
     name_of,
     of_kind,
@@ -371,3 +374,26 @@ def test_upgrades_switch_clusters_at_once_or_in_steps() -> None:
     # KubeRay only accepts this strategy if the cluster can grow and shrink.
     cluster = ray_service(build("prod-incremental"))["spec"]["rayClusterConfig"]
     assert cluster["enableInTreeAutoscaling"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_api_keys_component_mounts_them_where_the_readme_says(
+    overlay: str, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(K8S, tmp_path / "k8s"))
+    file = copy / "overlays" / overlay / "kustomization.yaml"
+    kustomization = yaml.safe_load(file.read_text())
+    kustomization.setdefault("components", []).append("../../components/api-keys")
+    file.write_text(yaml.safe_dump(kustomization))
+
+    groups = [p for p in pods(build_folder(file.parent)) if "ray.io/group" in p.labels]
+    (ingress,) = (p for p in groups if p.labels["ray.io/group"] in ("all", "preprocess"))
+    (volume,) = (v for v in ingress.spec["volumes"] if "secret" in v)
+    (mounts,) = values_of(ingress.spec["containers"], "volumeMounts")
+    (mount,) = (m for m in mounts if m["name"] == volume["name"])
+    assert mount["readOnly"]
+    assert not [v for p in groups if p is not ingress for v in p.spec["volumes"] if "secret" in v]
+    readme = " ".join((K8S / "README.md").read_text().split())
+    name = volume["secret"]["secretName"]
+    assert f"create secret generic {name} --from-file=keys.yaml" in readme
+    assert f"access: {{keys_file: {mount['mountPath']}/keys.yaml}}" in readme

@@ -46,11 +46,12 @@ class Pod:
 def build(overlay: str) -> list[Object]:
     """Builds the objects of an overlay, given its name, or of another folder in k8s/."""
     folder = K8S / "overlays" / overlay if overlay in OVERLAYS else K8S / overlay
-    return copy.deepcopy(_build(folder))
+    return copy.deepcopy(build_folder(folder))
 
 
 @functools.cache
-def _build(folder: Path) -> list[Object]:
+def build_folder(folder: Path) -> list[Object]:
+    """Builds the objects of a folder with a kustomization."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed, which builds the overlays")
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
