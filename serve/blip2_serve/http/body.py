@@ -17,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blip2_serve.errors import RequestTooLarge
 from blip2_serve.http import deadline
 
+MAX_JSON_VALUES = 250_000
+
 
 class RequestBody:
     """ASGI middleware: limits bodies to `max_bytes`, and takes all but multipart ones for JSON.
@@ -74,7 +76,12 @@ def as_utf8(body: bytes) -> bytes:
     """A JSON body in UTF-8 without a byte order mark; as it is if it cannot be decoded.
 
     Windows' tools put a mark before JSON, and some of them write UTF-16.
+
+    Raises:
+        RequestTooLarge: it has so many values that checking them would take seconds.
     """
+    if len(body) > MAX_JSON_VALUES and sum(map(body.count, b",[{")) > MAX_JSON_VALUES:
+        raise RequestTooLarge(f"the request body has more than {MAX_JSON_VALUES:,} values")
     if body.startswith(codecs.BOM_UTF8):
         return body[len(codecs.BOM_UTF8) :]
     if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):

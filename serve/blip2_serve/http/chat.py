@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.images import ImageReader, is_data_url
 from blip2_serve.http.presets import Preset, default_prompt, without_instructions
-from blip2_serve.http.validation import Strict
+from blip2_serve.http.validation import FEW, MOST_ITEMS, Strict
 from blip2_serve.ingress_config import ChatConfig
 
 _PARTICIPANT = "Name of the author. Has no effect."
@@ -75,14 +75,16 @@ class SystemMessage(_Author):
     """Text that is put before the first question, wherever the message is."""
 
     role: Literal["system", "developer"]
-    content: str | list[TextPart] | None = Field(None, description="Text of the message.")
+    content: str | Annotated[list[TextPart], FEW] | None = Field(
+        None, description="Text of the message."
+    )
 
 
 class UserMessage(_Author):
     """A question, an image or both."""
 
     role: Literal["user"]
-    content: str | Annotated[list[UserPart], Field(min_length=1)] = Field(
+    content: str | Annotated[list[UserPart], Field(min_length=1), FEW] = Field(
         description="Text of the message, or a list of texts and images."
     )
 
@@ -91,7 +93,7 @@ class AssistantMessage(_Author):
     """An earlier answer. Clients may send back the whole message object that they received."""
 
     role: Literal["assistant"]
-    content: str | list[AssistantPart] | None = Field(
+    content: str | Annotated[list[AssistantPart], FEW] | None = Field(
         None, description="Text of the answer. A message without text is passed over."
     )
     refusal: str | None = Field(None, description="Text of the answer if there is no other.")
@@ -114,7 +116,7 @@ def check_parts(messages: Any) -> None:
     Raises:
         InvalidRequest: a part of a message is of a kind that the model or the role cannot take.
     """
-    for i, message in enumerate(messages if isinstance(messages, list) else []):
+    for i, message in enumerate(messages[:MOST_ITEMS] if isinstance(messages, list) else []):
         role = message.get("role") if isinstance(message, dict) else None
         if role in ("tool", "function"):
             raise InvalidRequest(
@@ -122,7 +124,7 @@ def check_parts(messages: Any) -> None:
                 f"messages[{i}].role",
             )
         content = message.get("content") if isinstance(message, dict) else None
-        for j, part in enumerate(content if isinstance(content, list) else []):
+        for j, part in enumerate(content[:MOST_ITEMS] if isinstance(content, list) else []):
             _check_part(part, role, f"messages[{i}].content[{j}]")
 
 

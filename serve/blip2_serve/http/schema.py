@@ -17,7 +17,7 @@ from blip2_serve.errors import InvalidRequest
 from blip2_serve.http.chat import Message, check_parts
 from blip2_serve.http.compatibility import OpenAIFields, because
 from blip2_serve.http.schema_generation import GenerationFields
-from blip2_serve.http.validation import Strict
+from blip2_serve.http.validation import MOST_ITEMS, Strict
 
 MAX_IMAGES = 64
 MAX_TOP_LOGPROBS = 20
@@ -59,6 +59,7 @@ class StreamFields(Strict):
 class ChatRequest(GenerationFields, OpenAIFields, StreamFields):
     messages: list[Message] = Field(
         min_length=1,
+        max_length=MOST_ITEMS,
         description="The chat so far, ending with a user message. One image is needed, in any "
         "user message; later turns may repeat it. A chat without a question asks for a caption.",
     )

@@ -22,7 +22,7 @@ from blip2_serve.http.chat import (
 from blip2_serve.http.compatibility import OpenAIFields, ShortText, because
 from blip2_serve.http.schema import MAX_TOP_LOGPROBS, StreamFields
 from blip2_serve.http.schema_generation import GenerationFields
-from blip2_serve.http.validation import Strict
+from blip2_serve.http.validation import FEW, Strict
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -120,7 +120,7 @@ class UserItem(_Item):
     """A question, an image or both."""
 
     role: Literal["user"]
-    content: str | Annotated[list[_UserPart], Field(min_length=1)] = Field(
+    content: str | Annotated[list[_UserPart], Field(min_length=1), FEW] = Field(
         description="Text of the message, or a list of texts and images."
     )
 
@@ -134,7 +134,7 @@ class SystemItem(_Item):
     """Text that is put before the first question."""
 
     role: Literal["system", "developer"]
-    content: str | list[_SystemPart] = Field(description="Text of the message.")
+    content: str | Annotated[list[_SystemPart], FEW] = Field(description="Text of the message.")
 
     def as_message(self) -> Message:
         return SystemMessage(role=self.role, content=_joined(self.content))
@@ -144,7 +144,7 @@ class AssistantItem(_Item):
     """An earlier answer."""
 
     role: Literal["assistant"]
-    content: str | list[_AssistantPart] = Field(description="Text of the answer.")
+    content: str | Annotated[list[_AssistantPart], FEW] = Field(description="Text of the answer.")
 
     def as_message(self) -> Message:
         return AssistantMessage(role="assistant", content=_joined(self.content))
@@ -218,7 +218,7 @@ class TextConfig(Strict):
 
 
 class ResponsesRequest(GenerationFields, OpenAIFields, StreamFields):
-    input: str | list[_Input] = Field(
+    input: str | Annotated[list[_Input], FEW] = Field(
         description="Messages with text (`input_text`, and `output_text` in earlier answers) and "
         "one image (`input_image`), ending with a user message; a string is the text of one. A "
         "chat without a question asks for a caption.",

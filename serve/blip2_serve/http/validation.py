@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from blip2_serve.errors import InvalidRequest
+
+# Of messages, and of parts of a message: more than any chat that fits into the model.
+MOST_ITEMS = 1024
+FEW = Field(max_length=MOST_ITEMS)
 
 
 class Strict(BaseModel):
@@ -26,7 +30,8 @@ def explain(errors: Sequence[Any], body: Any) -> InvalidRequest:
     if not errors:
         return InvalidRequest("the request is invalid")
     located = [(_path(error, body), error) for error in errors]
-    path, error = max(located, key=lambda pair: len(pair[0]))
+    # What is too long is said, and not that it could have been something else.
+    path, error = max(located, key=lambda pair: (pair[1]["type"] == "too_long", len(pair[0])))
     field = str(path[0]) if path else None
     name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
     kind = error["type"]

@@ -360,3 +360,49 @@ async def test_a_lone_surrogate_which_no_tokenizer_accepts_is_a_400(
     assert response.status_code == 400
     assert error_of(response)["type"] == "invalid_request_error"
     assert backend.prompts == []
+
+
+FLOODS = {
+    "messages": {"messages": [{"role": "user", "content": "a"}] * 1025},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 1025}]},
+    "wrong messages": {"messages": [{}] * 100_000},
+    "items": {"input": [{"role": "user", "content": "a"}] * 1025},
+    "item parts": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 1025}]
+    },
+    "unknown fields": {f"a{number}": 0 for number in range(100_000)},
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+async def test_a_flood_of_small_things_is_refused(client: httpx.AsyncClient, flood: str) -> None:
+    route = "/v1/responses" if "item" in flood else "/v1/chat/completions"
+    response = await post(client, route, FLOODS[flood])
+
+    assert response.status_code == 400
+    assert len(response.content) < 1000
+    if "fields" not in flood and "wrong" not in flood:
+        assert "1024" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "/v1/responses"])
+@pytest.mark.parametrize(
+    "body", [b"[%b0]" % (b"0," * 250_001), b'{"a":[%b{}]}' % (b"{}," * 150_000)]
+)
+async def test_a_body_of_too_many_values_is_not_parsed(
+    client: httpx.AsyncClient, route: str, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("body", "captions"):
+        monkeypatch.setattr(f"blip2_serve.http.{module}.from_json", None)  # fails if it is called
+    response = await post(client, route, body)
+
+    assert response.status_code == 413
+    assert "250,000 values" in error_of(response)["message"]
+
+
+async def test_a_chat_of_many_short_turns_is_fine(client: httpx.AsyncClient) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 500
+    messages = [user(b"picture"), *turns[1:], {"role": "user", "content": "c"}]
+    response = await post(client, "/v1/chat/completions", {"messages": messages})
+
+    assert response.status_code == 200
