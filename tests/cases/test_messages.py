@@ -257,7 +257,7 @@ async def test_every_form_of_data_url_is_the_same_picture(
 ) -> None:
     seen: list[bytes] = []
 
-    async def features(image: bytes) -> Any:
+    async def features(image: bytes, _: str) -> Any:
         seen.append(image)
         raise ConnectionAbortedError
 

@@ -49,6 +49,7 @@ class FakeBackend:
     endless: bool = False
     finish_reason: FinishReason = "stop"
     encoded: list[bytes] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)  # of what was encoded
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     stream_closed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -66,7 +67,7 @@ class FakeBackend:
     def capacity(self) -> Capacity:
         return self.can_do
 
-    def holds(self, image: bytes) -> bool:
+    def holds(self, image: bytes, _: str) -> bool:
         return image in self.known
 
     def refused(self) -> None:
@@ -75,8 +76,9 @@ class FakeBackend:
     def ingress_replicas(self) -> int:
         return 0
 
-    async def features(self, image: bytes) -> ImageFeatures:
+    async def features(self, image: bytes, owner: str) -> ImageFeatures:
         self.encoded.append(image)
+        self.owners.append(owner)
         if self.together:
             await self.together.wait()
         if image in self.held:

@@ -64,7 +64,7 @@ class Access:
         key = self._keys.find(secret.strip())
         if key is None:
             raise Unauthorized("the API key is not known to this server")
-        caller = self._callers.setdefault(key.name, Caller(self._clock))
+        caller = self._callers.setdefault(key.name, Caller(key.name, self._clock))
         caller.obey(key, max(1, self._replicas()))
         return caller
 
@@ -72,7 +72,8 @@ class Access:
 class Caller:
     """What the owner of a key is using, and may use, of one ingress replica."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        self.name = name
         self._requests = _Bucket(clock)
         self._tokens = _Bucket(clock)
         self._running = 0

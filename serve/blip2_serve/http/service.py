@@ -30,7 +30,7 @@ class Backend(Protocol):
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""
 
-    def holds(self, image: bytes) -> bool:
+    def holds(self, image: bytes, owner: str) -> bool:
         """Whether the features of an image file are there, or on their way."""
 
     def refused(self) -> None:
@@ -39,8 +39,10 @@ class Backend(Protocol):
     def ingress_replicas(self) -> int:
         """How many replicas like this one take requests; 0 while nobody knows."""
 
-    async def features(self, image: bytes) -> ImageFeatures:
-        """The features of an image file in any accepted format.
+    async def features(self, image: bytes, owner: str) -> ImageFeatures:
+        """The features of an image file in any accepted format, computed for this owner of a key.
+
+        What is kept for one owner, another one must not notice by how fast it comes.
 
         Raises:
             InvalidImage: the file cannot be decoded.
@@ -209,11 +211,12 @@ class Service:
             ticket.answered(tokens, answers)
 
     async def _features(self, call: ModelCall) -> ImageFeatures:
-        ticket = gate.ticket()
+        ticket, caller = gate.ticket(), gate.caller()
+        owner = caller.name if caller else ""
         if ticket and not ticket.planned:
-            self.plan(call.params, 0 if self.backend.holds(call.image) else 1)
+            self.plan(call.params, 0 if self.backend.holds(call.image, owner) else 1)
         try:
-            features = await self.backend.features(call.image)
+            features = await self.backend.features(call.image, owner)
         except InvalidRequest as error:
             raise error.about("image") from error  # the stages know no field names
         if ticket:

@@ -85,18 +85,21 @@ class Ingress:
             "suspects": sum(stage.replicas.suspects for stage in stages),
         }
 
-    async def features(self, image: bytes) -> ImageFeatures:
-        """Returns an image's features: kept, being computed for someone else, or computed now."""
-        name = digest(image, PREPROCESSING_VERSION)
+    async def features(self, image: bytes, owner: str) -> ImageFeatures:
+        """Returns an image's features: kept, being computed for another request, or computed now.
+
+        By their name, which has the owner in it, all later stages keep what they know of it.
+        """
+        name = digest(image, PREPROCESSING_VERSION, owner)
         features = await self._features.get(name, lambda: self._encode(image, name))
         if self._generator.replicas.serve(features.fingerprint):
             return features
         self._features.forget(name)  # the checkpoint has been replaced
         return await self._features.get(name, lambda: self._encode(image, name))
 
-    def holds(self, image: bytes) -> bool:
-        """Whether an image's features are kept, or being computed."""
-        return digest(image, PREPROCESSING_VERSION) in self._features
+    def holds(self, image: bytes, owner: str) -> bool:
+        """Whether an image's features are kept for this owner, or being computed."""
+        return digest(image, PREPROCESSING_VERSION, owner) in self._features
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""

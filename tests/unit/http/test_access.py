@@ -221,7 +221,7 @@ class Clock:
 
 
 def caller(clock: Clock, replicas: int = 1, **limits: Any) -> Caller:
-    found = Caller(clock)
+    found = Caller("alice", clock)
     found.obey(Key(name="alice", sha256=hash_of(SECRET), **limits), replicas)
     return found
 
@@ -357,3 +357,19 @@ async def test_a_stream_that_its_client_leaves_is_charged(
         await app(scope, receive, send)
     assert len(charged) == 1
     assert charged[0] > 0
+
+
+async def test_images_are_encoded_for_the_owner_of_the_key(file: Path) -> None:
+    """vLLM CVE-2025-46722 and others: a hit in a cache tells what somebody else has sent."""
+    backend = FakeBackend()
+    bob = f"- name: bob\n  sha256: {hash_of('other')}\n"
+    file.write_text(file.read_text() + bob)
+    config = {"ingress": {"access": {"keys_file": str(file)}}}
+    async with client_of(
+        create_app(backend, AppConfig.model_validate(config), FakeRecorder())
+    ) as client:
+        for secret in (SECRET, "other"):
+            client.headers["authorization"] = f"Bearer {secret}"
+            await post(client, "/v1/generate", body_for("/v1/generate"))
+
+    assert backend.owners == ["alice", "bob"]

@@ -167,3 +167,9 @@ def test_the_digest_depends_on_bytes_and_preprocessing() -> None:
     assert digest(DATA, 1) == digest(bytes(DATA), 1)
     assert digest(DATA, 1) != digest(DATA[1:], 1)
     assert digest(DATA, 1) != digest(DATA, 2)
+
+
+def test_each_owner_has_digests_of_its_own() -> None:
+    assert digest(DATA, 1, "alice") == digest(DATA, 1, "alice")
+    names = {digest(data, 1, owner) for data in (DATA, b"e" + DATA) for owner in ("", "a", "alice")}
+    assert len(names) == 6
