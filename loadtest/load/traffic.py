@@ -17,7 +17,7 @@ from typing import Any
 import gevent
 import requests
 
-from blip2_serve.client import is_loopback
+from blip2_serve.client import is_loopback, key_headers
 from loadtest import answers
 from loadtest.answers import DONE, Expected, WrongAnswer, piece
 from loadtest.load import pictures
@@ -173,9 +173,13 @@ class Caller:
 
 
 def open_session(host: str) -> requests.Session:
-    """A session that reaches loopback addresses directly, whatever proxies the environment sets."""
+    """A session that reaches loopback addresses directly, whatever proxies the environment sets.
+
+    It sends the environment's API key, if there is one.
+    """
     session = requests.Session()
     session.trust_env = not is_loopback(host)
+    session.headers.update(key_headers())
     return session
 
 

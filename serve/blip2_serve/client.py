@@ -37,16 +37,20 @@ def connect(url: str, *, on_this_machine: bool = False) -> httpx.Client:
             f"{url!r} is not a server URL ({error}): give one such as http://127.0.0.1:8000"
         ) from None
     try:
-        key = os.environ.get(KEY_VARIABLE)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         return httpx.Client(
-            base_url=parsed, headers=headers, timeout=TIMEOUT_S, trust_env=not direct
+            base_url=parsed, headers=key_headers(), timeout=TIMEOUT_S, trust_env=not direct
         )
     except (httpx.InvalidURL, ValueError) as error:
         raise StartupError(
             f"the proxy settings in the environment are wrong ({error}): correct or unset "
             "http_proxy, https_proxy and all_proxy"
         ) from None
+
+
+def key_headers() -> dict[str, str]:
+    """The header with the environment's API key; none if it has no key."""
+    key = os.environ.get(KEY_VARIABLE)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def is_loopback(url: str) -> bool:

@@ -10,7 +10,7 @@ from loadtest.load import scenario
 from loadtest.load.report import SLO_FILE
 from loadtest.load.samples import Sample
 from loadtest.load.slo import Slos, goodput, judge
-from loadtest.load.traffic import KINDS
+from loadtest.load.traffic import KINDS, open_session
 
 CHAOS = SLO_FILE.with_name("slo-chaos.yaml")
 
@@ -98,3 +98,9 @@ def test_under_faults_one_lost_request_is_too_many() -> None:
     lost = [v.name for v in judge(run(6.0, failures=1), Slos.read(CHAOS)) if not v.met]
     assert lost == ["error ratio"]
     assert {*Slos.read(CHAOS).latency, *Slos.read(CHAOS).ttft} == scenario.load("chaos").kinds
+
+
+def test_load_is_sent_with_the_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BLIP2_API_KEY", "blip2-secret")
+
+    assert open_session("http://127.0.0.1").headers["authorization"] == "Bearer blip2-secret"
