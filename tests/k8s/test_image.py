@@ -147,4 +147,5 @@ def test_ray_knows_every_environment_variable(overlay: str, words_of_ray: set[st
     environment = ray_environment(build(overlay))
     assert "RAY_SERVE_ENABLE_HA_PROXY" in environment
     assert environment.pop("grpc_proxy") == ""  # read by gRPC, not by Ray
+    assert environment.pop("NUMBA_CACHE_DIR").startswith("/tmp/")  # an empty volume in each pod
     assert [name for name in environment if name not in words_of_ray] == []

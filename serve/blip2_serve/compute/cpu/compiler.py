@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import numba
 import torch
+from numba.core.caching import FunctionCache
 from numba.core.typing import Signature
+
+logger = logging.getLogger(__name__)
 
 # The threads that torch computes with, where it can be: a second set would compete with them.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
@@ -21,16 +29,64 @@ R = TypeVar("R")
 
 
 def compiled(
-    function: Callable[P, None], signature: Signature, *, reordered: bool = False
+    function: Callable[P, None],
+    signature: Signature,
+    *,
+    variant: Hashable = None,
+    reordered: bool = False,
 ) -> Callable[P, None]:
     """Compiles a kernel for these types and this machine. It runs without Python's lock.
 
-    `numba.prange` in it runs in parallel. Compiling takes a second or two.
+    `numba.prange` in it runs in parallel. Compiling takes a second or two, but for those that are
+    found on the disk; `variant` sets apart kernels that are made by the same code.
     """
-    compile_now = numba.njit(signature, parallel=True, nogil=True, fastmath=_fastmath(reordered))
-    machine_code: Callable[P, None] = compile_now(function)
+    kernel = numba.njit(parallel=True, nogil=True, fastmath=_fastmath(reordered))(function)
+    with contextlib.suppress(RuntimeError):  # no place to keep it can be written
+        kernel._cache = _Kept(function, variant)
+    kernel.compile(signature)
+    kernel.disable_compile()
     _start_threads()
+    machine_code: Callable[P, None] = kernel
     return machine_code
+
+
+class _Kept(FunctionCache):  # type: ignore[misc]
+    """A compiled kernel on the disk, where Python keeps compiled modules too.
+
+    numba names it by its closure, in which there are other kernels, and those have another name in
+    each process. Here, it is named by all code of this folder. What fails costs only time.
+    """
+
+    def __init__(self, function: Callable[..., None], variant: Hashable) -> None:
+        super().__init__(function)
+        self._variant = variant
+
+    def _index_key(self, signature: Signature, codegen: Any) -> Hashable:
+        return signature, codegen.magic_tuple(), _code(), self._variant
+
+    def load_overload(self, signature: Signature, context: Any) -> Any:
+        try:
+            return super().load_overload(signature, context)
+        except Exception as error:
+            logger.warning("a compiled kernel on the disk is of no use: %r", error)
+            with contextlib.suppress(Exception):
+                self.flush()
+            return None
+
+    def save_overload(self, signature: Signature, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except Exception as error:
+            logger.warning("a compiled kernel cannot be kept: %r", error)
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of what any kernel may be made of."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def part(function: Callable[P, R], *, reordered: bool = False) -> Callable[P, R]:

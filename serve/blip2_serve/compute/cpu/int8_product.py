@@ -167,6 +167,7 @@ def kernel(dtype: torch.dtype) -> Kernel:
     return compiled(
         multiply,
         types.void(element[:, ::1], *[types.int64] * 6, types.float32, types.int64),
+        variant=str(dtype),
     )
 
 

@@ -90,7 +90,7 @@ def kernel(
         types.int64,
         element[:, :, ::1],
     )
-    return compiled(attend, signature, reordered=True)
+    return compiled(attend, signature, variant=(str(dtype), head_dim), reordered=True)
 
 
 def _attend_heads(
