@@ -45,15 +45,15 @@ class MixedParts:
         ids = [token for c in chunks for token in c.sequence.tokens(c.start, c.end)]
         embeddings: Tensor = self._decoder.embed_tokens(self._indices(ids))
         insert_images(embeddings, chunks, self._device)
+        completing = last_tokens(chunks)
         hidden = self._decoder(
             embeddings,
             self._indices(positions),
             self._attention(chunks, singles),
             self._device.add_norm,
+            self._indices(completing),
         )
-        completing = last_tokens(chunks)
-        logits = self._decoder.logits(hidden[self._indices(completing)])
-        return logits[: len(completing)]
+        return self._decoder.logits(hidden)[: len(completing)]
 
     def _attention(self, chunks: list[Chunk], singles: int) -> Attend:
         kv, device = self._kv, self._device

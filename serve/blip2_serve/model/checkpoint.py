@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Blip2Config
 
 from blip2_serve.errors import StartupError
@@ -153,7 +153,18 @@ def resolve_dtype(dtype: str, device: torch.device, config: Blip2Config) -> torc
     return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-def tensor_bytes(module: torch.nn.Module) -> int:
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Gives the parameters of a module on the meta device memory, with whatever is in it.
+
+    `to_empty` imports a compiler for that.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(part, name, nn.Parameter(memory, requires_grad=False))
+
+
+def tensor_bytes(module: nn.Module) -> int:
     """Returns the bytes of a module's parameters; a shared parameter counts once."""
     return sum(p.numel() * p.element_size() for p in module.parameters())
 

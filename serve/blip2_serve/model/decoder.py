@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import OPTConfig
 
-from blip2_serve.errors import StartupError
-from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.activations import activation
+from blip2_serve.model.checkpoint import Checkpoint, allocate
 from blip2_serve.model.packing import MakeLinear, replace_linears, replace_with_activation
 
 POSITION_OFFSET = 2  # OPT's position embeddings start with two unused rows
@@ -33,16 +33,10 @@ def add_norm(x: Tensor, more: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return x, norm(x)
 
 
-# A copy, because transformers' table takes a second to import. OPT checkpoints use relu.
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
-
-
-def _activation(name: str) -> nn.Module:
-    if name not in _ACTIVATIONS:
-        raise StartupError(
-            f"the activation {name!r} is not supported; OPT can have {', '.join(_ACTIVATIONS)}"
-        )
-    return _ACTIVATIONS[name]()
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Not initialised: on the meta device, torch would import a compiler for random numbers."""
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width))
+    return embedding
 
 
 class OptLayer(nn.Module):
@@ -57,22 +51,32 @@ class OptLayer(nn.Module):
         self.out_proj = nn.Linear(hidden, hidden, bias=bias)
         self.final_layer_norm = nn.LayerNorm(hidden, elementwise_affine=affine)
         self.fc1 = nn.Linear(hidden, config.ffn_dim, bias=bias)
-        self.activation = _activation(config.activation_function)
+        self.activation = activation(config.activation_function)
         self.fc2 = nn.Linear(config.ffn_dim, hidden, bias=bias)
 
     def forward(
-        self, x: Tensor, more: Tensor, layer: int, attend: Attend, add_norm: AddNorm
+        self,
+        x: Tensor,
+        more: Tensor,
+        layer: int,
+        attend: Attend,
+        add_norm: AddNorm,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Maps a residual stream x + more to the next one, returned in two parts as well.
 
-        The sum is left to the next norm, which a device may fuse with it. All are [tokens, hidden].
+        The sum is left to the next norm, which a device may fuse with it. All are [tokens, hidden];
+        with `wanted`, the results are those of these tokens only, int64 [wanted].
         """
         if self.norm_first:
             x, y = add_norm(x, more, self.self_attn_layer_norm)
         else:
             x = y = x + more
         qkv = self.qkv_proj(y).unflatten(1, (3, self.heads, -1))
-        attended = self.out_proj(attend(layer, qkv).flatten(1))
+        values = attend(layer, qkv).flatten(1)
+        if wanted is not None:
+            x, values = x[wanted], values[wanted]
+        attended = self.out_proj(values)
         if self.norm_first:
             x, y = add_norm(x, attended, self.final_layer_norm)
             return x, self.fc2(self.activation(self.fc1(y)))
@@ -88,10 +92,8 @@ class OptDecoder(nn.Module):
         super().__init__()
         self.config = config
         hidden = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-        self.embed_positions = nn.Embedding(
-            config.max_position_embeddings + POSITION_OFFSET, hidden
-        )
+        self.embed_tokens = _embedding(config.vocab_size, hidden)
+        self.embed_positions = _embedding(config.max_position_embeddings + POSITION_OFFSET, hidden)
         self.layers = nn.ModuleList(OptLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = (
             nn.LayerNorm(hidden, elementwise_affine=config.layer_norm_elementwise_affine)
@@ -111,8 +113,8 @@ class OptDecoder(nn.Module):
         """
         with torch.device("meta"):
             decoder = cls(checkpoint.config.text_config).to(dtype).eval()
-        decoder.to_empty(device=device).requires_grad_(False)
-        if decoder.config.tie_word_embeddings:  # to_empty untied them
+        allocate(decoder, device)
+        if decoder.config.tie_word_embeddings:  # that untied them
             decoder.lm_head.weight = decoder.embed_tokens.weight
         checkpoint.load(decoder.checkpoint_tensors(), "language model")
         return decoder
@@ -149,12 +151,18 @@ class OptDecoder(nn.Module):
         positions: Tensor,
         attend: Attend,
         add_norm: AddNorm = add_norm,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """Token or image embeddings [T, hidden] at int64 positions [T] -> hidden [T, hidden]."""
+        """Token or image embeddings [T, hidden] at int64 positions [T] -> hidden [T, hidden].
+
+        With `wanted`, int64 [N], the result is [N, hidden], of these tokens: the others only leave
+        their keys and values.
+        """
         x: Tensor = embeddings
         more: Tensor = self.embed_positions(positions + POSITION_OFFSET)
+        last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
-            x, more = layer(x, more, number, attend, add_norm)
+            x, more = layer(x, more, number, attend, add_norm, wanted if number == last else None)
         return x + more
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""Turns pixels into image features: ViT, Q-Former and projection, as transformers' own modules."""
+"""Turns pixels into image features: ViT, Q-Former and projection."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2QFormerModel, Blip2VisionModel
+from transformers import Blip2Config
 
-from blip2_serve.model.checkpoint import Checkpoint
+from blip2_serve.model.checkpoint import Checkpoint, allocate
 from blip2_serve.model.processor import ImageProcessor
+from blip2_serve.model.qformer import QFormer
+from blip2_serve.model.vit import Vit
 
 
 class ImageEncoder(nn.Module):
@@ -19,8 +21,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: Blip2Config) -> None:
         super().__init__()
-        self.vision_model = Blip2VisionModel._from_config(config.vision_config)
-        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
+        self.vision_model = Vit(config.vision_config)
+        self.qformer = QFormer(config.qformer_config)
         self.query_tokens = nn.Parameter(
             torch.empty(1, config.num_query_tokens, config.qformer_config.hidden_size)
         )
@@ -48,7 +50,7 @@ class ImageEncoder(nn.Module):
             if dtype == torch.float16:  # transformers' _keep_in_fp32_modules
                 encoder.qformer.float()
                 encoder.query_tokens.data = encoder.query_tokens.data.float()
-        encoder.to_empty(device=device).requires_grad_(False)
+        allocate(encoder, device)
         checkpoint.load(dict(encoder.named_parameters()), "vision model")
         encoder.dtype = dtype
         encoder.set_normalisation(processor)
@@ -65,10 +67,7 @@ class ImageEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [B, 3, H, W] -> image features [B, queries, hidden], both on the device."""
         normalised = (pixels.float() * self.rescale - self.mean) / self.std
-        patches = self.vision_model(normalised.to(self.dtype)).last_hidden_state
-        output = self.qformer(
-            query_embeds=self.query_tokens.expand(len(pixels), -1, -1),
-            encoder_hidden_states=patches,
-        ).last_hidden_state
+        patches = self.vision_model(normalised.to(self.dtype))
+        output = self.qformer(self.query_tokens.expand(len(pixels), -1, -1), patches)
         features: Tensor = self.language_projection(output.to(self.dtype))
         return features

@@ -1,4 +1,4 @@
-"""transformers' vision modules, with the parts replaced that are slow in bfloat16 on a CPU.
+"""The vision modules, with the parts replaced that are slow in bfloat16 on a CPU.
 
 Linear layers are packed together with the activations behind them. The convolution over patches,
 which do not overlap, becomes a linear layer, and attention two matrix products per image.
@@ -6,17 +6,14 @@ which do not overlap, becomes a linear layer, and attention two matrix products 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from blip2_serve.compute.cpu.linear import OneDnnLinear, for_images, packable
 from blip2_serve.model.packing import replace_linears, replace_with_activation
+from blip2_serve.model.qformer import Heads
 from blip2_serve.model.vision import ImageEncoder
-
-ATTENTION = "blip2_serve_products"
+from blip2_serve.model.vit import SelfAttention
 
 
 def pack_vision(encoder: ImageEncoder) -> None:
@@ -25,17 +22,18 @@ def pack_vision(encoder: ImageEncoder) -> None:
     convolution = vision.embeddings.patch_embedding
     if not packable(convolution.weight):
         return
-    vision.embeddings.patch_embedding = PackedPatches(convolution)
-    for layer in vision.encoder.layers:
+    vision.embeddings.patch_embedding = PackedPatches(convolution)  # type: ignore[assignment]
+    for layer in vision.encoder:
         name = vision.config.hidden_act
         replace_with_activation(layer.mlp, "fc1", "activation_fn", name, for_images)
-    for layer in qformer.encoder.layer:
-        part = layer.intermediate_query
+    for block in qformer.encoder:
+        part = block.intermediate_query
         name = qformer.config.hidden_act
         replace_with_activation(part, "dense", "intermediate_act_fn", name, for_images)
     replace_linears(encoder, for_images)
-    for model in (vision, qformer):
-        model.set_attn_implementation(ATTENTION)
+    for module in encoder.modules():
+        if isinstance(module, (SelfAttention, Heads)):
+            module.attend = attend
 
 
 class PackedPatches(nn.Module):
@@ -44,9 +42,8 @@ class PackedPatches(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         assert convolution.stride == convolution.kernel_size
-        self.weight = convolution.weight  # transformers reads its dtype
         self._size = convolution.kernel_size[0]
-        self._linear = OneDnnLinear(self.weight.flatten(1), convolution.bias)
+        self._linear = OneDnnLinear(convolution.weight.flatten(1), convolution.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, channels, H, W] -> [B, out channels, H / size, W / size]."""
@@ -58,25 +55,11 @@ class PackedPatches(nn.Module):
         return grid
 
 
-def _attend(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """[B, heads, tokens, head_dim] each -> [B, tokens, heads, head_dim].
-
-    One image at a time, so that its scores stay in the cache.
-    """
-    assert attention_mask is None  # every token of an image sees all the others
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """An `Attend`: one image at a time, so that its scores stay in the cache."""
+    scale = query.shape[-1] ** -0.5
     attended = query.new_empty(query.transpose(1, 2).shape)
     for q, k, v, out in zip(query, key, value, attended, strict=True):
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling)
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
         out.copy_(torch.bmm(scores.softmax(-1), v).transpose(0, 1))
-    return attended, None
-
-
-AttentionInterface.register(ATTENTION, _attend)
+    return attended

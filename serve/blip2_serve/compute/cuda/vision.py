@@ -1,4 +1,4 @@
-"""The image encoder's forward in few kernels: transformers' arithmetic, regrouped for GPUs.
+"""The image encoder's forward in few kernels: the same arithmetic, regrouped for GPUs.
 
 - Each sum into the residual stream is one kernel with the norm behind it.
 - GELU is part of the product before it.
@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, pad, scaled_dot_product_attention
-from transformers.models.blip_2 import modeling_blip_2 as blip2
 
 from blip2_serve.compute.cuda.add_norm import add_norm
+from blip2_serve.model.qformer import Output, QFormer, QFormerLayer
 from blip2_serve.model.vision import ImageEncoder
+from blip2_serve.model.vit import VitLayer
 
 ALIGNMENT = 16  # bytes: products are slow where rows do not start at multiples of it
 
@@ -64,7 +65,7 @@ class FusedEncoder:
     def __init__(self, encoder: ImageEncoder, products: Products) -> None:
         vision = encoder.vision_model
         self._embedding = _Embedding(encoder)
-        self._layers = [_VisionLayer(layer, products) for layer in vision.encoder.layers]
+        self._layers = [_VisionLayer(layer, products) for layer in vision.encoder]
         self._norm = vision.post_layernorm
         self._qformer = _QFormer(encoder.qformer, encoder.query_tokens)
         self._projection = encoder.language_projection
@@ -95,6 +96,7 @@ class _Embedding:
         self._weight = pad(weight, (0, -self._columns % step))
         # What is added to each token, that of the class first: its patch's product is zero.
         positions = embeddings.position_embedding[0].float()
+        assert convolution.bias is not None
         others = positions[1:] + convolution.bias
         added = torch.cat([positions[:1] + embeddings.class_embedding[0], others])
         self._added = added.to(weight.dtype)
@@ -114,7 +116,7 @@ class _Embedding:
 
 
 class _VisionLayer:
-    def __init__(self, layer: blip2.Blip2EncoderLayer, products: Products) -> None:
+    def __init__(self, layer: VitLayer, products: Products) -> None:
         attention = layer.self_attn
         self._heads = attention.num_heads
         self._products = products
@@ -143,12 +145,13 @@ class _Weights(NamedTuple):
 
 
 class _QFormerLayer:
-    def __init__(self, layer: blip2.Blip2QFormerLayer) -> None:
+    def __init__(self, layer: QFormerLayer) -> None:
         own = layer.attention.attention
         self.qkv = _joined(own.query, own.key, own.value)
         self.output = layer.attention.output
-        self.look = layer.crossattention.attention.query if layer.has_cross_attention else None
-        self.look_output = layer.crossattention.output if layer.has_cross_attention else None
+        look = layer.crossattention
+        self.look = look.attention.query if look else None
+        self.look_output = look.output if look else None
         self.fc1 = layer.intermediate_query.dense
         self.fc2 = layer.output_query
 
@@ -156,14 +159,14 @@ class _QFormerLayer:
 class _QFormer:
     """The Q-Former with no other input than an image. Computes in the dtype of its weights."""
 
-    def __init__(self, qformer: blip2.Blip2QFormerModel, query_tokens: Tensor) -> None:
-        layers = [*qformer.encoder.layer]
+    def __init__(self, qformer: QFormer, query_tokens: Tensor) -> None:
+        layers = [*qformer.encoder]
         self._layers = [_QFormerLayer(layer) for layer in layers]
         self._heads = qformer.config.num_attention_heads
         self._dtype = qformer.layernorm.weight.dtype
         queries = qformer.layernorm(query_tokens.to(self._dtype))
-        self._start: Tensor = layers[0].attention(queries)[0]
-        looks = [layer.crossattention.attention for layer in layers if layer.has_cross_attention]
+        self._start: Tensor = layers[0].attention(queries, queries)[0]
+        looks = [layer.crossattention.attention for layer in layers if layer.crossattention]
         self._looks = len(looks)
         self._patches = _joined(*(part for look in looks for part in (look.key, look.value)))
 
@@ -176,7 +179,7 @@ class _QFormer:
             if number > 0:
                 qkv = linear(x, *layer.qkv).unflatten(0, (count, -1))
                 x = _close(layer.output, attend(*_by_head(qkv, 3, self._heads)), x)
-            if layer.look:
+            if layer.look and layer.look_output:
                 query = layer.look(x).unflatten(0, (count, -1))
                 attended = attend(*_by_head(query, 1, self._heads), *next(keys_and_values))
                 x = _close(layer.look_output, attended, x)
@@ -184,7 +187,7 @@ class _QFormer:
         return x
 
 
-def _close(part: blip2.Blip2QFormerSelfOutput, rows: Tensor, x: Tensor) -> Tensor:
+def _close(part: Output, rows: Tensor, x: Tensor) -> Tensor:
     """A product, added to `x`, and the norm of the sum: how each part of a Q-Former layer ends."""
     return add_norm(part.dense(rows), x, part.LayerNorm)[1]
 
