@@ -143,6 +143,7 @@ class Planted(App):
     def held(self, place: str) -> Iterator[Path]:
         """Stops the stages at a place during the block; yields a file that exists once one has."""
         file, reached = self.folder / f"hold {place}", self.folder / f"holds {place}"
+        reached.unlink(missing_ok=True)  # of a stage that looked before the last block's end
         file.touch()
         try:
             yield reached

@@ -16,9 +16,11 @@ from blip2_serve.errors import (
     ModelNotFound,
     Overloaded,
     Quarantined,
+    RateLimited,
     RequestTooLarge,
     StartupError,
     TimedOut,
+    Unauthorized,
     Unavailable,
     WrongCheckpoint,
 )
@@ -28,12 +30,14 @@ HTTP = {
     InvalidRequest: (400, "invalid_request_error", None),
     InvalidImage: (400, "invalid_request_error", "invalid_image"),
     ContextLengthExceeded: (400, "invalid_request_error", "context_length_exceeded"),
+    Unauthorized: (401, "invalid_request_error", "invalid_api_key"),
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     RequestTooLarge: (413, "invalid_request_error", "request_too_large"),
     TimedOut: (408, "server_error", "timeout"),
     Unavailable: (503, "server_error", "unavailable"),
     WrongCheckpoint: (503, "server_error", "unavailable"),
     Overloaded: (429, "rate_limit_error", "overloaded"),
+    RateLimited: (429, "rate_limit_error", "rate_limit_exceeded"),
     Quarantined: (500, "server_error", "quarantined"),
 }
 

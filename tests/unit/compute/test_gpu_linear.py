@@ -86,7 +86,10 @@ def decoder(activation: str = "relu", *, tied: bool = True, bias: bool = True) -
         enable_bias=bias,
     )
     torch.manual_seed(0)
-    return OptDecoder(config).eval().requires_grad_(False).to(DEVICE)
+    made = OptDecoder(config).eval().requires_grad_(False).to(DEVICE)
+    made.embed_tokens.weight.normal_()
+    made.embed_positions.weight.normal_()
+    return made
 
 
 def logits(model: OptDecoder, tokens: int) -> Tensor:
