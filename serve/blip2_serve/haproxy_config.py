@@ -11,6 +11,7 @@ each start goes through here. Corrected is what its environment variables cannot
 * What HAProxy answers by itself. Errors have OpenAI's shape.
 * How long a request may take to arrive. HAProxy holds it until it is complete or fills a buffer,
   for an hour if need be.
+* Connections end with a stream on them, so that a change of the ingress cuts none off.
 * Splicing is off (`-dS`). With it, the disconnect of a client goes unnoticed and its answer is
   generated to the end.
 
@@ -46,7 +47,19 @@ ERRORS: Mapping[int, Blip2ServeError] = {
 # A request that HAProxy holds completely can be sent to another replica when the first one dies.
 BUFFER_REQUEST = "    option http-buffer-request"
 BODY_TIMEOUT_S = 30.0
-_OURS = ("errorfile ", BUFFER_REQUEST.strip(), "timeout http-request ")
+
+# A connection ends with its stream. HAProxy, replaced while one is under way, would close it right
+# after the stream, when the client may have sent its next request on it.
+CLOSE_AFTER_STREAM = (
+    "    http-after-response set-header connection close "
+    "if { res.hdr(content-type) -m beg text/event-stream }"
+)
+_OURS = (
+    "errorfile ",
+    BUFFER_REQUEST.strip(),
+    "timeout http-request ",
+    CLOSE_AFTER_STREAM.strip(),
+)
 
 _SECTION = re.compile(r"(?:global|defaults|frontend|backend|listen)\b")
 _BIND = re.compile(r"(?P<start>\s*bind )\S*:(?P<port>\d+)(?P<end>.*)")
@@ -113,6 +126,8 @@ def lines(
             yield from (f"    errorfile {status} {path}" for status, path in files.items())
             yield BUFFER_REQUEST
             yield f"    timeout http-request {round(1000 * body_timeout_s)}"
+        elif line.strip() == PUBLIC:
+            yield CLOSE_AFTER_STREAM
 
 
 if __name__ == "__main__":

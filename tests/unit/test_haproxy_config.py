@@ -127,8 +127,9 @@ def test_errors_have_openais_shape(status: int) -> None:
 class Replica:
     """Answers 200 to health checks; each other request it reads, and closes if it is `dying`."""
 
-    def __init__(self, *, dying: bool) -> None:
+    def __init__(self, *, dying: bool, media_type: str = "application/json") -> None:
         self.requests = 0
+        self._media_type = media_type
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -154,9 +155,9 @@ class Replica:
     def running(self) -> AbstractContextManager[None]:
         return serving(self._server)
 
-    @staticmethod
-    def _respond(handler: http.server.BaseHTTPRequestHandler) -> None:
+    def _respond(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         handler.send_response(200)
+        handler.send_header("content-type", self._media_type)
         handler.send_header("content-length", "0")
         handler.end_headers()
 
@@ -237,3 +238,19 @@ def test_a_request_of_a_dead_replica_goes_to_another_one() -> None:
     assert {answer.status_code for answer in answers} == {200}
     assert other.requests == 6
     assert dying.requests > 0
+
+
+@pytest.mark.parametrize(
+    ("media_type", "closes"),
+    [("text/event-stream; charset=utf-8", True), ("application/json", False)],
+)
+def test_a_connection_ends_with_a_stream_on_it(media_type: str, closes: bool) -> None:
+    replica = Replica(dying=False, media_type=media_type)
+    with (
+        replica.running(),
+        haproxy([replica.port]) as url,
+        httpx.Client(timeout=60) as client,
+    ):
+        answers = [client.post(f"{url}/v1/generate", content=b"x") for _ in range(2)]
+    assert [a.headers.get("connection") for a in answers] == ["close" if closes else None] * 2
+    assert replica.requests == 2
