@@ -63,7 +63,7 @@ Question = Annotated[str, Argument(help="Question about the image.")]
 
 # -- keys ------------------------------------------------------------------------------------------
 
-KeyName = Annotated[str, Argument(help="Whose key it is, as metrics and logs will name it.")]
+KeyName = Annotated[str, Argument(help="Whose key it is.")]
 KeysFile = Annotated[Path, Option("--file", help="File of API keys; made if it is missing.")]
 PerMinute = Annotated[float | None, Option(min=0, help="Limit; default: none.")]
 Concurrent = Annotated[int | None, Option(min=1, help="Requests under way; default: no limit.")]

@@ -85,12 +85,10 @@ class Caller:
         self._tokens.limit(key.tokens_per_minute, replicas)
         self._most = key.max_concurrent and max(1.0, key.max_concurrent / replicas)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Counts one request, which runs as long as the context.
-
+    def check(self) -> None:
+        """
         Raises:
-            RateLimited: it would be one too many.
+            RateLimited: one more request would be too many.
         """
         if self._most is not None and self._running + 1 > self._most:
             raise RateLimited("this API key has too many requests under way", retry_after_s=1.0)
@@ -99,6 +97,10 @@ class Caller:
                 raise RateLimited(
                     f"this API key has used up its {what} per minute", retry_after_s=wait_s
                 )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Counts one request, which runs as long as the context."""
         self._requests.take(1)
         self._running += 1
         try:

@@ -79,15 +79,14 @@ class Door:
             return
         declared = Headers(scope=scope).get("content-length", "")
         length = int(declared) if declared.isdigit() else 0  # chunks count as they come
-        with contextlib.ExitStack() as held:
-            try:
-                if caller:
-                    held.enter_context(caller.running())
-                entered = self._admission.enter(min(length, self._max_body_bytes))
-            except (RateLimited, Overloaded) as error:
-                await self._refuse(error, receive, send)
-                return
-            held.enter_context(entered)
+        try:
+            if caller:
+                caller.check()
+            entered = self._admission.enter(min(length, self._max_body_bytes))
+        except (RateLimited, Overloaded) as error:
+            await self._refuse(error, receive, send)
+            return
+        with entered, caller.running() if caller else contextlib.nullcontext():
             tokens = _ticket.set(entered), _caller.set(caller)
             try:
                 await app(scope, receive, send)

@@ -15,6 +15,7 @@ import hmac
 import logging
 import os
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +35,6 @@ PREFIX = "blip2-"  # so that tools which look for leaked secrets can know a key
 LOOK_EVERY_S = 1.0
 
 Limit = Annotated[float | None, Field(gt=0)]
-# Names are shown in metrics and logs.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
 
 
@@ -77,7 +77,7 @@ def parse(text: str) -> tuple[Key, ...]:
 
 
 def add_key(file: Path, name: str, **limits: float | None) -> str:
-    """Makes a key, adds its hash to a file that only its owner can read, and returns the key.
+    """Makes a key, adds its hash to a file, and returns the key. Only you can read a new file.
 
     Raises:
         StartupError: the file cannot be read or written, or has a key of that name already.
@@ -92,6 +92,8 @@ def add_key(file: Path, name: str, **limits: float | None) -> str:
         parse(text)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
             new.write(text)  # beside it: a server never reads half a file
+        if file.exists():  # its group may be the server's
+            shutil.copymode(file, new.name)
         os.replace(new.name, file)
     except ValidationError as error:
         raise StartupError(str(explain(error.errors(include_input=False), None))) from None

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 from starlette.types import Message
 
 from blip2_serve.config import AppConfig
-from blip2_serve.errors import RateLimited
+from blip2_serve.errors import Overloaded, RateLimited
 from blip2_serve.http import access
 from blip2_serve.http.access import Access, Caller
 from blip2_serve.http.api import create_app
@@ -229,10 +230,11 @@ def caller(clock: Clock, replicas: int = 1, **limits: Any) -> Caller:
 def wait_of(found: Caller) -> float:
     """Seconds that a request has to wait, by what a refusal says; 0: it ran."""
     try:
-        with found.running():
-            return 0.0
+        found.check()
     except RateLimited as error:
         return error.retry_after_s or 0.0
+    with found.running():
+        return 0.0
 
 
 @pytest.mark.parametrize(("limit", "replicas"), [(6, 1), (18, 3)])
@@ -307,6 +309,19 @@ async def test_a_caller_above_its_limit_gets_a_429_that_says_when(file: Path) ->
     assert error_of(refused)["code"] == "rate_limit_exceeded"
     assert 59 <= int(refused.headers["retry-after"]) <= 60
     assert listed.status_code == 200  # what computes nothing costs nothing
+
+
+async def test_a_busy_server_charges_nothing_for_its_refusals(file: Path) -> None:
+    write(file, requests_per_minute=1)
+    app = app_of(file)
+    async with client_of(app) as client:
+        client.headers.update(HEADERS)
+        with mock.patch.object(app.state.admission, "enter", side_effect=Overloaded("busy")):
+            refused = await post(client, "/v1/generate", body_for("/v1/generate"))
+        answered = await post(client, "/v1/generate", body_for("/v1/generate"))
+
+    assert error_of(refused)["code"] == "overloaded"
+    assert answered.status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -41,6 +41,14 @@ def test_a_key_is_added_as_a_hash_that_only_the_owner_reads(file: Path) -> None:
     assert [*file.parent.iterdir()] == [file]
 
 
+def test_a_file_stays_readable_for_its_group(file: Path) -> None:
+    file.write_text(ENTRY)
+    file.chmod(0o640)
+    add_key(file, "bob")
+
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
 def test_other_keys_and_comments_stay(file: Path) -> None:
     file.write_text(f"# of the team\n{ENTRY}")
     secrets = [add_key(file, name) for name in ("bob", "carol")]

@@ -68,7 +68,7 @@ class _Kept(FunctionCache):  # type: ignore[misc]
         try:
             return super().load_overload(signature, context)
         except Exception as error:
-            logger.warning("a compiled kernel on the disk is of no use: %r", error)
+            logger.warning("cannot use a compiled kernel from disk: %r", error)
             with contextlib.suppress(Exception):
                 self.flush()
             return None
@@ -77,7 +77,7 @@ class _Kept(FunctionCache):  # type: ignore[misc]
         try:
             super().save_overload(signature, data)
         except Exception as error:
-            logger.warning("a compiled kernel cannot be kept: %r", error)
+            logger.warning("cannot keep a compiled kernel on disk: %r", error)
 
 
 @functools.cache
