@@ -34,6 +34,9 @@ PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check -c constrai
 serve: $(VENV)/.installed
 	@$(BIN)/blip2-serve up --host $(HOST) --port $(PORT) --model $(MODEL) --dtype $(DTYPE) --device $(DEVICE) $(ARGS)
 
+# Unset, if it is set: the tests start hundreds of processes, and each would compile the package.
+test test-quick test-long soak: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" $(PYTEST_ARGS)
 

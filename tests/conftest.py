@@ -61,4 +61,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(autouse=True)
 def same_random_numbers() -> None:
     """Seeds torch, so that a test does not depend on those that ran before it."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes milliseconds without a GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from support import load
 from support.load import closed
 from support.server import free_port
@@ -63,6 +65,7 @@ def test_insistent_users_are_answered_though_they_are_refused_at_first(tmp_path:
         assert run.failures == failures
 
 
+@pytest.mark.long
 def test_an_open_loop_shows_a_stall_that_a_closed_one_hides(tmp_path: Path) -> None:
     """Coordinated omission: while the server stalls, four waiting users send nothing."""
     runs = {}
@@ -101,6 +104,7 @@ def test_a_ramp_ends_at_the_breaking_point_and_reports_it(tmp_path: Path) -> Non
     assert ended["ended"] - ended["started"] < 30
 
 
+@pytest.mark.long
 def test_samples_of_workers_reach_the_master(tmp_path: Path) -> None:
     scenario = closed(4, 4, "streaming chat", "caption")
     port = str(free_port())

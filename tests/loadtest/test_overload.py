@@ -390,6 +390,7 @@ def arguments(output: Path) -> Namespace:
     )
 
 
+@pytest.mark.long
 async def test_the_command_agrees_with_the_server_about_its_own_overload(tmp_path: Path) -> None:
     desk = Desk(places=4, work_s=0.05)
     async with fake_server.serving(desk.handle) as endpoint:

@@ -25,6 +25,7 @@ from support.images import data_url, encode
 from support.planted import Planted, start_planted
 from support.server import gather_at_most
 
+pytestmark = pytest.mark.long  # hundreds of clients come and go
 URL = "/v1/generate"
 PICTURES = [data_url(scenes.sample(seed).image) for seed in range(8_000, 8_006)]
 LONG = {"image": PICTURES[0], "max_tokens": 200, "ignore_eos": True}

@@ -16,6 +16,7 @@ from support.images import data_url
 from support.planted import KILLER, Planted, start_planted
 from support.server import wait_until
 
+pytestmark = pytest.mark.long  # replicas die and start again
 URL = "/v1/generate"
 INNOCENT = 31
 PATIENCE_S = 600  # replicas that die are started again twice, on a machine that may be busy

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import Unavailable
@@ -155,9 +156,13 @@ async def client_of(
     recorder: FakeRecorder | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(backend, config or AppConfig(), recorder or FakeRecorder())
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with client_of_app(app) as client:
         yield client
+
+
+def client_of_app(app: FastAPI) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 def image_part(image: bytes = b"picture", **more: str) -> dict[str, Any]:

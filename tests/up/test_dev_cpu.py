@@ -14,6 +14,7 @@ from support.images import data_url
 from support.manifests import build, ray_environment, ray_service, serve_config
 from support.server import wait_until
 
+pytestmark = pytest.mark.long
 SCENE = scenes.sample(9_001)
 REPLACED_WITHIN_S = 180
 

@@ -21,6 +21,7 @@ from support.images import data_url
 from support.server import is_successful, wait_until
 from support.up import Up, running_up
 
+pytestmark = pytest.mark.long  # clients are slow
 SLOW = 64
 BODY_TIMEOUT_S = 10
 HELD_BYTES = 24 << 20

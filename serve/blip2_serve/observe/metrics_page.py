@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Mapping
 
 import httpx
@@ -20,8 +21,9 @@ class MetricsPage:
     """Fetches the nodes' pages and merges them."""
 
     def __init__(self) -> None:
-        # Made once: making it takes as long as fetching a page.
-        self._client = httpx.AsyncClient(trust_env=False)
+        # Made once, without the authorities that httpx would load for 26 ms: the pages are http.
+        no_authority = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self._client = httpx.AsyncClient(trust_env=False, verify=no_authority)
 
     async def page(self, nodes: Mapping[str, str], within_s: float) -> str:
         """Returns the page, in Prometheus' text format (CONTENT_TYPE).

@@ -199,7 +199,13 @@ for kernel, types, constants, warps in kernels:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capability"), [("bf16", 80), ("fp16", 80), ("fp32", 80), ("bf16", 90)]
+    ("dtype", "capability"),
+    [
+        ("bf16", 90),
+        ("fp16", 80),
+        pytest.param("bf16", 80, marks=pytest.mark.long),
+        pytest.param("fp32", 80, marks=pytest.mark.long),
+    ],
 )
 def test_the_kernels_compile(
     dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

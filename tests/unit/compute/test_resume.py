@@ -44,22 +44,23 @@ def test_resumed_answers_equal_undisturbed_ones(
 ) -> None:
     n = params.get("n", 1)
     whole = model.run(device, (), **params)
-    for sent, counts in cuts(whole, n, most=30):
+    for sent, counts in cuts(whole, n, most=12):
         resumed = model.run(device, sent, **params)
         check_equal(rest(resumed, [0] * n), rest(whole, counts))
 
 
 @pytest.mark.parametrize("device", [Device(DEVICE), Ahead(DEVICE)], ids=["at once", "ahead"])
 def test_a_stop_string_and_characters_may_lie_across_the_cut(model: Model, device: Device) -> None:
-    whole = model.run(device, (), **HOT, max_tokens=40)
+    wild = {"temperature": 20.0, "seed": 8, "max_tokens": 14}
+    whole = model.run(device, (), **wild)
+    assert sum(not event.text for event in whole) > 3, "no characters of several tokens"
     text = "".join(event.text for event in whole)
-    assert any(not event.text for event in whole), "no character of several tokens"
     stop = text[len(text) // 2 :][:12]
-    stopped = model.run(device, (), **HOT, max_tokens=40, stop=(stop,))
+    stopped = model.run(device, (), **wild, stop=(stop,))
     assert stopped[-1].finish_reason == "stop"
     for events, params in ((whole, {}), (stopped, {"stop": (stop,)})):
         for sent, counts in cuts(events, 1):
-            resumed = model.run(device, sent, **HOT, max_tokens=40, **params)
+            resumed = model.run(device, sent, **wild, **params)
             check_equal(rest(resumed, [0]), rest(events, counts))
 
 

@@ -279,7 +279,8 @@ def test_many_requests_through_few_slots_match_transformers(
     )
     picture = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
     prefix = [IMAGE_TOKEN] * 2 + [random.randrange(VOCABULARY) for _ in range(12)]
-    for name in range(24):
+    slow = isinstance(model.device, CapturingMixed)
+    for name in range(8 if slow else 24):
         prompt = prefix[: random.randint(2, 14)]
         prompt += [random.randrange(VOCABULARY) for _ in range(random.randint(1, 10))]
         width = random.choice([{}, {"n": 3}, {"num_beams": 4}])
@@ -294,7 +295,7 @@ def test_many_requests_through_few_slots_match_transformers(
         for request in {c.sequence.request: None for c in chunks if c.completes}:
             advance(scheduler, request, random)
         scheduler.check_integrity()
-    assert (scheduler.cached_tokens > 100) is prefix_caching
+    assert (scheduler.cached_tokens > 30) is prefix_caching
 
 
 def advance(scheduler: Scheduler, request: Request, random: Random) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 
+from blip2_serve.config import AppConfig
+from blip2_serve.http.api import create_app
 from blip2_serve.http.schema import CaptionFields, ChatRequest, GenerateRequest
-from support.fake_backend import ROUTES, FakeBackend, body_for, error_of, post
+from support.fake_backend import ROUTES, FakeBackend, body_for, client_of_app, error_of, post
+from support.recorder import FakeRecorder
 
 CHAT = {*chats.CompletionCreateParamsBase.__annotations__, "stream"}
 COMPLETIONS = {*completions.CompletionCreateParamsBase.__annotations__, "stream"}
@@ -98,6 +103,27 @@ WRONG: dict[str, list[Any]] = {
     "response_format": ["text", {}, {"type": "text", "strict": True}],
     "modalities": ["text", [5]],
 }
+
+
+@pytest.fixture(scope="module")
+def shared() -> tuple[FakeBackend, FastAPI]:
+    """Made once: making the routes takes longer than any test here."""
+    backend = FakeBackend()
+    return backend, create_app(backend, AppConfig(), FakeRecorder())
+
+
+@pytest.fixture
+def backend(shared: tuple[FakeBackend, FastAPI]) -> FakeBackend:
+    backend, _ = shared
+    vars(backend).update(vars(FakeBackend()))
+    return backend
+
+
+@pytest.fixture
+async def client(shared: tuple[FakeBackend, FastAPI]) -> AsyncIterator[httpx.AsyncClient]:
+    _, app = shared
+    async with client_of_app(app) as client:
+        yield client
 
 
 def pairs(table: dict[str, list[Any]]) -> list[Any]:
