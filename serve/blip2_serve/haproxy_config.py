@@ -11,6 +11,7 @@ each start goes through here. Corrected is what its environment variables cannot
 * What HAProxy answers by itself. Errors have OpenAI's shape.
 * How long a request may take to arrive. HAProxy holds it until it is complete or fills a buffer,
   for an hour if need be.
+* The application is told who connected.
 * Connections end with a stream on them, so that a change of the ingress cuts none off.
 * Splicing is off (`-dS`). With it, the disconnect of a client goes unnoticed and its answer is
   generated to the end.
@@ -54,11 +55,16 @@ CLOSE_AFTER_STREAM = (
     "    http-after-response set-header connection close "
     "if { res.hdr(content-type) -m beg text/event-stream }"
 )
+
+# Tells who connected. A client's own header of that name is replaced.
+PEER = "x-blip2-peer"
+TELL_PEER = f"    http-request set-header {PEER} %[src]"
 _OURS = (
     "errorfile ",
     BUFFER_REQUEST.strip(),
     "timeout http-request ",
     CLOSE_AFTER_STREAM.strip(),
+    TELL_PEER.strip(),
 )
 
 _SECTION = re.compile(r"(?:global|defaults|frontend|backend|listen)\b")
@@ -128,6 +134,7 @@ def lines(
             yield f"    timeout http-request {round(1000 * body_timeout_s)}"
         elif line.strip() == PUBLIC:
             yield CLOSE_AFTER_STREAM
+            yield TELL_PEER
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, IPvAnyNetwork
 
 from blip2_serve.stage_config import (
     HOW_IT_SCALES,
@@ -119,7 +119,8 @@ class AdmissionConfig(FrozenConfig):
         32,
         ge=1,
         description="Most requests under way while nobody knows what the stages can do: at the "
-        "start, or while a stage has no replica.",
+        "start, or while a stage has no replica. While a lost replica is replaced, every request "
+        "below this number is admitted.",
     )
     max_held_bytes: int = Field(
         512 << 20,
@@ -151,6 +152,16 @@ class AccessConfig(FrozenConfig):
         "but `/health` and `/ready` asks for one.",
     )
     metrics_open: bool = Field(False, description="Do not ask for a key for `/metrics`.")
+    share_by_address: bool = Field(
+        False,
+        description="Without keys: while the server is busy, clients of different addresses get "
+        "equal shares, as the owners of different keys do.",
+    )
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = Field(
+        (),
+        description="Networks of the proxies in front whose `X-Forwarded-For` tells the client's "
+        "address, such as `10.0.0.0/8`.",
+    )
 
 
 class IngressScaling(ScalingConfig):

@@ -25,6 +25,7 @@ def base_url() -> Iterator[str]:
     # Replicas find the stages of `support.planted` there.
     path = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    os.environ["PYTHONOPTIMIZE"] = "1"  # nothing may depend on an assert: CVE-2026-41523
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "blip2_serve.http.proxy.middlewares"
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)

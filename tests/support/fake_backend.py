@@ -14,8 +14,8 @@ from fastapi import FastAPI
 
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import Unavailable
-from blip2_serve.http.admission import Capacity
 from blip2_serve.http.api import create_app
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.types import (
     Choice,
     Completion,

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from email.message import Message
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,7 @@ from ray.serve._private.haproxy import (
 from ray.serve.config import HTTPOptions
 
 from blip2_serve.haproxy import write_command
-from blip2_serve.haproxy_config import BODY_TIMEOUT_S, ERRORS, answer, correct
+from blip2_serve.haproxy_config import BODY_TIMEOUT_S, ERRORS, PEER, answer, correct
 from support.background import serving
 from support.server import free_port, wait_until
 
@@ -129,6 +130,7 @@ class Replica:
 
     def __init__(self, *, dying: bool, media_type: str = "application/json") -> None:
         self.requests = 0
+        self.headers = Message()  # of the last one
         self._media_type = media_type
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -141,6 +143,7 @@ class Replica:
             def do_POST(handler) -> None:  # noqa: N805
                 handler.rfile.read(int(handler.headers["content-length"]))
                 self.requests += 1
+                self.headers = handler.headers
                 if dying:
                     handler.close_connection = True
                 else:
@@ -254,3 +257,10 @@ def test_a_connection_ends_with_a_stream_on_it(media_type: str, closes: bool) ->
         answers = [client.post(f"{url}/v1/generate", content=b"x") for _ in range(2)]
     assert [a.headers.get("connection") for a in answers] == ["close" if closes else None] * 2
     assert replica.requests == 2
+
+
+def test_the_application_is_told_who_connected_whatever_the_client_says() -> None:
+    replica = Replica(dying=False)
+    with replica.running(), haproxy([replica.port]) as url:
+        httpx.post(f"{url}/v1/generate", content=b"x", headers={PEER: "192.0.2.1"}, timeout=60)
+    assert replica.headers.get_all(PEER) == ["127.0.0.1"]

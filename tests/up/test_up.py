@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from blip2_serve.demo import scenes
 from support.collector import Collector, orphans, stages_of
 from support.images import data_url, image_message
+from support.listeners import SERVICES, TOKEN_FILE, ask_ray, ports, send_pickles
 from support.server import wait_until
 from support.stopping import stop_with_a_stream_under_way
 from support.up import Up, listening, running_up
@@ -76,6 +78,27 @@ def test_requests_on_this_machine_bypass_the_proxy(server: Up) -> None:
 
 def test_it_listens_on_all_addresses_when_told_to(server: Up) -> None:
     assert listening(server.family()) == {"haproxy": {int(server.url.rpartition(":")[2])}}
+
+
+def test_no_port_takes_a_pickle_or_a_call_of_rays_without_the_token(
+    server: Up, tmp_path: Path
+) -> None:
+    """SGLang CVE-2026-3059, -3060. With the token both get through, so the probes work."""
+    token = TOKEN_FILE.read_text().strip()
+    others, through = set[str](), set[str]()
+    for port, name in ports(server.family()).items():
+        for sent, found in ((None, others), ("wrong", others), (token, through)):
+            mark = tmp_path / f"{port} {sent}"
+            send_pickles(port, mark, sent)
+            if mark.exists():
+                found.add(f"{name} has unpickled it")
+            found |= {f"{service}: {code}" for service, code in ask_ray(port, sent).items()}
+
+    assert others == {f"{service}: UNAUTHENTICATED" for service in SERVICES}
+    assert through == {f"{service}: OK" for service in SERVICES} | {
+        f"ray::ServeReplica:blip2:{stage} has unpickled it"
+        for stage in ("Ingress", "Preprocessor", "Encoder", "Generator")
+    }
 
 
 def test_sigterm_finishes_a_stream_and_leaves_no_process(server: Up) -> None:

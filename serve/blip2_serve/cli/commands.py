@@ -108,6 +108,7 @@ def add(
     requests_per_minute: options.PerMinute = None,
     tokens_per_minute: options.PerMinute = None,
     max_concurrent: options.Concurrent = None,
+    priority: options.Priority = 0,
 ) -> None:
     """Make a key, add its hash to a file, and print it: it cannot be shown again."""
     secret = add_key(
@@ -116,5 +117,6 @@ def add(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         max_concurrent=max_concurrent,
+        priority=priority,
     )
     out.print(secret, markup=False)

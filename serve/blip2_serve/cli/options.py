@@ -66,4 +66,7 @@ Question = Annotated[str, Argument(help="Question about the image.")]
 KeyName = Annotated[str, Argument(help="Whose key it is.")]
 KeysFile = Annotated[Path, Option("--file", help="File of API keys; made if it is missing.")]
 PerMinute = Annotated[float | None, Option(min=0, help="Limit; default: none.")]
+Priority = Annotated[
+    int, Option(help="The most urgent priority its requests may ask for; lower goes first.")
+]
 Concurrent = Annotated[int | None, Option(min=1, help="Requests under way; default: no limit.")]

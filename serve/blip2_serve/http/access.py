@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from blip2_serve.errors import RateLimited, Unauthorized
+from blip2_serve.http.addresses import client_of
 from blip2_serve.http.keys import Key, KeyFile
 from blip2_serve.ingress_config import AccessConfig
 
@@ -43,6 +44,8 @@ class Access:
     ) -> None:
         self._keys = KeyFile(Path(config.keys_file), clock) if config.keys_file else None
         self._open = (*OPEN, METRICS) if config.metrics_open else OPEN
+        self._by_address = config.share_by_address
+        self._trusted = config.trusted_proxies
         self._replicas = replicas
         self._clock = clock
         self._callers: dict[str, Caller] = {}  # by name: what they used outlives a changed file
@@ -68,6 +71,12 @@ class Access:
         caller.obey(key, max(1, self._replicas()))
         return caller
 
+    def tenant(self, scope: Scope, caller: Caller | None) -> str:
+        """With whom the request shares what it gets of a busy server."""
+        if caller:
+            return caller.name
+        return client_of(scope, self._trusted) if self._by_address else ""
+
 
 class Caller:
     """What the owner of a key is using, and may use, of one ingress replica."""
@@ -76,6 +85,7 @@ class Caller:
         self.name = name
         self._requests = _Bucket(clock)
         self._tokens = _Bucket(clock)
+        self.priority = 0  # the most urgent one that its requests may have
         self._running = 0
         self._most: float | None = None
 
@@ -83,6 +93,7 @@ class Caller:
         """Takes over the limits of the key, of which each replica grants its share."""
         self._requests.limit(key.requests_per_minute, replicas)
         self._tokens.limit(key.tokens_per_minute, replicas)
+        self.priority = key.priority
         self._most = key.max_concurrent and max(1.0, key.max_concurrent / replicas)
 
     def check(self) -> None:

@@ -5,49 +5,42 @@ done soon enough: images by what preprocessor and encoder can do, answers by wha
 do and by how long answers have lately been. The decision is made when the headers are there, so
 that most refused bodies are never parsed, and once more when the request is known.
 
+Tenants have shares. Each is judged by what it waits for itself: the work that the stages have, and
+its own queue. While several send requests, the stages get no more of them than keeps them busy, and
+the rest waits for its turn (see `fairness.py`).
+
 Near the limit some are refused by chance. Otherwise a client whose request has just ended would
 always take the place that this leaves, and one that comes back when it was told to would find none.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from blip2_serve.errors import Overloaded
+from blip2_serve.http.fairness import FairQueue, Tenant, Work
+from blip2_serve.http.refusals import Capacity, Refusals
 from blip2_serve.ingress_config import AdmissionConfig
-from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.types import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 MEMORY = 50  # requests that means are taken over, roughly
 SMOOTH_OVER = 8  # arrivals
 SOME_FROM = 0.75  # share of the limit from which some requests are refused
 CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
+WINDOW = 0.1  # share of `max_wait_s` that the stages' work may take, besides what is usual
+SHARED_FOR_S = 60.0  # after the last request that was not from the tenant of the one before
+MOST_TENANTS = 1024  # that are remembered without a request under way
 TYPICAL = 1.5  # average answers
 MOST_BIAS = 3.0  # of the stages' figures; they are never taken for too high
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
-RATE_OVER_S = 5.0  # seconds that the rate of finished requests is taken over
-RETURN_SHARE = 0.09  # of what the server can do: what refused clients may ask for when they return
-LONGEST_RETRY_S = 60
-WARN_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What the stages can do for this ingress replica; None while no replica has told."""
-
-    images_per_s: float | None = None  # decoded and encoded
-    answers_per_s: float | None = None  # average ones
 
 
 class Admission:
@@ -72,42 +65,41 @@ class Admission:
     ) -> None:
         self._limits = limits
         self._capacity = capacity
-        self._recorder = recorder
-        self._note_refused = refused
         self._clock = clock
         self._draw = draw
+        self._refusals = Refusals(capacity, recorder, refused, clock, draw)
         # What the admitted requests still ask of the stages.
-        self._requests = 0
+        self._queued = Work()
+        self._staged = Work()  # of those that had their turn
         self._slow = 0  # those whose bodies take long to arrive, which ask for nothing yet
         self._bytes = 0  # of all bodies
-        self._images = self._answers = 0.0
-        self._smooth_wait = 0.0  # seconds, over the latest arrivals
+        self._tenants: dict[str, Tenant] = {}
+        self._queue = FairQueue(self._has_room)
+        self._last_flow: tuple[str, int] | None = None
+        self._shared_until = -math.inf
         # What requests have lately been like.
         self._mean_images = 1.0  # to encode
         self._mean_tokens: float | None = None  # of one answer
         self._mean_work: float | None = None  # tokens of all answers to a request
         self._usual_s: float | None = None  # from arrival to the last token, while it was calm
         self._bias = 1.0  # the time that requests take, over what the stages' figures suggest
-        self._finished: deque[float] = deque()  # when
-        self._next_return = -math.inf  # when the next refused client should come back
-        self._warned = -math.inf
-        self._unsaid = 0  # refusals since the last warning
 
-    def enter(self, body_bytes: int) -> Ticket:
+    def enter(self, body_bytes: int, tenant: str = "") -> Ticket:
         """Admits a request of which only the headers are known; `body_bytes` are those declared.
 
         Raises:
             Overloaded: it would have to wait too long, or too many bytes are held already.
         """
-        if self._bytes and self._bytes + body_bytes > self._limits.max_held_bytes:
-            raise self._refusal("bytes", 0.0)
+        owner = self._tenant(tenant)
+        self._check_bytes(owner, body_bytes)
         images = self._mean_images > MOSTLY
-        self._check(images=images)
-        self._smooth_wait += (self.wait_s(images=images) - self._smooth_wait) / SMOOTH_OVER
-        share = (self._smooth_wait / self._limit_s - SOME_FROM) / (1 - SOME_FROM)
-        if self._requests >= self._limits.min_requests and self._draw() < share:
-            raise self._refusal("wait", 0.0)
-        return Ticket(self, body_bytes)
+        self._check(owner, self._limit_s, images=images)
+        wait = self.wait_s(owner, images=images)
+        owner.smooth_wait += (wait - owner.smooth_wait) / SMOOTH_OVER
+        share = (owner.smooth_wait / self._limit_s - SOME_FROM) / (1 - SOME_FROM)
+        if self._requests >= self._always_admitted and self._draw() < share:
+            raise self._refusals.refusal("wait", 0.0)
+        return Ticket(self, owner, body_bytes)
 
     def answers(self, params: SamplingParams, default_max_tokens: int) -> float:
         """How many average answers a request asks for; its limit counts only below the mean."""
@@ -120,7 +112,7 @@ class Admission:
         """Learns from an answered request: the tokens of all its answers, and their number."""
         self._mean_tokens = _mean(self._mean_tokens, tokens / answers)
         self._mean_work = _mean(self._mean_work, tokens)
-        self._finished.append(self._clock())
+        self._refusals.finished()
 
     def took(self, seconds: float, figures_s: float) -> None:
         """Learns how long an answered request took; `figures_s` is what the figures said at first.
@@ -147,101 +139,143 @@ class Admission:
         """What the requests under way ask for and hold; all 0 when there are none."""
         return {
             "requests": self._requests,
+            "waiting": len(self._queue),
             "slow_bodies": self._slow,
             "bytes": self._bytes,
-            "images": self._images,
-            "answers": self._answers,
+            "images": self._queued.images + self._staged.images,
+            "answers": self._queued.answers + self._staged.answers,
         }
 
-    def wait_s(self, *, images: bool = True) -> float:
-        """Seconds until all admitted work is done; without `images`, all answers."""
-        return self._bias * self.figures_s(images=images)
+    @property
+    def _requests(self) -> int:
+        return self._queued.requests + self._staged.requests
 
-    def figures_s(self, *, images: bool = True) -> float:
+    @property
+    def _always_admitted(self) -> int:
+        """Requests under way below which every further one is admitted.
+
+        With a replica lost, as many as with none left: until there is another one, nobody knows.
+        """
+        limits = self._limits
+        mending = self._capacity().is_mending
+        return max(limits.initial_requests, limits.min_requests) if mending else limits.min_requests
+
+    def wait_s(self, tenant: Tenant | None = None, *, images: bool = True) -> float:
+        """Seconds until a tenant's next request would have its turn; without `images`, it needs
+        no encoder. Without a tenant, seconds until all admitted work is done.
+        """
+        return self._bias * self.figures_s(tenant, images=images)
+
+    def figures_s(self, tenant: Tenant | None = None, *, images: bool = True) -> float:
         """The same, going by the stages' figures alone."""
+        staged, queued = (self._seconds(w, images=images) for w in (self._staged, self._queued))
+        if tenant is None:
+            return staged + queued
+        # The others that wait get as much meanwhile, if they have that much.
+        waiting = sum(other.queued.requests > 0 for other in self._tenants.values())
+        own = self._seconds(tenant.queued, images=images)
+        return staged + min(queued, own * max(1, waiting))
+
+    def _seconds(self, work: Work, *, images: bool = True) -> float:
+        """What the stages take for it."""
         capacity = self._capacity()
         if capacity.images_per_s is None or capacity.answers_per_s is None:
             return 0.0 if self._requests < self._limits.initial_requests else math.inf
-        seconds = self._answers / capacity.answers_per_s
+        seconds = work.answers / capacity.answers_per_s
         if images:
-            seconds += self._images / capacity.images_per_s
+            seconds += work.images / capacity.images_per_s
         return seconds
 
-    def _check(self, *, images: bool) -> None:
+    def _tenant(self, name: str) -> Tenant:
+        if name not in self._tenants and len(self._tenants) >= MOST_TENANTS:
+            self._tenants = {n: t for n, t in self._tenants.items() if t.requests}
+        return self._tenants.setdefault(name, Tenant(name))
+
+    def _saw(self, tenant: Tenant, priority: int) -> None:
+        """Notes whether requests come from several tenants, or with several priorities."""
+        flow = (tenant.name, priority)
+        if self._last_flow not in (None, flow):
+            self._shared_until = self._clock() + SHARED_FOR_S
+        self._last_flow = flow
+
+    @property
+    def _is_shared(self) -> bool:
+        return self._clock() < self._shared_until
+
+    def _has_room(self) -> bool:
+        """Whether the stages should get one more request now: all there are, unless shared."""
+        if not self._is_shared or self._staged.requests < self._limits.min_requests:
+            return True
+        enough_s = (self._usual_s or 0.0) + WINDOW * self._limits.max_wait_s
+        return self._bias * self._seconds(self._staged) <= enough_s
+
+    def _share(self, most: int) -> float:
+        """What one tenant may have of something that is limited."""
+        present = sum(tenant.requests > 0 for tenant in self._tenants.values())
+        return most / max(2, present) if self._is_shared else most
+
+    def _check_bytes(self, tenant: Tenant, more: int) -> None:
+        """Refuses bytes while the tenant, or all together, hold too many.
+
+        Raises:
+            Overloaded: they do.
+        """
+        most = self._limits.max_held_bytes
+        if (self._bytes and self._bytes + more > most) or (
+            tenant.bytes and tenant.bytes + more > self._share(most)
+        ):
+            raise self._refusals.refusal("bytes", 0.0)
+
+    def _check(self, tenant: Tenant, limit_s: float, *, images: bool) -> None:
         """Refuses a request that would have to wait too long; with `images`, for the encoder too.
 
         Raises:
             Overloaded: it would.
         """
-        wait, limit = self.wait_s(images=images), self._limit_s
-        if wait > limit and self._requests >= self._limits.min_requests:
-            raise self._refusal("wait", wait - limit)
+        wait = self.wait_s(tenant, images=images)
+        if wait > limit_s and self._requests >= self._always_admitted:
+            raise self._refusals.refusal("wait", wait - limit_s)
 
-    def _check_deadline(self, time_left: float, *, images: bool) -> None:
+    def _check_deadline(self, tenant: Tenant, time_left: float, *, images: bool) -> None:
         """Refuses a request that would have to wait for longer than it has.
 
         Raises:
             Overloaded: it would.
         """
-        wait = self.wait_s(images=images)
+        wait = self.wait_s(tenant, images=images)
         if wait > time_left and self._requests >= self._limits.min_requests:
-            raise self._refusal("deadline", wait - time_left)
-
-    def _refusal(self, reason: str, excess_s: float) -> Overloaded:
-        self._recorder.add(metrics.SHED, reason=reason)
-        self._note_refused()
-        retry_s = self._retry_after_s(excess_s)
-        self._warn()
-        return Overloaded("the server is busy; try again later", retry_after_s=retry_s)
-
-    def _retry_after_s(self, excess_s: float) -> float:
-        """When a client that is refused now should come back so as to be admitted then.
-
-        Nobody can tell a client that comes back from a new one. So they are asked back one by one,
-        at a rate that is a small share of what the server can do.
-        """
-        now = self._clock()
-        back = max(self._next_return, now + max(excess_s, 1.0))
-        if back > now + LONGEST_RETRY_S:
-            return float(math.ceil(LONGEST_RETRY_S * (1 + self._draw()) / 2))
-        self._next_return = back + 1 / (RETURN_SHARE * self._rate(now))
-        return float(math.ceil(back - now))
-
-    def _rate(self, now: float) -> float:
-        """Requests per second that are finished, or could be while none is."""
-        while self._finished and self._finished[0] <= now - RATE_OVER_S:
-            self._finished.popleft()
-        if self._finished:
-            return len(self._finished) / RATE_OVER_S
-        capacity = self._capacity()
-        return min(capacity.images_per_s or 1.0, capacity.answers_per_s or 1.0)
-
-    def _warn(self) -> None:
-        """Logs at most one line per second, however many are refused."""
-        self._unsaid += 1
-        now = self._clock()
-        if now - self._warned >= WARN_EVERY_S:
-            logger.warning("busy: %d requests refused", self._unsaid)
-            self._warned, self._unsaid = now, 0
+            raise self._refusals.refusal("deadline", wait - time_left)
 
 
 class Ticket:
     """An admitted request; a context manager around its work."""
 
-    def __init__(self, admission: Admission, body_bytes: int) -> None:
+    def __init__(self, admission: Admission, tenant: Tenant, body_bytes: int) -> None:
         self._admission = admission
+        self._tenant = tenant
         self._bytes = body_bytes  # held, or reserved
         self._received = 0
+        self._works: tuple[Work, ...] = (
+            admission._queued,
+            tenant.queued,
+        )  # that it counts in; none while it is slow
         self._images = self._answers = 0.0
+        self._priority = 0
+        self._turn = asyncio.Lock()
+        self._waited = False
+        self._charged_s: float | None = None  # since it had its turn
+        self._spent = Work()
         self._slow = False
         self.planned = False
         self._for_encoder = admission._mean_images > MOSTLY  # it was admitted as if it needed it
         self._entered = admission._clock()
-        self._figures_s = admission.figures_s()
+        self._figures_s = admission.figures_s(tenant)
 
     def __enter__(self) -> Self:
-        self._admission._requests += 1
+        self._tenant.requests += 1
         self._admission._bytes += self._bytes
+        self._tenant.bytes += self._bytes
+        self._count(1)
         self._asks(self._admission._mean_images, 1.0)
         return self
 
@@ -251,12 +285,15 @@ class Ticket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._asks(0.0, 0.0)
-        self._admission._bytes -= self._bytes
+        self._holds(0)
         if self._slow:
-            self._admission._slow -= 1
+            self._is_slow(False)
         else:
-            self._admission._requests -= 1
+            self._leave()
+        self._tenant.requests -= 1
+        if self._charged_s is not None and kind is None:
+            self._tenant.served += self._cost_s(self._spent) - self._charged_s
+        self._admission._queue.advance()
 
     def received(self, size: int) -> None:
         """So many more bytes of the body are there.
@@ -265,13 +302,15 @@ class Ticket:
             Overloaded: they are more than was declared, and too many are held.
         """
         self._received += size
-        more = self._received - self._bytes
-        if more <= 0:
-            return
-        others = self._admission._bytes - self._bytes
-        if others and others + self._received > self._admission._limits.max_held_bytes:
-            raise self._admission._refusal("bytes", 0.0)
-        self._holds(self._received)
+        if self._received > self._bytes:
+            already = self._bytes
+            self._holds(0)
+            try:
+                self._admission._check_bytes(self._tenant, self._received)
+            except Overloaded:
+                self._holds(already)
+                raise
+            self._holds(self._received)
 
     def slow(self) -> None:
         """The body takes long: until it is there, only those of its bytes that have come count.
@@ -279,13 +318,11 @@ class Ticket:
         Raises:
             Overloaded: too many are that slow.
         """
-        admission = self._admission
-        if admission._slow >= admission._limits.max_slow_bodies:
-            raise admission._refusal("bodies", 0.0)
-        self._slow = True
-        admission._slow += 1
-        admission._requests -= 1
-        self._asks(0.0, 0.0)
+        admission, most = self._admission, self._admission._limits.max_slow_bodies
+        if admission._slow >= most or self._tenant.slow >= admission._share(most):
+            raise admission._refusals.refusal("bodies", 0.0)
+        self._leave()
+        self._is_slow(True)
         self._holds(self._received)
 
     def complete(self) -> None:
@@ -296,51 +333,100 @@ class Ticket:
         """
         if not self._slow:
             return
-        admission, self._slow = self._admission, False
-        admission._slow -= 1
+        admission = self._admission
+        self._is_slow(False)
         try:
-            admission._check(images=admission._mean_images > MOSTLY)
+            images = admission._mean_images > MOSTLY
+            admission._check(self._tenant, admission._limit_s, images=images)
         finally:
-            admission._requests += 1
+            self._count(1)
         self._asks(admission._mean_images, 1.0)
 
-    def plan(self, images: int, answers: float, time_left: float | None) -> None:
+    def plan(self, images: int, answers: float, time_left: float | None, priority: int = 0) -> None:
         """Tells what the request asks for: images to encode, and average answers.
+
+        One with a priority above 0, which lets others go first, is refused at half the usual wait,
+        so that such requests alone keep no other one out.
 
         Raises:
             Overloaded: it would have to wait too long, or for longer than it has.
         """
         admission, self.planned = self._admission, True
         admission._mean_images = _mean(admission._mean_images, images)
-        self._asks(0.0, 0.0)
-        admission._requests -= 1
+        admission._saw(self._tenant, priority)
+        self._priority = priority
+        self._leave()
         try:
-            if images and not self._for_encoder:
-                admission._check(images=True)
+            if priority > 0:
+                half_s = admission._limit_s - CALM * admission._limits.max_wait_s
+                admission._check(self._tenant, half_s, images=images > 0)
+            elif images and not self._for_encoder:
+                admission._check(self._tenant, admission._limit_s, images=True)
             if time_left is not None:
-                admission._check_deadline(time_left, images=images > 0)
+                admission._check_deadline(self._tenant, time_left, images=images > 0)
         finally:
-            admission._requests += 1
+            self._count(1)
         self._asks(images, answers)
+
+    async def turn(self) -> None:
+        """Waits until the stages should get the request, all calls of it."""
+        async with self._turn:
+            if self._charged_s is None:
+                cost_s = self._cost_s(Work(1, self._images, self._answers))
+                queue = self._admission._queue
+                go = partial(self._go, cost_s)
+                self._waited = await queue.turn(self._tenant, self._priority, cost_s, go)
 
     def answered(self, tokens: int, answers: int) -> None:
         """An answer is there: the tokens of all its choices, and their number."""
         self._admission.learn(tokens, answers)
-        if self._answers <= TYPICAL:  # the time of others is mostly their own
+        self._spent.answers += tokens / (self._admission._mean_work or tokens or 1)
+        # The time of longer ones is mostly their own, and that of others depends on their turns.
+        if self._answers <= TYPICAL and not self._waited:
             self._admission.took(self._admission._clock() - self._entered, self._figures_s)
 
     def encoded(self) -> None:
         """The features of one image are there."""
+        if self._images:
+            self._spent.images += min(1.0, self._images)
         self._asks(max(0.0, self._images - 1), self._answers)
+        self._admission._queue.advance()
+
+    def _go(self, cost_s: float) -> None:
+        self._charged_s, images, answers = cost_s, self._images, self._answers
+        self._leave()
+        self._works = (self._admission._staged,)
+        self._count(1)
+        self._asks(images, answers)
+
+    def _leave(self) -> None:
+        self._asks(0.0, 0.0)
+        self._count(-1)
+
+    def _count(self, change: int) -> None:
+        for work in self._works:
+            work.requests += change
+
+    def _is_slow(self, slow: bool) -> None:
+        self._slow = slow
+        self._tenant.slow += 1 if slow else -1
+        self._admission._slow += 1 if slow else -1
 
     def _holds(self, size: int) -> None:
         self._admission._bytes += size - self._bytes
+        self._tenant.bytes += size - self._bytes
         self._bytes = size
 
     def _asks(self, images: float, answers: float) -> None:
-        self._admission._images += images - self._images
-        self._admission._answers += answers - self._answers
+        for work in self._works:
+            work.images += images - self._images
+            work.answers += answers - self._answers
         self._images, self._answers = images, answers
+
+    def _cost_s(self, work: Work) -> float:
+        """Seconds of the stages; none while nobody knows what they can do."""
+        seconds = self._admission._seconds(work)
+        return seconds if seconds < math.inf else 0.0
 
 
 def _mean(mean: float | None, value: float) -> float:

@@ -125,7 +125,7 @@ class Api:
         prompt = prompt_of(request.messages, template, preset=asked.preset, rewrite=asked.alias)
         image = await image_of(request.messages, self._service.images)
         names = {"image": "messages", "prompt": "messages", "max_tokens": request.limit_name}
-        call = ModelCall(image, prompt, asked.params, names)
+        call = ModelCall(image, prompt, asked.params, names, asked.priority)
         return await self._answer(openai.ChatShape, request, call, asked.model)
 
     async def completions(self, request: CompletionRequest) -> Response:
@@ -141,7 +141,7 @@ class Api:
         asked = self._service.asked(request)
         image = await self._service.images.fetch(request.image, "image")
         prompt = default_prompt(asked.preset) if request.prompt is None else request.prompt
-        call = ModelCall(image, prompt, asked.params)
+        call = ModelCall(image, prompt, asked.params, priority=asked.priority)
         return await self._answer(openai.TextShape, request, call, asked.model)
 
     async def _answer(

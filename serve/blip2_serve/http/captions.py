@@ -66,7 +66,7 @@ class Captions:
             fields, images = await _read_json(request)
         asked = self._service.asked(fields)
         prompt = default_prompt(asked.preset) if fields.prompt is None else fields.prompt
-        self._service.plan(asked.params, len(images))
+        self._service.plan(asked.params, len(images), asked.priority)
         turns = asyncio.Semaphore(DOWNLOADS_AT_ONCE)
         results = await gather(
             self._caption(image, prompt, asked.params, turns) for image in images

@@ -82,7 +82,8 @@ class Door:
         try:
             if caller:
                 caller.check()
-            entered = self._admission.enter(min(length, self._max_body_bytes))
+            tenant = self._access.tenant(scope, caller)
+            entered = self._admission.enter(min(length, self._max_body_bytes), tenant)
         except (RateLimited, Overloaded) as error:
             await self._refuse(error, receive, send)
             return

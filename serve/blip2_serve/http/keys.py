@@ -46,6 +46,7 @@ class Key(FrozenConfig):
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None  # of prompts and answers
     max_concurrent: int | None = Field(None, ge=1)  # requests
+    priority: int = 0  # the most urgent one that its requests may have
 
 
 _KEYS = TypeAdapter(tuple[Key, ...])
@@ -87,7 +88,7 @@ def add_key(file: Path, name: str, **limits: float | None) -> str:
         text = file.read_text() if file.exists() else ""
         parse(text)
         key = Key.model_validate({"name": name, "sha256": hash_of(secret), **limits})
-        entry = yaml.safe_dump([key.model_dump(exclude_none=True)], sort_keys=False)
+        entry = yaml.safe_dump([key.model_dump(exclude_defaults=True)], sort_keys=False)
         text = f"{text.rstrip()}\n{entry}" if text.strip() else entry
         parse(text)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:

@@ -50,7 +50,7 @@ class Responses:
         except InvalidRequest as error:
             raise error.about("input") from error
         names = {"image": "input", "prompt": "input", "max_tokens": request.limit_name}
-        return ModelCall(image, prompt, asked.params, names)
+        return ModelCall(image, prompt, asked.params, names, asked.priority)
 
 
 class Writer:

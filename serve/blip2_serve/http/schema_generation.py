@@ -22,6 +22,7 @@ MAX_CHOICES = 16
 MAX_BEAMS = 8
 MAX_BIASES = 1024
 
+_INT32 = 1 << 31
 _INT64 = 1 << 63
 
 # The temperature of a request that asks for samples but names none, as at OpenAI.
@@ -181,6 +182,14 @@ class GenerationFields(Strict):
         description="When beam search ends, as in transformers: with `true` once there are "
         "`num_beams` finished answers, with `false` once better ones are unlikely, with "
         '`"never"` once better ones are impossible. Needs `num_beams` above 1.',
+    )
+    priority: int | None = Field(
+        None,
+        ge=-_INT32,
+        lt=_INT32,
+        description="Requests of a lower number go first while the server is busy, as in vLLM. "
+        "Defaults to 0; a lower one needs an API key that allows it. One above 0 is refused "
+        "earlier.",
     )
     preset: Preset | None = Field(
         None,

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidRequest, ModelNotFound
 from blip2_serve.http import deadline, gate
-from blip2_serve.http.admission import Admission, Capacity
+from blip2_serve.http.admission import Admission
 from blip2_serve.http.images import ImageReader
 from blip2_serve.http.measure import StreamTimer
 from blip2_serve.http.presets import Preset, names_of, within
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.http.stream import TokenStream
 from blip2_serve.observe import metrics
@@ -74,6 +75,7 @@ class ModelCall:
     prompt: str
     params: SamplingParams
     names: Mapping[str, str] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Asked:
     preset: Preset | None
     alias: bool
     params: SamplingParams
+    priority: int
 
 
 class Service:
@@ -129,14 +132,15 @@ class Service:
         preset = self.names[name]
         if preset is None:
             params = self._within_limits(request.sampling_params(), request)
-            return Asked(name, request.preset, False, params)
+            return Asked(name, request.preset, False, params, request.priority or 0)
         if request.preset not in (None, preset):
             raise InvalidRequest(f"preset contradicts model {name!r}; leave it out", "preset")
         implied: dict[str, Any] = {"preset": preset}
         if request.temperature and request.num_beams is None:
             implied["num_beams"] = 1
         params = within(request.model_copy(update=implied).sampling_params(), preset)
-        return Asked(name, preset, True, self._within_limits(params, request))
+        params = self._within_limits(params, request)
+        return Asked(name, preset, True, params, request.priority or 0)
 
     def _within_limits(self, params: SamplingParams, request: GenerationFields) -> SamplingParams:
         limit = self.config.ingress.admission.max_total_tokens
@@ -150,7 +154,7 @@ class Service:
             )
         return params
 
-    def plan(self, params: SamplingParams, images: int) -> None:
+    def plan(self, params: SamplingParams, images: int, priority: int) -> None:
         """Settles whether the request is admitted, before any stage is called for it.
 
         `images`: how many have to be encoded, with an answer about each; 0 asks for one answer
@@ -161,7 +165,9 @@ class Service:
         """
         if ticket := gate.ticket():
             answers = self.admission.answers(params, self.config.generator.default_max_tokens)
-            ticket.plan(images, max(1, images) * answers, deadline.time_left())
+            caller = gate.caller()
+            priority = max(priority, caller.priority if caller else 0)
+            ticket.plan(images, max(1, images) * answers, deadline.time_left(), priority)
             self.recorder.add(metrics.ADMITTED)
 
     async def complete(self, call: ModelCall) -> Completion:
@@ -214,7 +220,10 @@ class Service:
         ticket, caller = gate.ticket(), gate.caller()
         owner = caller.name if caller else ""
         if ticket and not ticket.planned:
-            self.plan(call.params, 0 if self.backend.holds(call.image, owner) else 1)
+            images = 0 if self.backend.holds(call.image, owner) else 1
+            self.plan(call.params, images, call.priority)
+        if ticket:
+            await ticket.turn()
         try:
             features = await self.backend.features(call.image, owner)
         except InvalidRequest as error:

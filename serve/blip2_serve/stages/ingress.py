@@ -16,9 +16,10 @@ from ray.serve.handle import DeploymentHandle
 
 from blip2_serve.config import AppConfig
 from blip2_serve.http import deadline, proxy
-from blip2_serve.http.admission import Admission, Capacity
+from blip2_serve.http.admission import Admission
 from blip2_serve.http.api import create_app
 from blip2_serve.http.images import digest
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.model.processor import PREPROCESSING_VERSION
 from blip2_serve.model.source import DEMO_PICTURE
 from blip2_serve.observe import logs, metrics
@@ -103,9 +104,10 @@ class Ingress:
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""
-        decoded, encoded = self._preprocessor.replicas.capacity(), self._encoder.replicas.capacity()
+        stages = [c.replicas for c in (self._preprocessor, self._encoder, self._generator)]
+        decoded, encoded, answers = [stage.capacity() for stage in stages]
         images = None if decoded is None or encoded is None else 1 / (1 / decoded + 1 / encoded)
-        return Capacity(images, self._generator.replicas.capacity())
+        return Capacity(images, answers, any(stage.is_mending for stage in stages))
 
     def refused(self) -> None:
         """A request could not be admitted; the stages' autoscaling should know."""

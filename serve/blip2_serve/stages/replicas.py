@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import uuid
 from collections.abc import Awaitable, Collection, Sequence
 from typing import Any
@@ -35,6 +36,7 @@ class Replicas:
         self._heard: dict[str, float] = {}  # when one answered, or began to work
         self._suspects: set[str] = set()
         self._present: frozenset[str] = frozenset()  # that may get calls, as of the latest one
+        self._mending_until = -math.inf
 
     # -- what is known ---------------------------------------------------------------------------
 
@@ -56,6 +58,11 @@ class Replicas:
     def start_s(self) -> float:
         """How many seconds a replica takes to start."""
         return max((v.start_s for v in self._vitals.values() if v.start_s), default=START_S)
+
+    @property
+    def is_mending(self) -> bool:
+        """Whether one has just been lost, so that another one starts, and slows down the others."""
+        return self._loop.time() < self._mending_until
 
     @property
     def suspects(self) -> int:
@@ -99,6 +106,7 @@ class Replicas:
     def lose(self, replica: str) -> None:
         """A replica has been lost."""
         self._suspects.add(replica)
+        self._mending_until = self._loop.time() + self.start_s
 
     def excuse(self, busy: Collection[str]) -> None:
         """Forgives the busy ones their silence: it was this process that did not listen."""
@@ -111,7 +119,7 @@ class Replicas:
         found = []
         for replica, heard in [*self._heard.items()]:
             if replica in busy and now - heard > SILENT_AFTER_S:
-                self._suspects.add(replica)
+                self.lose(replica)
                 found.append(replica)
             elif replica not in busy and now - heard > FORGET_AFTER_S:
                 del self._heard[replica]

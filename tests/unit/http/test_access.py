@@ -20,6 +20,7 @@ from blip2_serve.config import AppConfig
 from blip2_serve.errors import Overloaded, RateLimited
 from blip2_serve.http import access
 from blip2_serve.http.access import Access, Caller
+from blip2_serve.http.admission import Ticket
 from blip2_serve.http.api import create_app
 from blip2_serve.http.keys import Key, hash_of
 from blip2_serve.ingress_config import AccessConfig
@@ -388,3 +389,84 @@ async def test_images_are_encoded_for_the_owner_of_the_key(file: Path) -> None:
             await post(client, "/v1/generate", body_for("/v1/generate"))
 
     assert backend.owners == ["alice", "bob"]
+
+
+# -- shares ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("allowed", "asked", "expected"),
+    [
+        (0, None, 0),
+        (0, 7, 7),
+        (0, -7, 0),
+        (-5, -3, -3),
+        (-5, -7, -5),
+        (10, None, 10),
+    ],
+)
+async def test_a_request_has_the_priority_it_asks_for_if_its_key_allows_it(
+    file: Path, route: str, allowed: int, asked: int | None, expected: int
+) -> None:
+    write(file, priority=allowed)
+    app = app_of(file)
+    with mock.patch.object(Ticket, "plan", autospec=True, side_effect=Ticket.plan) as plan:
+        async with client_of(app) as client:
+            client.headers.update(HEADERS)
+            answer = await post(client, route, body_for(route, priority=asked))
+    assert answer.status_code == 200
+    assert plan.call_args.args[-1] == expected
+
+
+async def test_without_a_key_no_priority_is_above_the_usual_one() -> None:
+    app = create_app(FakeBackend(), AppConfig(), FakeRecorder())
+    with mock.patch.object(Ticket, "plan", autospec=True, side_effect=Ticket.plan) as plan:
+        async with client_of(app) as client:
+            for asked in (-7, 7):
+                await post(client, ROUTES[1], body_for(ROUTES[1], priority=asked))
+    assert [call.args[-1] for call in plan.call_args_list] == [0, 7]
+
+
+@pytest.mark.parametrize("priority", [1.5, "high", 1 << 31])
+async def test_a_priority_is_a_whole_number(priority: Any) -> None:
+    app = create_app(FakeBackend(), AppConfig(), FakeRecorder())
+    async with client_of(app) as client:
+        answer = await post(client, ROUTES[1], body_for(ROUTES[1], priority=priority))
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "priority"
+
+
+@pytest.mark.parametrize("by_address", [True, False])
+async def test_owners_of_keys_or_clients_of_different_addresses_have_shares(
+    file: Path, by_address: bool
+) -> None:
+    """Half of the bytes that may be held is not enough for two requests at once."""
+    body = body_for(ROUTES[1], prompt="x" * 30_000)
+    config: dict[str, Any] = {"admission": {"max_held_bytes": 100_000}}
+    if by_address:
+        config["access"] = {"share_by_address": True}
+    else:
+        config["access"] = {"keys_file": str(file)}
+        file.write_text(
+            "".join(f"- {{name: {n}, sha256: {hash_of(n)}}}\n" for n in ("alice", "bob"))
+        )
+    backend = FakeBackend(held={b"picture": asyncio.Event()})
+    app = create_app(backend, AppConfig.model_validate({"ingress": config}), FakeRecorder())
+
+    async def ask(number: int, who: str) -> int:
+        transport = httpx.ASGITransport(app, client=(f"192.0.2.{number}", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            client.headers["authorization"] = f"Bearer {who}"
+            return (await post(client, ROUTES[1], body)).status_code
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(ask(1, "alice"))
+        while not backend.encoded:
+            await asyncio.sleep(0)
+        other = group.create_task(ask(2, "bob"))
+        while len(backend.encoded) < 2:
+            await asyncio.sleep(0)
+        assert await ask(1, "alice") == 429
+        backend.held[b"picture"].set()
+    assert first.result() == other.result() == 200

@@ -6,11 +6,13 @@ import logging
 import random
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import pytest
 
 from blip2_serve.errors import Overloaded
-from blip2_serve.http.admission import Admission, Capacity, Ticket
+from blip2_serve.http.admission import Admission, Ticket
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.ingress_config import AdmissionConfig
 from blip2_serve.types import SamplingParams
 from support.recorder import FakeRecorder
@@ -135,6 +137,13 @@ def test_few_requests_are_always_admitted_however_slow_the_server_is() -> None:
     assert Server(Capacity(0.01, 0.01), min_requests=8).admits() == 8
 
 
+def test_while_a_lost_replica_is_replaced_as_many_are_admitted_as_with_none() -> None:
+    slow = Capacity(1.0, 1.0)
+    assert Server(slow, initial_requests=32).admits() < 8
+    assert Server(replace(slow, is_mending=True), initial_requests=32).admits() == 32
+    assert Server(replace(slow, is_mending=True), initial_requests=1, min_requests=8).admits() == 8
+
+
 def test_a_stage_that_is_not_there_yet_gets_a_bounded_number_of_requests() -> None:
     assert Server(Capacity(None, None), initial_requests=32).admits() == 32
 
@@ -220,6 +229,7 @@ def test_slow_bodies_ask_for_nothing_until_they_are_there() -> None:
         ticket.slow()
     assert server.admission.stats() == {
         "requests": 0,
+        "waiting": 0,
         "slow_bodies": 40,
         "bytes": 40 * 100,
         "images": pytest.approx(0),

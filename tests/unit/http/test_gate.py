@@ -14,7 +14,8 @@ from starlette.types import Message, Receive, Scope, Send
 from blip2_serve.config import AppConfig
 from blip2_serve.http import gate
 from blip2_serve.http.access import Access
-from blip2_serve.http.admission import Admission, Capacity
+from blip2_serve.http.admission import Admission
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.ingress_config import AccessConfig, AdmissionConfig
 from support.fake_backend import ROUTES, FakeBackend, body_for, client_of, error_of, post
 from support.recorder import FakeRecorder

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
@@ -163,12 +165,19 @@ async def test_a_call_whose_replica_dies_is_made_again_on_another() -> None:
         raise dead()
 
     stage = Stage(Replica("dying", die))
-    running = asyncio.create_task(client_of(stage, recorder).call("work", 1, work=WORK))
+    client = client_of(stage, recorder)
+    assert not client.replicas.is_mending
+    running = asyncio.create_task(client.call("work", 1, work=WORK))
     while not stage.replicas["dying"].calls:
         await asyncio.sleep(0)
     stage.replicas["successor"] = Replica("successor", echo)
 
     assert await running == (1,)
+    assert client.replicas.is_mending  # for as long as a replica takes to start
+    with mock.patch.object(
+        client.replicas._loop, "time", return_value=time.monotonic() + replicas.START_S
+    ):
+        assert not client.replicas.is_mending
     assert recorder.total("blip2_replays_total", "generator", "died") == 1
 
 
