@@ -63,9 +63,10 @@ class Messages:
     end, which decoders ignore: another file to every cache, for the price of joining three pieces.
     """
 
-    def __init__(self, endpoint: Endpoint, seed: int) -> None:
+    def __init__(self, endpoint: Endpoint, seed: int, key: str | None = None) -> None:
+        """`key`: an API key."""
         self._pieces = [
-            _pieces(endpoint, _small(np.random.default_rng((seed, number))))
+            _pieces(endpoint, _small(np.random.default_rng((seed, number))), key)
             for number in range(PICTURES)
         ]
         self._run = os.urandom(MARK_BYTES - 8)  # another run sends other pictures
@@ -82,7 +83,7 @@ def _small(rng: np.random.Generator) -> bytes:
     return jpeg + bytes(-len(jpeg) % 3)
 
 
-def _pieces(endpoint: Endpoint, jpeg: bytes) -> tuple[bytes, bytes]:
+def _pieces(endpoint: Endpoint, jpeg: bytes, key: str | None) -> tuple[bytes, bytes]:
     """What comes before and after the mark of a request about this picture."""
     mark = "*" * len(base64.b64encode(bytes(MARK_BYTES)))
     request = Request("", data_url(jpeg) + mark, TOKENS)
@@ -92,6 +93,7 @@ def _pieces(endpoint: Endpoint, jpeg: bytes) -> tuple[bytes, bytes]:
         f"POST {parts.path}/chat/completions HTTP/1.1",
         f"host: {parts.netloc}",
         "content-type: application/json",
+        *([f"authorization: Bearer {key}"] if key else []),
         f"content-length: {len(body)}",
         "",
         body,

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import httpx
 import psutil
 
-from blip2_serve.client import is_loopback
+from blip2_serve.client import is_loopback, key_headers
 
 # The flags of each variant of this project's server.
 KINDS = {"blip2-serve": (), "int8": ("--quantize", "int8")}
@@ -218,7 +218,8 @@ def _wait_until_ready(process: psutil.Popen, url: str, log: Path, within_s: floa
 def _model(url: str) -> str:
     """The first model that a server lists."""
     try:
-        answer = httpx.get(f"{url}/models", timeout=30, trust_env=not is_loopback(url))
+        trust = not is_loopback(url)
+        answer = httpx.get(f"{url}/models", headers=key_headers(), timeout=30, trust_env=trust)
         name: str = answer.raise_for_status().json()["data"][0]["id"]
     except httpx.HTTPError as error:
         raise ServerFailed(f"no list of models at {url}: {error}") from None

@@ -135,6 +135,7 @@ async def run(up: Up, args: argparse.Namespace, file: Path) -> bool:
 
 def main() -> None:
     args = arguments()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "history.jsonl"

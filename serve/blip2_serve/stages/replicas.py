@@ -81,7 +81,9 @@ class Replicas:
 
     def usable(self, present: Sequence[str], fingerprint: str) -> list[str]:
         """Which of the replicas that are there can take a call that needs the checkpoint."""
-        self._present = frozenset(present)
+        before, self._present = self._present, frozenset(present)
+        if before - self._present:  # whoever it was that lost one
+            self._mend()
         return [r for r in present if r not in self._suspects and self._holds(r, fingerprint)]
 
     def all_hold_another(self, fingerprint: str) -> bool:
@@ -106,6 +108,9 @@ class Replicas:
     def lose(self, replica: str) -> None:
         """A replica has been lost."""
         self._suspects.add(replica)
+        self._mend()
+
+    def _mend(self) -> None:
         self._mending_until = self._loop.time() + self.start_s
 
     def excuse(self, busy: Collection[str]) -> None:

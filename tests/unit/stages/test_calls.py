@@ -181,6 +181,18 @@ async def test_a_call_whose_replica_dies_is_made_again_on_another() -> None:
     assert recorder.total("blip2_replays_total", "generator", "died") == 1
 
 
+async def test_an_ingress_without_a_call_on_a_lost_replica_notes_the_loss_too() -> (
+    None
+):
+    stage = Stage(Replica("lost", echo), Replica("other", echo))
+    client = client_of(stage)
+    await client.call("work", 1, work=WORK)
+    assert not client.replicas.is_mending
+    del stage.replicas["lost"]
+    await client.call("work", 1, work=WORK)
+    assert client.replicas.is_mending
+
+
 async def test_a_dead_replica_gets_no_further_calls_until_it_answers_again() -> None:
     async def die(*_: Any) -> None:
         raise dead()
