@@ -93,11 +93,11 @@ class Admission:
         owner = self._tenant(tenant)
         self._check_bytes(owner, body_bytes)
         images = self._mean_images > MOSTLY
-        self._check(owner, self._limit_s, images=images)
-        wait = self.wait_s(owner, images=images)
-        owner.smooth_wait += (wait - owner.smooth_wait) / SMOOTH_OVER
+        wait = self._check(owner, self._limit_s, images=images)
+        known = min(wait, 10 * self._limit_s)  # one that nobody knows would stay for ever
+        owner.smooth_wait += (known - owner.smooth_wait) / SMOOTH_OVER
         share = (owner.smooth_wait / self._limit_s - SOME_FROM) / (1 - SOME_FROM)
-        if self._requests >= self._always_admitted and self._draw() < share:
+        if share > 0 and self._requests >= self._always_admitted and self._draw() < share:
             raise self._refusals.refusal("wait", 0.0)
         return Ticket(self, owner, body_bytes)
 
@@ -168,17 +168,18 @@ class Admission:
 
     def figures_s(self, tenant: Tenant | None = None, *, images: bool = True) -> float:
         """The same, going by the stages' figures alone."""
-        staged, queued = (self._seconds(w, images=images) for w in (self._staged, self._queued))
+        capacity = self._capacity()
+        staged = self._seconds(self._staged, capacity, images=images)
+        queued = self._seconds(self._queued, capacity, images=images)
         if tenant is None:
             return staged + queued
         # The others that wait get as much meanwhile, if they have that much.
         waiting = sum(other.queued.requests > 0 for other in self._tenants.values())
-        own = self._seconds(tenant.queued, images=images)
+        own = self._seconds(tenant.queued, capacity, images=images)
         return staged + min(queued, own * max(1, waiting))
 
-    def _seconds(self, work: Work, *, images: bool = True) -> float:
+    def _seconds(self, work: Work, capacity: Capacity, *, images: bool = True) -> float:
         """What the stages take for it."""
-        capacity = self._capacity()
         if capacity.images_per_s is None or capacity.answers_per_s is None:
             return 0.0 if self._requests < self._limits.initial_requests else math.inf
         seconds = work.answers / capacity.answers_per_s
@@ -207,7 +208,7 @@ class Admission:
         if not self._is_shared or self._staged.requests < self._limits.min_requests:
             return True
         enough_s = (self._usual_s or 0.0) + WINDOW * self._limits.max_wait_s
-        return self._bias * self._seconds(self._staged) <= enough_s
+        return self._bias * self._seconds(self._staged, self._capacity()) <= enough_s
 
     def _share(self, most: int) -> float:
         """What one tenant may have of something that is limited."""
@@ -226,8 +227,10 @@ class Admission:
         ):
             raise self._refusals.refusal("bytes", 0.0)
 
-    def _check(self, tenant: Tenant, limit_s: float, *, images: bool) -> None:
+    def _check(self, tenant: Tenant, limit_s: float, *, images: bool) -> float:
         """Refuses a request that would have to wait too long; with `images`, for the encoder too.
+
+        Returns how long it will have to.
 
         Raises:
             Overloaded: it would.
@@ -235,6 +238,7 @@ class Admission:
         wait = self.wait_s(tenant, images=images)
         if wait > limit_s and self._requests >= self._always_admitted:
             raise self._refusals.refusal("wait", wait - limit_s)
+        return wait
 
     def _check_deadline(self, tenant: Tenant, time_left: float, *, images: bool) -> None:
         """Refuses a request that would have to wait for longer than it has.
@@ -255,10 +259,7 @@ class Ticket:
         self._tenant = tenant
         self._bytes = body_bytes  # held, or reserved
         self._received = 0
-        self._works: tuple[Work, ...] = (
-            admission._queued,
-            tenant.queued,
-        )  # that it counts in; none while it is slow
+        self._works: tuple[Work, ...] = (admission._queued, tenant.queued)
         self._images = self._answers = 0.0
         self._priority = 0
         self._turn = asyncio.Lock()
@@ -425,7 +426,7 @@ class Ticket:
 
     def _cost_s(self, work: Work) -> float:
         """Seconds of the stages; none while nobody knows what they can do."""
-        seconds = self._admission._seconds(work)
+        seconds = self._admission._seconds(work, self._admission._capacity())
         return seconds if seconds < math.inf else 0.0
 
 

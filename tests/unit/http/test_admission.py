@@ -144,6 +144,18 @@ def test_while_a_lost_replica_is_replaced_as_many_are_admitted_as_with_none() ->
     assert Server(replace(slow, is_mending=True), initial_requests=1, min_requests=8).admits() == 8
 
 
+def test_a_wait_that_nobody_knew_is_forgotten() -> None:
+    server = Server(Capacity(None, None), initial_requests=1, min_requests=4)
+    with ExitStack() as unknown:
+        for _ in range(4):
+            unknown.enter_context(server.admission.enter(1000))
+    server.capacity = Capacity(1e9, 1e9)
+    for _ in range(100):
+        with server.admission.enter(1000):
+            pass
+    assert server.admission._tenants[""].smooth_wait < 1
+
+
 def test_a_stage_that_is_not_there_yet_gets_a_bounded_number_of_requests() -> None:
     assert Server(Capacity(None, None), initial_requests=32).admits() == 32
 

@@ -181,9 +181,7 @@ async def test_a_call_whose_replica_dies_is_made_again_on_another() -> None:
     assert recorder.total("blip2_replays_total", "generator", "died") == 1
 
 
-async def test_an_ingress_without_a_call_on_a_lost_replica_notes_the_loss_too() -> (
-    None
-):
+async def test_an_ingress_without_a_call_on_a_lost_replica_notes_the_loss_too() -> None:
     stage = Stage(Replica("lost", echo), Replica("other", echo))
     client = client_of(stage)
     await client.call("work", 1, work=WORK)
