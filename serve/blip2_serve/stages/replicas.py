@@ -23,6 +23,7 @@ QUIET_AFTER_S = 1.5
 SILENT_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0  # replicas that neither work nor answer
 START_S = 30.0  # how long a replica takes to start, until one has told
+STARTS = 3  # as many times longer may it take while others start and answer beside it
 
 
 class Replicas:
@@ -111,7 +112,7 @@ class Replicas:
         self._mend()
 
     def _mend(self) -> None:
-        self._mending_until = self._loop.time() + self.start_s
+        self._mending_until = self._loop.time() + STARTS * self.start_s
 
     def excuse(self, busy: Collection[str]) -> None:
         """Forgives the busy ones their silence: it was this process that did not listen."""
