@@ -174,9 +174,8 @@ async def test_a_call_whose_replica_dies_is_made_again_on_another() -> None:
 
     assert await running == (1,)
     assert client.replicas.is_mending  # for as long as a replica takes to start
-    with mock.patch.object(
-        client.replicas._loop, "time", return_value=time.monotonic() + replicas.START_S
-    ):
+    later = time.monotonic() + replicas.STARTS * replicas.START_S
+    with mock.patch.object(client.replicas._loop, "time", return_value=later):
         assert not client.replicas.is_mending
     assert recorder.total("blip2_replays_total", "generator", "died") == 1
 
