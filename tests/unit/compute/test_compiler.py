@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numba
 import numpy as np
 import pytest
 from numba import types
+from numba.core.caching import IndexDataCacheFile
 from numpy.typing import NDArray
 
 from blip2_serve.compute.cpu import compiler
@@ -78,11 +80,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def compiled(function: Any = double, **more: Any) -> Any:
+def times(factor: float) -> Any:
+    """Functions with one name and different code, as for each type of numbers."""
+
+    def multiply(x: NDArray[np.float32]) -> None:
+        for i in numba.prange(len(x)):
+            x[i] *= factor
+
+    return multiply
+
+
+def compiled(function: Any = double, factor: float = 2.0, **more: Any) -> Any:
     kernel: Any = compiler.compiled(function, SIGNATURE, **more)
     numbers = np.ones(3, np.float32)
     kernel(numbers)
-    assert numbers.tolist() == [3.0 if function is triple else 2.0] * 3
+    assert numbers.tolist() == [factor] * 3
     return kernel
 
 
@@ -95,8 +107,30 @@ def test_variants_and_functions_are_kept_apart() -> None:
     assert is_kept(compiled())
     assert not is_kept(compiled(variant=1))
     assert not is_kept(compiled(variant=2))
-    assert not is_kept(compiled(triple))
+    assert not is_kept(compiled(triple, 3.0))
     assert is_kept(compiled(variant=1))
+
+
+def test_two_processes_that_compile_at_once_leave_each_kernel_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other one keeps its kernel while this one does, and knows nothing of this one's."""
+    other = partial(compiled, times(3), 3.0, variant=3)
+    save = IndexDataCacheFile._save_data
+
+    def interrupted(file: IndexDataCacheFile, name: str, data: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(IndexDataCacheFile, "_save_data", save)
+            patch.setattr(IndexDataCacheFile, "_load_index", lambda _: {})
+            other()
+        save(file, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexDataCacheFile, "_save_data", interrupted)
+        compiled(times(2))
+
+    assert is_kept(other())
+    assert is_kept(compiled(times(2)))
 
 
 def test_after_a_change_of_any_code_they_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:

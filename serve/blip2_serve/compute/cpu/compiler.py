@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numba
 import torch
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
 from numba.core.typing import Signature
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def compiled(
     """
     kernel = numba.njit(parallel=True, nogil=True, fastmath=_fastmath(reordered))(function)
     with contextlib.suppress(RuntimeError):  # no place to keep it can be written
-        kernel._cache = _Kept(function, variant)
+        kernel._cache = _Kept(function, signature, variant)
     kernel.compile(signature)
     kernel.disable_compile()
     _start_threads()
@@ -55,14 +56,23 @@ class _Kept(FunctionCache):  # type: ignore[misc]
 
     numba names it by its closure, in which there are other kernels, and those have another name in
     each process. Here, it is named by all code of this folder. What fails costs only time.
+
+    Each has a file of its own. In numba's, which are shared by all that one function makes, two
+    processes that compile at the same time can leave one's kernel under the other's name.
     """
 
-    def __init__(self, function: Callable[..., None], variant: Hashable) -> None:
+    def __init__(
+        self, function: Callable[..., None], signature: Signature, variant: Hashable
+    ) -> None:
         super().__init__(function)
-        self._variant = variant
+        machine = cpu_target.target_context.codegen().magic_tuple()
+        self._key = repr((signature, machine, _code(), variant))
+        name = f"{self._impl.filename_base}-{hashlib.sha256(self._key.encode()).hexdigest()}"
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = IndexDataCacheFile(self._cache_path, name, stamp)
 
-    def _index_key(self, signature: Signature, codegen: Any) -> Hashable:
-        return signature, codegen.magic_tuple(), _code(), self._variant
+    def _index_key(self, *_: object) -> Hashable:
+        return self._key
 
     def load_overload(self, signature: Signature, context: Any) -> Any:
         try:
