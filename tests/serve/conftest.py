@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,20 @@ from support.checkpoints import Recipe, write_checkpoint
 from support.oracle import Oracle
 from support.server import App, free_port, start_app
 
+# What is to be stopped once no test of this folder is left: idle replicas take half a core from the
+# tests that this process runs afterwards.
+RUNNING = ExitStack()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        RUNNING.close()
+
 
 @pytest.fixture(scope="session")
-def base_url() -> Iterator[str]:
+def base_url() -> str:
     """Starts Serve and returns its URL."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ |= {"RAY_worker_niceness": "0"}  # as `up` has it; other tests run beside
@@ -29,14 +41,14 @@ def base_url() -> Iterator[str]:
     os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # two busy cores
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "blip2_serve.http.proxy.middlewares"
     ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
+    RUNNING.callback(ray.shutdown)
     port = free_port()
     serve.start(
         http_options={"host": "127.0.0.1", "port": port},
         logging_config=LoggingConfig(log_level="WARNING"),
     )
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    ray.shutdown()
+    RUNNING.callback(serve.shutdown)
+    return f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ MOST_HELD_BYTES = 1 << 20  # of all requests under way; each of the usual ones h
 
 
 @pytest.fixture(scope="module")
-def app(base_url: str) -> App:
+def app(base_url: str) -> Iterator[App]:
     """An application with a stage that scales, so that autoscaling metrics exist."""
     stage = {"autoscaling": {"min_replicas": 1, "max_replicas": 2}}
     config: dict[str, Any] = {
@@ -49,7 +49,9 @@ def app(base_url: str) -> App:
         "generator": {"kv_slots": 400},
         "ingress": {"admission": {"max_held_bytes": MOST_HELD_BYTES}},
     }
-    return start_app(base_url, "watched", config)
+    app = start_app(base_url, "watched", config)
+    yield app
+    serve.delete(app.name)
 
 
 def image(seed: int) -> Image.Image:
