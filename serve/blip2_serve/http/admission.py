@@ -35,7 +35,8 @@ MEMORY = 50  # requests that means are taken over, roughly
 SMOOTH_OVER = 8  # arrivals
 SOME_FROM = 0.75  # share of the limit from which some requests are refused
 CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
-WINDOW = 0.1  # share of `max_wait_s` that the stages' work may take, besides what is usual
+AT_ONCE = 2.0  # times what a request usually takes: work that keeps the stages' batches full
+WINDOW = 0.1  # share of `max_wait_s` that the stages' work may take besides
 SHARED_FOR_S = 60.0  # after the last request that was not from the tenant of the one before
 MOST_TENANTS = 1024  # that are remembered without a request under way
 TYPICAL = 1.5  # average answers
@@ -207,7 +208,7 @@ class Admission:
         """Whether the stages should get one more request now: all there are, unless shared."""
         if not self._is_shared or self._staged.requests < self._limits.min_requests:
             return True
-        enough_s = (self._usual_s or 0.0) + WINDOW * self._limits.max_wait_s
+        enough_s = AT_ONCE * (self._usual_s or 0.0) + WINDOW * self._limits.max_wait_s
         return self._bias * self._seconds(self._staged, self._capacity()) <= enough_s
 
     def _share(self, most: int) -> float:

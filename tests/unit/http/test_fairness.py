@@ -146,7 +146,7 @@ async def test_a_flood_of_one_tenant_delays_no_other() -> None:
         return statistics.quantiles([s.took_s for s in quiet], n=100)[-1]
 
     usual = await slowest(0.2 * PER_S)
-    assert await slowest(50 * 0.2 * PER_S) < 1.4 * usual
+    assert await slowest(50 * 0.2 * PER_S) < 1.5 * usual
 
 
 async def test_while_all_requests_are_of_one_kind_none_waits_for_its_turn() -> None:
