@@ -23,6 +23,7 @@ from blip2_serve.http.access import Access, Caller
 from blip2_serve.http.admission import Ticket
 from blip2_serve.http.api import create_app
 from blip2_serve.http.keys import Key, hash_of
+from blip2_serve.http.refusals import Capacity
 from blip2_serve.ingress_config import AccessConfig
 from support.fake_backend import ROUTES, TOKEN_IDS, FakeBackend, body_for, error_of, post
 from support.recorder import FakeRecorder
@@ -470,3 +471,29 @@ async def test_owners_of_keys_or_clients_of_different_addresses_have_shares(
         assert await ask(1, "alice") == 429
         backend.held[b"picture"].set()
     assert first.result() == other.result() == 200
+
+
+async def test_what_the_stages_have_no_room_for_waits_for_its_turn(file: Path) -> None:
+    file.write_text("".join(f"- {{name: {n}, sha256: {hash_of(n)}}}\n" for n in ("alice", "bob")))
+    admission = {"min_requests": 1, "max_wait_s": 100.0}
+    config = {"ingress": {"admission": admission, "access": {"keys_file": str(file)}}}
+    backend = FakeBackend(held={b"picture": asyncio.Event()}, can_do=Capacity(0.05, 0.05))
+    app = create_app(backend, AppConfig.model_validate(config), FakeRecorder())
+
+    async def ask(who: str) -> int:
+        async with client_of(app) as client:
+            client.headers["authorization"] = f"Bearer {who}"
+            return (await post(client, ROUTES[1], body_for(ROUTES[1]))).status_code
+
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(ask("alice"))
+        while not backend.encoded:
+            await asyncio.sleep(0)
+        other = group.create_task(ask("bob"))
+        while not app.state.admission.stats()["waiting"]:
+            assert not other.done()
+            assert len(backend.encoded) == 1
+            await asyncio.sleep(0)
+        backend.held[b"picture"].set()
+    assert first.result() == other.result() == 200
+    assert len(backend.encoded) == 2

@@ -241,8 +241,12 @@ async def test_who_gives_up_while_waiting_leaves_nothing_and_keeps_nobody_waitin
     tasks = [asyncio.create_task(simulation._send(sent)) for sent in requests]
     await asyncio.sleep(0)
     assert simulation.admission.stats()["waiting"] > 10
+    before = simulation.admission.stats()["waiting"]
     for task in tasks[::2]:
         task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert simulation.admission.stats()["waiting"] <= before - 10
     for _ in range(1000):
         await asyncio.sleep(0)
         simulation._work()
