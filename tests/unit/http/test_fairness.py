@@ -242,7 +242,7 @@ async def test_who_gives_up_while_waiting_leaves_nothing_and_keeps_nobody_waitin
     await asyncio.sleep(0)
     assert simulation.admission.stats()["waiting"] > 10
     before = simulation.admission.stats()["waiting"]
-    for task in tasks[::2]:
+    for task in tasks[20::2]:  # none of those that the stages have
         task.cancel()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
