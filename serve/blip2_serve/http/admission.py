@@ -24,8 +24,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from blip2_serve.errors import Overloaded
-from blip2_serve.http.fairness import FairQueue, Tenant, Work
+from blip2_serve.http.fairness import FairQueue, Tenant, Tenants, Work
 from blip2_serve.http.refusals import Capacity, Refusals
 from blip2_serve.ingress_config import AdmissionConfig
 from blip2_serve.observe.metrics import Recorder
@@ -37,8 +36,6 @@ SOME_FROM = 0.75  # share of the limit from which some requests are refused
 CALM = 0.5  # share of `max_wait_s` up to which nobody really waits
 AT_ONCE = 2.0  # times what a request usually takes: work that keeps the stages' batches full
 WINDOW = 0.1  # share of `max_wait_s` that the stages' work may take besides
-SHARED_FOR_S = 60.0  # after the last request that was not from the tenant of the one before
-MOST_TENANTS = 1024  # that are remembered without a request under way
 TYPICAL = 1.5  # average answers
 MOST_BIAS = 3.0  # of the stages' figures; they are never taken for too high
 MOSTLY = 0.9  # images per request above which nearly every request needs the encoder
@@ -74,10 +71,8 @@ class Admission:
         self._staged = Work()  # of those that had their turn
         self._slow = 0  # those whose bodies take long to arrive, which ask for nothing yet
         self._bytes = 0  # of all bodies
-        self._tenants: dict[str, Tenant] = {}
+        self._tenants = Tenants(clock)
         self._queue = FairQueue(self._has_room)
-        self._last_flow: tuple[str, int] | None = None
-        self._shared_until = -math.inf
         # What requests have lately been like.
         self._mean_images = 1.0  # to encode
         self._mean_tokens: float | None = None  # of one answer
@@ -91,7 +86,7 @@ class Admission:
         Raises:
             Overloaded: it would have to wait too long, or too many bytes are held already.
         """
-        owner = self._tenant(tenant)
+        owner = self._tenants.get(tenant)
         self._check_bytes(owner, body_bytes)
         images = self._mean_images > MOSTLY
         wait = self._check(owner, self._limit_s, images=images)
@@ -175,9 +170,8 @@ class Admission:
         if tenant is None:
             return staged + queued
         # The others that wait get as much meanwhile, if they have that much.
-        waiting = sum(other.queued.requests > 0 for other in self._tenants.values())
         own = self._seconds(tenant.queued, capacity, images=images)
-        return staged + min(queued, own * max(1, waiting))
+        return staged + min(queued, own * max(1, self._tenants.waiting))
 
     def _seconds(self, work: Work, capacity: Capacity, *, images: bool = True) -> float:
         """What the stages take for it."""
@@ -188,45 +182,26 @@ class Admission:
             seconds += work.images / capacity.images_per_s
         return seconds
 
-    def _tenant(self, name: str) -> Tenant:
-        if name not in self._tenants and len(self._tenants) >= MOST_TENANTS:
-            self._tenants = {n: t for n, t in self._tenants.items() if t.requests}
-        return self._tenants.setdefault(name, Tenant(name))
-
-    def _saw(self, tenant: Tenant, priority: int) -> None:
-        """Notes whether requests come from several tenants, or with several priorities."""
-        flow = (tenant.name, priority)
-        if self._last_flow not in (None, flow):
-            self._shared_until = self._clock() + SHARED_FOR_S
-        self._last_flow = flow
-
-    @property
-    def _is_shared(self) -> bool:
-        return self._clock() < self._shared_until
-
     def _has_room(self) -> bool:
         """Whether the stages should get one more request now: all there are, unless shared."""
-        if not self._is_shared or self._staged.requests < self._limits.min_requests:
+        if not self._tenants.are_several or self._staged.requests < self._limits.min_requests:
             return True
         enough_s = AT_ONCE * (self._usual_s or 0.0) + WINDOW * self._limits.max_wait_s
         return self._bias * self._seconds(self._staged, self._capacity()) <= enough_s
 
-    def _share(self, most: int) -> float:
-        """What one tenant may have of something that is limited."""
-        present = sum(tenant.requests > 0 for tenant in self._tenants.values())
-        return most / max(2, present) if self._is_shared else most
-
-    def _check_bytes(self, tenant: Tenant, more: int) -> None:
-        """Refuses bytes while the tenant, or all together, hold too many.
+    def _check_bytes(self, tenant: Tenant, size: int, held: int = 0) -> None:
+        """Refuses a body, of which so many bytes count already, if too many would be held.
 
         Raises:
-            Overloaded: they do.
+            Overloaded: they would be, by the tenant's requests or by all.
         """
         most = self._limits.max_held_bytes
-        if (self._bytes and self._bytes + more > most) or (
-            tenant.bytes and tenant.bytes + more > self._share(most)
+        for others, limit in (
+            (self._bytes - held, most),
+            (tenant.bytes - held, self._tenants.share(most)),
         ):
-            raise self._refusals.refusal("bytes", 0.0)
+            if others and others + size > limit:
+                raise self._refusals.refusal("bytes", 0.0)
 
     def _check(self, tenant: Tenant, limit_s: float, *, images: bool) -> float:
         """Refuses a request that would have to wait too long; with `images`, for the encoder too.
@@ -305,13 +280,7 @@ class Ticket:
         """
         self._received += size
         if self._received > self._bytes:
-            already = self._bytes
-            self._holds(0)
-            try:
-                self._admission._check_bytes(self._tenant, self._received)
-            except Overloaded:
-                self._holds(already)
-                raise
+            self._admission._check_bytes(self._tenant, self._received, self._bytes)
             self._holds(self._received)
 
     def slow(self) -> None:
@@ -321,7 +290,7 @@ class Ticket:
             Overloaded: too many are that slow.
         """
         admission, most = self._admission, self._admission._limits.max_slow_bodies
-        if admission._slow >= most or self._tenant.slow >= admission._share(most):
+        if admission._slow >= most or self._tenant.slow >= admission._tenants.share(most):
             raise admission._refusals.refusal("bodies", 0.0)
         self._leave()
         self._is_slow(True)
@@ -355,7 +324,7 @@ class Ticket:
         """
         admission, self.planned = self._admission, True
         admission._mean_images = _mean(admission._mean_images, images)
-        admission._saw(self._tenant, priority)
+        admission._tenants.saw(self._tenant, priority)
         self._priority = priority
         self._leave()
         try:

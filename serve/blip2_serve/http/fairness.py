@@ -12,10 +12,13 @@ Requests of a lower `priority` number go first, but every tenth turn asks for th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 FAIR_EVERY = 10  # turns
+SEVERAL_FOR_S = 60.0  # after the last request that was not of the kind of the one before
+MOST_TENANTS = 1024  # that are remembered without a request under way
 CREDIT_S = 2.0  # with 0, the slowest of small tenants' requests take twice as long
 
 
@@ -40,6 +43,45 @@ class Tenant:
     smooth_wait: float = 0.0  # seconds, over the latest arrivals
     served: float = 0.0  # seconds of work
     waiting: int = 0  # requests that could go on at once
+
+
+class Tenants:
+    """All that have sent requests, but for those of long ago."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._tenants: dict[str, Tenant] = {}
+        self._last: tuple[Tenant, int] | None = None  # and the priority of its request
+        self._several_until = -math.inf
+
+    def get(self, name: str) -> Tenant:
+        if name not in self._tenants and len(self._tenants) >= MOST_TENANTS:
+            self._tenants = {n: t for n, t in self._tenants.items() if t.requests}
+        return self._tenants.setdefault(name, Tenant(name))
+
+    def saw(self, tenant: Tenant, priority: int) -> None:
+        """Takes note of a request."""
+        if self._last not in (None, (tenant, priority)):
+            self._several_until = self._clock() + SEVERAL_FOR_S
+        self._last = tenant, priority
+
+    @property
+    def are_several(self) -> bool:
+        """Whether requests have lately come from several tenants, or with several priorities."""
+        return self._clock() < self._several_until
+
+    @property
+    def waiting(self) -> int:
+        """How many have requests that have not had their turn."""
+        return sum(tenant.queued.requests > 0 for tenant in self._tenants.values())
+
+    def share(self, most: int) -> float:
+        """What one of them may have of something that is limited."""
+        present = sum(tenant.requests > 0 for tenant in self._tenants.values())
+        return most / max(2, present) if self.are_several else most
+
+    def __iter__(self) -> Iterator[Tenant]:
+        return iter(self._tenants.values())
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ QUIET_AFTER_S = 1.5
 SILENT_AFTER_S = 3.0
 FORGET_AFTER_S = 60.0  # replicas that neither work nor answer
 START_S = 30.0  # how long a replica takes to start, until one has told
-STARTS = 3  # as many times longer may it take while others start and answer beside it
+STARTS = 3  # how many times longer that may take while others start beside it
 
 
 class Replicas:

@@ -153,7 +153,7 @@ def test_a_wait_that_nobody_knew_is_forgotten() -> None:
     for _ in range(100):
         with server.admission.enter(1000):
             pass
-    assert server.admission._tenants[""].smooth_wait < 1
+    assert server.admission._tenants.get("").smooth_wait < 1
 
 
 def test_a_stage_that_is_not_there_yet_gets_a_bounded_number_of_requests() -> None:
