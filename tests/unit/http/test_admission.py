@@ -329,3 +329,11 @@ def test_clients_that_come_back_when_they_are_told_to_are_admitted(rate: float) 
     assert returned > 20
     assert admitted / returned >= 0.9
     assert done >= 0.85 * rate * 200
+
+
+def test_a_body_that_is_longer_than_declared_does_not_count_twice() -> None:
+    server = Server(Capacity(1e9, 1e9), max_held_bytes=1000)
+    with server.admission.enter(50), server.admission.enter(500) as longer:
+        longer.received(900)
+        with pytest.raises(Overloaded):
+            longer.received(100)
