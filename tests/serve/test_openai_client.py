@@ -49,7 +49,6 @@ def test_a_stream_with_usage_adds_up_to_the_whole_answer(client: openai.OpenAI) 
     assert text == whole.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].usage == whole.usage
-    assert len(chunks) > 3
 
 
 async def test_the_async_client_can_stream(demo: App) -> None:
