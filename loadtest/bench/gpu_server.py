@@ -22,6 +22,7 @@ from blip2_serve.observe import metrics
 QUICK_METRICS = {"RAY_metrics_report_interval_ms": "1000"}
 METRICS_WITHIN_S, METRICS_POLL_S = 12.0, 0.25
 SAMPLE_EVERY_S = 0.05
+WAIT_S = 60.0  # nobody is refused, even while a killed replica is replaced
 ONGOING = 512  # requests per replica at once: nothing but the stages themselves limits 256 users
 
 Totals = dict[tuple[str, str], float]  # by metric and its label, summed over replicas
@@ -55,13 +56,14 @@ def configuration(
 ) -> AppConfig:
     """`quantize` is the encoder's."""
     roomy = {"max_ongoing_requests": ONGOING}
+    patient = {"max_wait_s": WAIT_S, "initial_requests": ONGOING}
     return AppConfig.model_validate(
         {
             "model": model,
             "served_model_name": "blip2",
             "device": device,
             "dtype": dtype,
-            "ingress": {"num_replicas": size.ingress, **roomy},
+            "ingress": {"num_replicas": size.ingress, "admission": patient, **roomy},
             "preprocessor": {
                 "num_replicas": size.preprocessors,
                 "threads": size.threads,

@@ -76,9 +76,13 @@ def test_features_are_transformers_in_float32(changes: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
 def test_features_in_half_precision_are_as_exact_as_transformers(
-    dtype: torch.dtype, tmp_path: Path
+    dtype: torch.dtype, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if padded:
+        monkeypatch.setattr(vision, "SLOW_ROWS", range(50, 60))  # 3 images have 51
+        monkeypatch.setattr(vision, "FAST_ROWS", 64)
     encoder = make(tmp_path, dtype)
     features = vision.FusedEncoder(encoder, vision.Products())(pixels(3))
     theirs = encoder(pixels(3))

@@ -81,8 +81,8 @@ class Fp8Products(Products):
             use_fast_accum=True,
         )
 
-    def product_gelu(self, rows: Tensor | Quantized, layer: Fp8Linear) -> Quantized:
-        return quantize(self.product(rows, layer), gelu=True)
+    def mlp(self, rows: Tensor | Quantized, fc1: Fp8Linear, fc2: Fp8Linear) -> Tensor:
+        return self.product(quantize(self.product(rows, fc1), gelu=True), fc2)
 
 
 def empty(x: Tensor) -> Quantized:

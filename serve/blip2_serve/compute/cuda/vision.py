@@ -23,6 +23,8 @@ from blip2_serve.model.qformer import Output, QFormer, QFormerLayer
 from blip2_serve.model.vision import ImageEncoder
 from blip2_serve.model.vit import VitLayer
 
+# cuBLAS takes 27 µs to multiply 677 rows, one image of 364 pixels, by fc2, and 21 µs for 768 rows.
+SLOW_ROWS, FAST_ROWS = range(641, 768), 768
 ALIGNMENT = 16  # bytes: products are slow where rows do not start at multiples of it
 
 
@@ -51,9 +53,12 @@ class Products:
         """
         return linear(rows, layer.weight, layer.bias)
 
-    def product_gelu(self, rows: Any, layer: Any) -> Any:
-        """GELU of the product, as rows for the next."""
-        return linear_gelu(rows, layer.weight, layer.bias)
+    def mlp(self, rows: Any, fc1: Any, fc2: Any) -> Tensor:
+        """Two products with GELU between them."""
+        count = len(rows)
+        room = FAST_ROWS if count in SLOW_ROWS else count
+        inner = linear_gelu(rows, fc1.weight, fc1.bias, room)
+        return linear(inner, fc2.weight, fc2.bias)[:count]
 
 
 class FusedEncoder:
@@ -136,7 +141,7 @@ class _VisionLayer:
         qkv = products.product(rows, self._qkv).unflatten(0, (count, -1))
         attended = attend(*_by_head(qkv, 3, self._heads))
         x, rows = products.add_norm(x, products.product(attended, self._projection), self._norm2)
-        return x, products.product(products.product_gelu(rows, self._fc1), self._fc2)
+        return x, products.mlp(rows, self._fc1, self._fc2)
 
 
 class _Weights(NamedTuple):
@@ -210,8 +215,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU of a product.
+def linear_gelu(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, room: int | None = None
+) -> Tensor:
+    """GELU of a product. In half precision it has `room` rows, of which the last are arbitrary.
 
     In half precision, GELU is cuBLAS's, inside the product. It is the approximation with tanh, but
     of the product before that is rounded: no further from the exact value than GELU of rounded
@@ -219,4 +226,6 @@ def linear_gelu(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None or rows.dtype == torch.float32:
         return gelu(linear(rows, weight, bias))
-    return torch._addmm_activation(bias, rows, weight.T, use_gelu=True)
+    out = rows.new_empty((room or len(rows), len(weight)))
+    torch._addmm_activation(bias, rows, weight.T, use_gelu=True, out=out[: len(rows)])
+    return out
