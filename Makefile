@@ -1,6 +1,6 @@
 # make serve       run the server with the shipped checkpoint on http://127.0.0.1:8000
 # make test        run the test suite
-# make test-quick  run the unit tests
+# make test-quick  run the unit tests, without those that take seconds
 # make test-long   run slow tests, and property tests with more examples
 # make soak        run tests with many replicas, nodes and clients: an hour, one after the other
 # make load        load-test URL with loadtest/scenarios/$(SCENARIO).yaml; report in results/$(SCENARIO)
@@ -41,7 +41,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" $(PYTEST_ARGS)
 
 test-quick: $(VENV)/.installed-test
-	$(BIN)/pytest -n $(TEST_WORKERS) -m "not long and not soak" tests/unit $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(TEST_WORKERS) -m "not slow and not long and not soak" tests/unit $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-test
 	$(BIN)/pytest -n $(TEST_WORKERS) -m "(long or hypothesis) and not soak" --hypothesis-profile=$(EXAMPLES) $(PYTEST_ARGS)

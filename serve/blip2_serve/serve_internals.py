@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import contextvars
 from collections.abc import Awaitable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,22 @@ def detached_context() -> contextvars.Context:
     detached.run(context._serve_request_context.set, about)
     detached.run(opentelemetry.context.attach, opentelemetry.context.get_current())
     return detached
+
+
+@contextlib.contextmanager
+def own_internal_id() -> Iterator[None]:
+    """Within the block, calls to other deployments get internal request ids of their own.
+
+    Otherwise they have that of the request that makes them. Ray Serve 2.60 finds a call that waits
+    for a replica by that id: of two calls of one request to one stage, it would lose the second.
+    Nor does Ray Serve cancel such a call when the client leaves: the caller has to.
+    """
+    nameless: Any = replace(context._get_serve_request_context(), _internal_request_id="")
+    token = context._serve_request_context.set(nameless)
+    try:
+        yield
+    finally:
+        context._serve_request_context.reset(token)
 
 
 async def broadcast(handle: DeploymentHandle[Any], method: str, *args: Any) -> list[Awaitable[Any]]:

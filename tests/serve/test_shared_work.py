@@ -21,6 +21,18 @@ async def test_one_image_from_32_concurrent_clients_is_encoded_once(demo: App) -
     assert (await demo.stats("Encoder"))["images"] == before + 1
 
 
+async def test_several_images_of_one_request_are_captioned(demo: App) -> None:
+    """Calls of one request to one stage at the same moment: Ray Serve would lose one of them."""
+    images = [data_url(scenes.sample(3_050 + i).image) for i in range(4)]
+    async with demo.client() as client:
+        alone = [await client.post("/v1/caption", json={"image": image}) for image in images]
+        body = {"images": [*images, *images]}
+        for _ in range(5):
+            together = await client.post("/v1/caption", json=body, timeout=30)
+            captions = [item["caption"] for item in together.json()["data"]]
+            assert captions == 2 * [answer.json()["data"][0]["caption"] for answer in alone]
+
+
 async def test_concurrent_images_are_encoded_in_batches(demo: App) -> None:
     before = await demo.stats("Encoder")
     bodies = [{"image": data_url(scenes.sample(3_100 + i).image)} for i in range(48)]

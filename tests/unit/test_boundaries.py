@@ -250,6 +250,7 @@ def test_a_decoder_process_loads_only_what_it_needs() -> None:
     assert not loaded_with([f"{PACKAGE}.model.decode_worker"], heavy)
 
 
+@pytest.mark.slow
 def test_a_generator_loads_nothing_of_transformers_models() -> None:
     """Nearly half of what it imports would be theirs, and no request is answered meanwhile."""
     modules = [f"{PACKAGE}.stages.language_model", f"{PACKAGE}.compute.cpu.device"]
@@ -257,6 +258,7 @@ def test_a_generator_loads_nothing_of_transformers_models() -> None:
     assert not loaded_with(modules, {"transformers.modeling_utils"})
 
 
+@pytest.mark.slow
 def test_engine_and_model_can_be_loaded_without_a_compiler_for_cpus() -> None:
     """A GPU machine has none."""
     modules = [*modules_under("engine", "model"), f"{PACKAGE}.compute.runner"]

@@ -104,6 +104,7 @@ def stderr_of(code: str, *args: str, **more: str) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 @needs_intel_openmp
 @pytest.mark.parametrize("stage", [Encoder, Generator])
 def test_a_replica_computes_with_the_openmp_that_gives_way(stage: Any) -> None:

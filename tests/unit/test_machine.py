@@ -268,6 +268,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @needs_linux
 @pytest.mark.parametrize(("module", "stage"), [("encoder", "Encoder"), ("generator", "Generator")])
 def test_a_replica_that_starts_on_a_cpu_gives_way_before_it_imports_torch(

@@ -28,6 +28,15 @@ from blip2_serve.http.measure import Measure
 from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.responses import Responses
 from blip2_serve.http.schema import ChatRequest, GenerateRequest
+from blip2_serve.http.schema_answers import (
+    ERRORS,
+    ChatCompletion,
+    Model,
+    ModelList,
+    State,
+    TextCompletion,
+    responses,
+)
 from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.service import Backend, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
@@ -109,14 +118,17 @@ class Api:
             name: {"id": name, **card, "preset": preset} for name, preset in service.names.items()
         }
         self.router = APIRouter(route_class=QuickJson)
-        self.router.post("/v1/chat/completions")(self.chat_completions)
-        self.router.post("/v1/completions")(self.completions)
-        self.router.post("/v1/generate")(self.generate)
-        self.router.get("/v1/models")(self.models)
-        self.router.get("/v1/models/{name:path}")(self.model)
-        self.router.get("/health")(self.health)
-        self.router.get("/ready")(self.ready)
-        self.router.get("/metrics")(self.metrics)
+        post, get = self.router.post, self.router.get
+        chat, text = (responses(answer, stream=True) for answer in (ChatCompletion, TextCompletion))
+        post("/v1/chat/completions", responses=chat)(self.chat_completions)
+        post("/v1/completions", responses=text)(self.completions)
+        post("/v1/generate", responses=text)(self.generate)
+        get("/v1/models", responses=responses(ModelList))(self.models)
+        get("/v1/models/{name:path}", responses=responses(Model))(self.model)
+        get("/health", responses=responses(State))(self.health)
+        get("/ready", responses=responses(State))(self.ready)
+        page = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
+        get("/metrics", responses=page, response_class=Response)(self.metrics)
 
     async def chat_completions(self, request: ChatRequest) -> Response:
         """Answers a chat about one image, as OpenAI's chat completions do."""

@@ -18,6 +18,7 @@ from blip2_serve.http.measure import note_error
 from blip2_serve.http.openai import Json, usage
 from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.schema import MAX_IMAGES, CaptionFields, CaptionRequest
+from blip2_serve.http.schema_answers import CaptionList, responses
 from blip2_serve.http.service import ModelCall, Service
 from blip2_serve.http.validation import explain
 from blip2_serve.types import Completion, SamplingParams
@@ -52,8 +53,9 @@ class Captions:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.router = APIRouter(route_class=QuickJson)
+        post = self.router.post
         body = {"requestBody": _REQUEST_BODY}
-        self.router.post("/v1/caption", openapi_extra=body)(self.caption)
+        post("/v1/caption", responses=responses(CaptionList), openapi_extra=body)(self.caption)
 
     async def caption(self, request: Request) -> Response:
         """Captions one or several images, sent as JSON or uploaded; one result or error for each.

@@ -13,6 +13,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from blip2_serve.errors import Blip2ServeError, InvalidRequest
+from blip2_serve.http import schema_answers
 from blip2_serve.http.body import QuickJson
 from blip2_serve.http.chat import image_of, prompt_of
 from blip2_serve.http.errors import report_broken_stream
@@ -29,7 +30,8 @@ class Responses:
     def __init__(self, service: Service) -> None:
         self._service = service
         self.router = APIRouter(route_class=QuickJson)
-        self.router.post("/v1/responses")(self.create)
+        answer = schema_answers.responses(schema_answers.Response, stream=True)
+        self.router.post("/v1/responses", responses=answer)(self.create)
 
     async def create(self, request: ResponsesRequest) -> Response:
         """Answers a chat about one image, as OpenAI's Responses API does. Nothing is stored."""

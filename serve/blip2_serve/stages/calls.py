@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 from blip2_serve.errors import Blip2ServeError, Overloaded, TimedOut, Unavailable, WrongCheckpoint
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
+from blip2_serve.serve_internals import own_internal_id
 from blip2_serve.stages.quarantine import Quarantine
 from blip2_serve.stages.replicas import ASK_EVERY_S, Replicas
 from blip2_serve.types import Call
@@ -106,11 +107,12 @@ class StageClient:
         tries = _Tries(self, work)
         while True:
             with await tries.next() as attempt:
-                response = remote.remote(*args, call=attempt.call)
+                with own_internal_id():
+                    response = remote.remote(*args, call=attempt.call)
                 try:
                     return await attempt.wait(response)
                 except BaseException:
-                    response.cancel()  # Ray Serve does so only if the client has left
+                    response.cancel()
                     raise
 
     async def stream(
@@ -125,7 +127,8 @@ class StageClient:
         tries = _Tries(self, work)
         while (begin := resume()) is not None:
             with await tries.next() as attempt:
-                items = remote.remote(*args, begin, call=attempt.call)
+                with own_internal_id():
+                    items = remote.remote(*args, begin, call=attempt.call)
                 finished = False
                 try:
                     while True:

@@ -52,6 +52,7 @@ def in_a_new_process(folder: Path) -> tuple[list[bool], list[float]]:
     return found, answers
 
 
+@pytest.mark.slow
 def test_another_process_finds_each_kernel(tmp_path: Path) -> None:
     first, expected = in_a_new_process(tmp_path)
     second, answers = in_a_new_process(tmp_path)

@@ -26,6 +26,7 @@ decode_attention = pytest.importorskip(
 )
 top_p_kernel = pytest.importorskip("blip2_serve.compute.cuda.top_p", reason=NO_TRITON)
 
+pytestmark = pytest.mark.slow  # Triton's interpreter is
 SLOTS = 300
 UNWRITTEN = 250  # the first of the slots that were never written
 

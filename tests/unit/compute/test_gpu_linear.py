@@ -15,6 +15,7 @@ NO_TRITON = "Triton is not installed: torch for GPUs brings it, and so do the te
 linear = pytest.importorskip("blip2_serve.compute.cuda.linear", reason=NO_TRITON)
 CudaDevice = pytest.importorskip("blip2_serve.compute.cuda.device", reason=NO_TRITON).CudaDevice
 
+pytestmark = pytest.mark.slow  # Triton's interpreter is
 SHAPE = linear.Shape(4, 512, 2)
 
 

@@ -30,6 +30,8 @@ fp8 = pytest.importorskip("blip2_serve.compute.cuda.fp8", reason=NO_TRITON)
 vision = pytest.importorskip("blip2_serve.compute.cuda.vision", reason=NO_TRITON)
 device = pytest.importorskip("blip2_serve.compute.cuda.device", reason=NO_TRITON)
 
+pytestmark = pytest.mark.slow  # Triton's interpreter is
+
 
 @pytest.fixture(autouse=True)
 def numbers(monkeypatch: pytest.MonkeyPatch) -> None:

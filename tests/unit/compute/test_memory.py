@@ -37,6 +37,7 @@ print(json.dumps({"grown": machine.anonymous_memory() - before, "owned": owned})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("half", "layout"),
     [

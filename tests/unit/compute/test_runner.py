@@ -104,7 +104,11 @@ def model() -> Model:
         pytest.param((Capturing(DEVICE),), id="captured steps"),
         pytest.param((Capturing(DEVICE), 2, 13), id="captured steps for few short sequences"),
         # Few tokens: Triton's interpreter is slow. Longer steps run uncaptured.
-        pytest.param((CapturingMixed(DEVICE), 8, 64, 1, 12), id="captured prefill", marks=TRITON),
+        pytest.param(
+            (CapturingMixed(DEVICE), 8, 64, 1, 12),
+            id="captured prefill",
+            marks=[TRITON, pytest.mark.slow],
+        ),
     ],
 )
 def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

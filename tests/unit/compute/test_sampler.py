@@ -329,6 +329,7 @@ def kept(row: Tensor, params: SamplingParams) -> Tensor:
     return scores.softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("largest_top_k", [4096, 5])  # 5: larger ones are found by sorting
 @pytest.mark.parametrize(
     "params",

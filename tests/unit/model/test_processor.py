@@ -114,6 +114,7 @@ def test_16_bit_grey_is_scaled_to_8_bits(format: str) -> None:
     assert corners.tolist() == [0, 100, 200, 255]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 364])
 @pytest.mark.parametrize("name", PHOTOGRAPHS)
 @pytest.mark.parametrize("scale", [4, 9])

@@ -98,6 +98,7 @@ asyncio.run(preprocessor.__init__(AppConfig(model=sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_a_preprocessor_downloads_no_weights(hub: Hub, tmp_path: Path) -> None:
     run(PREPROCESSOR, hub, tmp_path)
     assert hub.downloaded == CONFIGURATION

@@ -343,6 +343,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_replica_that_is_killed(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(tmp_path / "trace")],
