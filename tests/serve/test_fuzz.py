@@ -98,15 +98,18 @@ def test_whatever_is_asked_gets_an_answer_as_described(
             case.body = usual(label, case, data)
         if case.path_parameters and data.draw(st.booleans(), label="known"):
             case.path_parameters["name"] = "demo"
-        response = case.call(base_url=demo.url, timeout=60)
+        # Its own `call` leaves streams after a few events.
+        response = session.request(**case.as_transport_kwargs(base_url=demo.url), timeout=60)
         statuses[response.status_code] += 1
-        if "text/event-stream" in response.headers["content-type"][0]:
+        if response.headers["content-type"].startswith("text/event-stream"):
             assert response.status_code == 200
             is_whole_stream(response.text)
         else:
             case.validate_response(response, checks=CHECKS)
 
-    ask()
+    with requests.Session() as session:
+        session.trust_env = False
+        ask()
     print(label, dict(statuses))
     assert statuses[200] > 0 if label in GETS else statuses[200] > statuses.total() / 20
     assert httpx.get(f"{demo.url}/ready", timeout=60).status_code == 200

@@ -22,7 +22,7 @@ from support.server import is_successful, wait_until
 from support.up import Up, running_up
 
 pytestmark = pytest.mark.long  # clients are slow
-SLOW = 64
+SLOW, MANY = 64, 1000
 BODY_TIMEOUT_S = 10
 HELD_BYTES = 24 << 20
 SCENE = scenes.sample(6_003)
@@ -125,6 +125,33 @@ def test_slow_clients_keep_nobody_out_and_get_a_408(server: Up) -> None:
     assert {head.split()[1] for head, _ in answers} <= {b"408", b"429"}
     assert {*codes} <= {"timeout", "overloaded"}
     assert codes.count("timeout") >= some
+
+
+HEAD = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("begin", "drop"),
+    [
+        pytest.param(b"", b"", id="say nothing"),
+        pytest.param(HEAD + b"X-Slow: ", b"a", id="send their heads slowly"),
+        pytest.param(HEAD + b"Content-Length: 9999\r\n\r\n{", b" ", id="send their bodies slowly"),
+    ],
+)
+def test_a_thousand_connections_keep_nobody_out(begin: bytes, drop: bytes, server: Up) -> None:
+    port = int(server.url.rpartition(":")[2])
+    with ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            for _ in range(MANY)
+        ]
+        for number in range(20):
+            for connection in connections:
+                with contextlib.suppress(OSError):  # closed by now
+                    connection.sendall(drop if number else begin)
+            answer = post(server, json.dumps(SHORT).encode())
+            assert answer.status_code == httpx.codes.OK, answer.text
+    assert is_successful(f"{server.url}/ready")
 
 
 def test_a_body_without_a_length_is_answered(server: Up) -> None:

@@ -158,7 +158,10 @@ class _Body:
             Overloaded, TimedOut: the body goes beyond a limit.
         """
         if self._complete:
-            return await self._receive()  # waits until the client leaves
+            try:
+                return await self._receive()  # waits until the client leaves
+            except Exception:  # how Ray Serve tells of it now and then
+                return {"type": "http.disconnect"}
         try:
             async with asyncio.timeout_at(self._ends) as self._scope:
                 message = await self._receive()

@@ -190,8 +190,9 @@ def scope_of(route: str) -> Scope:
 
 @pytest.mark.parametrize("more", [{}, {"n": 2, "temperature": 0}], ids=["one", "two equal"])
 @pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("told", ["by a message", "by an error"])
 async def test_generation_stops_when_the_client_disconnects(
-    route: str, more: dict[str, Any]
+    told: str, route: str, more: dict[str, Any]
 ) -> None:
     backend = FakeBackend(endless=True)
     started = asyncio.Event()
@@ -202,6 +203,8 @@ async def test_generation_stops_when_the_client_disconnects(
         if unread:
             return unread.pop()
         await started.wait()
+        if told == "by an error":
+            raise RuntimeError("the call for more messages was cancelled")
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
