@@ -194,6 +194,7 @@ def _dropped(server: Up) -> float:
 
 
 def test_nothing_listens_beyond_loopback(server: Up) -> None:
+    """Ray CVE-2026-27482: its dashboard ran what anybody sent."""
     assert listening(server.family()) == {}
 
 

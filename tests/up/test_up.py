@@ -83,7 +83,7 @@ def test_it_listens_on_all_addresses_when_told_to(server: Up) -> None:
 def test_no_port_takes_a_pickle_or_a_call_of_rays_without_the_token(
     server: Up, tmp_path: Path
 ) -> None:
-    """SGLang CVE-2026-3059, -3060. With the token both get through, so the probes work."""
+    """SGLang CVE-2026-3059, -3060, -7301. With the token both get through: the probes work."""
     token = TOKEN_FILE.read_text().strip()
     others, through = set[str](), set[str]()
     for port, name in ports(server.family()).items():

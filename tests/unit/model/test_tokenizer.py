@@ -28,6 +28,7 @@ def test_prompt_ids_equal_those_of_transformers(prompt: str) -> None:
 
 @pytest.mark.parametrize("special", ["<image>", "</s>", "<pad>", "<s>"])
 def test_special_tokens_in_a_prompt_are_plain_text(special: str) -> None:
+    """CVE-2026-44222: text that stood for a picture's place."""
     image_and_bos = TOKENIZER.prompt_ids("")
     ids = TOKENIZER.prompt_ids(f"a {special} b")
     assert ids[: len(image_and_bos)] == image_and_bos
