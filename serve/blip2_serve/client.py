@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import json
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -62,30 +63,51 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def caption(server: httpx.Client, image: Path) -> str:
+def caption(server: httpx.Client, image: bytes) -> str:
     """Asks for a caption of an image file. Raises StartupError as `post` does."""
     body = {"image": data_url(image)}
     return post(server, "/v1/caption", body, lambda answer: answer["data"][0]["caption"])
 
 
-def ask(server: httpx.Client, image: Path, question: str) -> str:
-    """Asks a question about an image file. Raises StartupError as `post` does."""
-    content = [
-        {"type": "image_url", "image_url": {"url": data_url(image)}},
-        {"type": "text", "text": question},
-    ]
-    body = {"messages": [{"role": "user", "content": content}]}
-    return post(
-        server,
-        "/v1/chat/completions",
-        body,
-        lambda answer: answer["choices"][0]["message"]["content"],
-    )
+class Chat:
+    """Questions about one image file, each with what was said before."""
+
+    def __init__(self, server: httpx.Client, image: bytes) -> None:
+        self._server = server
+        self._image = {"type": "image_url", "image_url": {"url": data_url(image)}}
+        self._messages: list[dict[str, Any]] = []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Yields the answer in pieces. Raises StartupError as `post` does, or if it breaks off."""
+        text = {"type": "text", "text": question}
+        content = [text] if self._messages else [self._image, text]
+        self._messages.append({"role": "user", "content": content})
+        answer = ""
+        body = {"messages": self._messages, "stream": True}
+        with _answering(self._server, "/v1/chat/completions", body) as response:
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if data not in ("", "[DONE]"):
+                    piece = _understood(response, lambda: _piece(json.loads(data)))  # noqa: B023
+                    answer += piece
+                    yield piece
+        self._messages.append({"role": "assistant", "content": answer})
 
 
-def data_url(path: Path) -> str:
+def _piece(event: Any) -> str:
+    """The text of a chunk.
+
+    Raises:
+        StartupError: it is an error instead.
+    """
+    if "error" in event:
+        raise StartupError(str(event["error"]["message"]))
+    return "".join(choice["delta"].get("content", "") for choice in event["choices"])
+
+
+def data_url(file: bytes) -> str:
     """Returns a file as a data URL; the server goes by the bytes, not by the media type."""
-    return f"data:application/octet-stream;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return f"data:application/octet-stream;base64,{base64.b64encode(file).decode()}"
 
 
 def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
@@ -94,20 +116,34 @@ def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[
     Raises:
         StartupError: no server answers, the answer is an error, or it is not blip2-serve's.
     """
+    with _answering(server, path, body) as response:
+        response.read()
+        return _understood(response, lambda: pick(response.json()))
+
+
+@contextmanager
+def _answering(server: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[httpx.Response]:
+    """Posts `body` as JSON; yields a successful answer, to be read."""
     try:
-        response = server.post(path, json=body)
+        with server.stream("POST", path, json=body) as response:
+            if not response.is_success:
+                response.read()
+                raise StartupError(
+                    _understood(response, lambda: str(response.json()["error"]["message"]))
+                )
+            yield response
     except httpx.RequestError as error:
         raise StartupError(
             f"no server answers at {server.base_url} ({error}): start one with blip2-serve up"
         ) from None
+
+
+def _understood(response: httpx.Response, read: Callable[[], str]) -> str:
+    """What `read` makes of the answer, if it is one of blip2-serve's."""
     try:
-        answer = response.json()
-        if response.is_success:
-            return pick(answer)
-        message = str(answer["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+        return read()
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise StartupError(
             f"{response.url} answered with status {response.status_code}, but not as blip2-serve "
             "does: check whether the URL is that of another server or of a proxy"
         ) from None
-    raise StartupError(message)

@@ -8,13 +8,14 @@ from typing import Any
 import typer
 
 from blip2_serve import __version__, client
-from blip2_serve.cli import options, running
+from blip2_serve.cli import asking, options, running
 from blip2_serve.cli.configuration import read_config
-from blip2_serve.cli.terminal import err, out
+from blip2_serve.cli.terminal import err, out, report
+from blip2_serve.doctor import examine
 from blip2_serve.errors import StartupError
 from blip2_serve.http.keys import add_key
 
-EXIT_USAGE = 2
+EXIT_INCOMPLETE, EXIT_USAGE = 1, 2
 URL = "http://127.0.0.1:8000"
 
 app = typer.Typer(
@@ -88,17 +89,40 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-def caption(image: options.Image, url: options.Url = URL) -> None:
-    """Caption an image."""
-    with client.connect(url) as server:
-        out.print(client.caption(server, image), markup=False)
+def doctor(
+    model: options.Model = None,
+    host: options.Host = "127.0.0.1",
+    port: options.Port = 8000,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    quantize: options.Quantize = None,
+    config: options.Config = None,
+) -> None:
+    """Look for what would keep `up` from starting here, or make it slow."""
+    flags = given(
+        {"model": model, "device": device, "dtype": dtype, "generator": {"quantize": quantize}}
+    )
+    findings = examine(read_config(config, flags), host, port)
+    if not report(findings):
+        sys.exit(EXIT_INCOMPLETE)
 
 
 @app.command()
-def ask(image: options.Image, question: options.Question, url: options.Url = URL) -> None:
-    """Ask a question about an image."""
+def caption(
+    images: options.Images, url: options.Url = URL, as_json: options.AsJson = False
+) -> None:
+    """Caption images: files, folders of them, or standard input."""
     with client.connect(url) as server:
-        out.print(client.ask(server, image, question), markup=False)
+        complete = asking.caption_all(server, images, as_json=as_json)
+    if not complete:
+        sys.exit(EXIT_INCOMPLETE)
+
+
+@app.command()
+def ask(image: options.Image, question: options.Question = None, url: options.Url = URL) -> None:
+    """Ask about an image: one question, or a chat."""
+    with client.connect(url) as server:
+        asking.ask(server, image, question)
 
 
 @keys.command()

@@ -58,8 +58,16 @@ Trace = Annotated[
 # -- clients ---------------------------------------------------------------------------------------
 
 Url = Annotated[str, Option(help="URL of the server.")]
-Image = Annotated[Path, Argument(exists=True, dir_okay=False, readable=True, help="Image file.")]
-Question = Annotated[str, Argument(help="Question about the image.")]
+Images = Annotated[
+    list[Path],
+    Argument(help="Image files, folders of them, or - for a file on standard input."),
+]
+AsJson = Annotated[bool, Option("--json", help="Print a JSON object on a line for each image.")]
+Image = Annotated[Path, Argument(help="Image file, or - for standard input.")]
+Question = Annotated[
+    str | None,
+    Argument(help="Question about the image. Without one, questions are read line by line."),
+]
 
 # -- keys ------------------------------------------------------------------------------------------
 

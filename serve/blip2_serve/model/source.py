@@ -23,16 +23,20 @@ def find_folder(model: str, revision: str | None = None) -> Path:
     Raises:
         StartupError: There is no such checkpoint, or it cannot be downloaded.
     """
-    return _local_folder(model) or _download(model, revision, weights=True)
+    return local_folder(model) or _download(model, revision, weights=True)
 
 
 def find_configuration(model: str, revision: str | None = None) -> Path:
     """As `find_folder`, but downloads only a hub id's configuration, not its weights."""
-    return _local_folder(model) or _download(model, revision, weights=False)
+    return local_folder(model) or _download(model, revision, weights=False)
 
 
-def _local_folder(model: str) -> Path | None:
-    """Returns None if `model` is a hub id."""
+def local_folder(model: str) -> Path | None:
+    """The folder of a checkpoint that need not be downloaded; None if `model` is a hub id.
+
+    Raises:
+        StartupError: `model` looks like a path, and there is no such folder.
+    """
     if model == DEMO:
         return DEMO_FOLDER
     path = Path(model).expanduser()
