@@ -64,6 +64,13 @@ class Usage(_Object):
     total_tokens: int
 
 
+class _Completion(_Object):
+    id: str
+    created: int = Field(description="Unix time in seconds.")
+    model: str
+    usage: Usage
+
+
 class Token(_Object):
     token: str
     logprob: float
@@ -93,13 +100,9 @@ class ChatChoice(_Object):
     token_ids: list[int] | None = _TOKEN_IDS
 
 
-class ChatCompletion(_Object):
-    id: str
+class ChatCompletion(_Completion):
     object: Literal["chat.completion"]
-    created: int = Field(description="Unix time in seconds.")
-    model: str
     choices: list[ChatChoice]
-    usage: Usage
 
 
 # -- completions -----------------------------------------------------------------------------------
@@ -120,13 +123,9 @@ class TextChoice(_Object):
     token_ids: list[int] | None = _TOKEN_IDS
 
 
-class TextCompletion(_Object):
-    id: str
+class TextCompletion(_Completion):
     object: Literal["text_completion"]
-    created: int = Field(description="Unix time in seconds.")
-    model: str
     choices: list[TextChoice]
-    usage: Usage
 
 
 # -- responses -------------------------------------------------------------------------------------
