@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
 from blip2_serve.errors import StartupError
+
+T = TypeVar("T")
 
 TIMEOUT_S = 600.0
 KEY_VARIABLE = "BLIP2_API_KEY"  # of the environment
@@ -110,6 +112,13 @@ def data_url(file: bytes) -> str:
     return f"data:application/octet-stream;base64,{base64.b64encode(file).decode()}"
 
 
+def get(server: httpx.Client, path: str) -> Any:
+    """The JSON answer. Raises StartupError as `post` does."""
+    with _answering(server, path) as response:
+        response.read()
+        return _understood(response, response.json)
+
+
 def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
     """Posts `body` as JSON and returns what `pick` finds in the JSON answer.
 
@@ -122,10 +131,12 @@ def post(server: httpx.Client, path: str, body: dict[str, Any], pick: Callable[[
 
 
 @contextmanager
-def _answering(server: httpx.Client, path: str, body: dict[str, Any]) -> Iterator[httpx.Response]:
-    """Posts `body` as JSON; yields a successful answer, to be read."""
+def _answering(
+    server: httpx.Client, path: str, body: dict[str, Any] | None = None
+) -> Iterator[httpx.Response]:
+    """Posts `body` as JSON, or gets the path; yields a successful answer, to be read."""
     try:
-        with server.stream("POST", path, json=body) as response:
+        with server.stream("GET" if body is None else "POST", path, json=body) as response:
             if not response.is_success:
                 response.read()
                 raise StartupError(
@@ -138,7 +149,7 @@ def _answering(server: httpx.Client, path: str, body: dict[str, Any]) -> Iterato
         ) from None
 
 
-def _understood(response: httpx.Response, read: Callable[[], str]) -> str:
+def _understood(response: httpx.Response, read: Callable[[], T]) -> T:
     """What `read` makes of the answer, if it is one of blip2-serve's."""
     try:
         return read()

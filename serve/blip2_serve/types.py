@@ -84,6 +84,28 @@ class Vitals:
 
 
 @dataclass(frozen=True)
+class StageStatus:
+    """What one stage is doing now.
+
+    Attributes:
+        name: The stage's, or "ingress".
+        running: Replicas that take requests.
+        starting: Replicas that will, once they have loaded.
+        stopping: Replicas that finish what they have.
+        waiting: Requests, or images, that wait in its replicas; None if no replica answers.
+        capacity_per_s: Requests, or images, per second that it could do, as measured; None while
+            nobody knows.
+    """
+
+    name: str
+    running: int
+    starting: int
+    stopping: int
+    waiting: int | None = None
+    capacity_per_s: float | None = None
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to generate. Parameters have OpenAI's names, or else transformers'.
 

@@ -22,6 +22,7 @@ from blip2_serve.types import (
     FinishReason,
     ImageFeatures,
     SamplingParams,
+    StageStatus,
     TokenEvent,
     TokenLogprob,
 )
@@ -64,6 +65,14 @@ class FakeBackend:
 
     async def unready(self) -> str | None:
         return None if self.is_ready else "the stages are warming up"
+
+    async def status(self) -> list[StageStatus]:
+        return [
+            StageStatus("ingress", 1, 0, 0),
+            StageStatus("preprocessor", 2, 1, 0, 3, 20.5),
+            StageStatus("encoder", 1, 0, 1, 0, None),
+            StageStatus("generator", 0, 1, 0),
+        ]
 
     def capacity(self) -> Capacity:
         return self.can_do

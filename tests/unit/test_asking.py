@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 import uvicorn
 
-from blip2_serve.cli import main
+from blip2_serve.cli import main, watching
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import InvalidImage
 from blip2_serve.http.api import create_app
@@ -123,6 +123,44 @@ def test_questions_are_a_chat(run: Run, folder: Path, backend: FakeBackend) -> N
     assert answer("b.png") in second
     assert "what color?" in second
     assert [*dict.fromkeys(backend.encoded)] == [b"b.png"]
+
+
+def rows(printed: str) -> list[list[str]]:
+    return [line.split() for line in printed.splitlines()]
+
+
+STATUS = [
+    ["ingress", "1"],
+    ["preprocessor", "2", "1", "3", "20.5"],
+    ["encoder", "1", "1", "0"],
+    ["generator", "1"],
+]
+
+
+def test_the_status_is_a_table(run: Run) -> None:
+    code, out, _ = run("status")
+    first, _, *stages = rows(out)
+    assert code == 0
+    assert first == ["blip2-serve-demo:", "ready"] or first == ["demo:", "ready"]
+    assert stages == STATUS
+
+
+def test_the_status_can_be_watched(
+    run: Run, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        backend.is_ready = False
+        if len(waits) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching.watch, "__defaults__", (wait,))
+    code, out, _ = run("status", "--watch")
+    assert code == 0
+    assert waits == [1, 1, 1]
+    assert ["demo:", "not", "ready"] in rows(out)
 
 
 @pytest.mark.parametrize("after", [0, 3])

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from blip2_serve import __version__, client
-from blip2_serve.cli import asking, options, running
+from blip2_serve.cli import asking, options, running, watching
 from blip2_serve.cli.configuration import read_config
 from blip2_serve.cli.terminal import err, out, report
 from blip2_serve.doctor import examine
@@ -123,6 +123,13 @@ def ask(image: options.Image, question: options.Question = None, url: options.Ur
     """Ask about an image: one question, or a chat."""
     with client.connect(url) as server:
         asking.ask(server, image, question)
+
+
+@app.command()
+def status(url: options.Url = URL, watch: options.Watch = False) -> None:
+    """Show what the stages of a server are doing."""
+    with client.connect(url) as server:
+        (watching.watch if watch else watching.show)(server)
 
 
 @keys.command()

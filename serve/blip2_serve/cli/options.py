@@ -62,6 +62,7 @@ Images = Annotated[
     list[Path],
     Argument(help="Image files, folders of them, or - for a file on standard input."),
 ]
+Watch = Annotated[bool, Option("--watch", help="Show it every second, until Ctrl-C.")]
 AsJson = Annotated[bool, Option("--json", help="Print a JSON object on a line for each image.")]
 Image = Annotated[Path, Argument(help="Image file, or - for standard input.")]
 Question = Annotated[

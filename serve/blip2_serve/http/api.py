@@ -34,6 +34,7 @@ from blip2_serve.http.schema_answers import (
     Model,
     ModelList,
     State,
+    Status,
     TextCompletion,
     responses,
 )
@@ -42,6 +43,7 @@ from blip2_serve.http.service import Backend, ModelCall, Service
 from blip2_serve.http.stream import TokenStreamResponse
 from blip2_serve.observe.metrics import Recorder
 from blip2_serve.observe.metrics_page import CONTENT_TYPE, MetricsPage
+from blip2_serve.types import StageStatus
 
 SCRAPE_TIMEOUT_S = 10.0  # Prometheus' default
 NODES_SHARE = 0.5  # of it: nodes that are late are left out
@@ -125,6 +127,7 @@ class Api:
         post("/v1/generate", responses=text)(self.generate)
         get("/v1/models", responses=responses(ModelList))(self.models)
         get("/v1/models/{name:path}", responses=responses(Model))(self.model)
+        get("/v1/status", responses=responses(Status))(self.status)
         get("/health", responses=responses(State))(self.health)
         get("/ready", responses=responses(State))(self.ready)
         page = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **ERRORS}
@@ -184,6 +187,19 @@ class Api:
         self._service.check_model(name)
         return JSONResponse(self._model_cards[name])
 
+    async def status(self) -> Response:
+        """What each stage is doing: its replicas, what waits in them, what they could do."""
+        backend = self._service.backend
+        stages, unready = await backend.status(), await backend.unready()
+        body = {
+            "object": "status",
+            "model": self._service.config.model_name,
+            "version": __version__,
+            "ready": unready is None,
+            "stages": [_stage(stage) for stage in stages],
+        }
+        return JSONResponse(body)
+
     async def health(self) -> Response:
         """Answers 200 while the process lives."""
         return JSONResponse({"status": "ok"})
@@ -199,6 +215,19 @@ class Api:
         urls = await self._service.backend.metrics_urls()
         page = await self._metrics_page.page(urls, NODES_SHARE * scrape_timeout_s(request))
         return Response(page, headers={"Content-Type": CONTENT_TYPE})
+
+
+def _stage(stage: StageStatus) -> dict[str, Any]:
+    return {
+        "name": stage.name,
+        "replicas": {
+            "running": stage.running,
+            "starting": stage.starting,
+            "stopping": stage.stopping,
+        },
+        "waiting": stage.waiting,
+        "capacity_per_s": stage.capacity_per_s,
+    }
 
 
 def scrape_timeout_s(request: Request) -> float:

@@ -225,5 +225,31 @@ class ModelList(_Object):
     data: list[Model]
 
 
+class Replicas(_Object):
+    running: int = Field(description="That take requests.")
+    starting: int = Field(description="That will, once they have loaded.")
+    stopping: int = Field(description="That finish what they have.")
+
+
+class Stage(_Object):
+    name: str
+    replicas: Replicas
+    waiting: int | None = Field(
+        description="Requests, or images, that wait in its replicas; null if none of them answers."
+    )
+    capacity_per_s: float | None = Field(
+        description="Requests, or images, per second that it could do, as measured; null while "
+        "nobody knows."
+    )
+
+
+class Status(_Object):
+    object: Literal["status"]
+    model: str
+    version: str
+    ready: bool
+    stages: list[Stage] = Field(description="The ingress first, in the order of a request's way.")
+
+
 class State(_Object):
     status: Literal["ok", "ready"]

@@ -19,7 +19,13 @@ from blip2_serve.http.schema_generation import GenerationFields
 from blip2_serve.http.stream import TokenStream
 from blip2_serve.observe import metrics
 from blip2_serve.observe.metrics import Recorder
-from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
+from blip2_serve.types import (
+    Completion,
+    ImageFeatures,
+    SamplingParams,
+    StageStatus,
+    TokenEvent,
+)
 
 
 class Backend(Protocol):
@@ -27,6 +33,13 @@ class Backend(Protocol):
 
     async def unready(self) -> str | None:
         """Why requests would not be answered now; None: they would be."""
+
+    async def status(self) -> list[StageStatus]:
+        """What the ingress and each stage are doing now, in the order of a request's way.
+
+        Raises:
+            Unavailable: nobody knows at the moment.
+        """
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""

@@ -176,6 +176,7 @@ class PreprocessorInstruments(Instruments):
             "images": self._meter.items,
             "seconds": self._meter.seconds,
             "ongoing": self._here,
+            "waiting": self._waiting(),
         }
 
     def _waiting(self) -> int:

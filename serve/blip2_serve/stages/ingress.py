@@ -14,7 +14,9 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from blip2_serve.concurrency import gather
 from blip2_serve.config import AppConfig
+from blip2_serve.errors import Unavailable
 from blip2_serve.http import deadline, proxy
 from blip2_serve.http.admission import Admission
 from blip2_serve.http.api import create_app
@@ -28,11 +30,18 @@ from blip2_serve.serve_internals import detached_context
 from blip2_serve.stages.calls import StageClient, Work, calls_under_way
 from blip2_serve.stages.feature_cache import FeatureCache
 from blip2_serve.stages.progress import Progress
-from blip2_serve.types import Completion, ImageFeatures, SamplingParams, TokenEvent
+from blip2_serve.types import (
+    Completion,
+    ImageFeatures,
+    SamplingParams,
+    StageStatus,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
 WARM_UP_RETRY_S = 1.0
+STATUS_WITHIN_S = 5.0
 
 
 @serve.ingress()
@@ -67,6 +76,8 @@ class Ingress:
             )
             if not stage.may_be_at_zero
         ]
+        self._stages = (self._preprocessor, self._encoder, self._generator)
+        self._asking: asyncio.Task[Any] | None = None  # the controller
         self._warm = False
         self._warming_up = asyncio.get_running_loop().create_task(self._warm_up())
 
@@ -78,12 +89,11 @@ class Ingress:
 
     async def stats(self) -> dict[str, Any]:
         """What the requests under way hold in this replica; all 0 when there are none."""
-        stages = (self._preprocessor, self._encoder, self._generator)
         return {
             **self._admission.stats(),
             "encodings": self._features.under_way,
             "calls": calls_under_way(),
-            "suspects": sum(stage.replicas.suspects for stage in stages),
+            "suspects": sum(stage.replicas.suspects for stage in self._stages),
         }
 
     async def features(self, image: bytes, owner: str) -> ImageFeatures:
@@ -104,14 +114,14 @@ class Ingress:
 
     def capacity(self) -> Capacity:
         """What the stages can do for this ingress replica."""
-        stages = [c.replicas for c in (self._preprocessor, self._encoder, self._generator)]
+        stages = [client.replicas for client in self._stages]
         decoded, encoded, answers = [stage.capacity() for stage in stages]
         images = None if decoded is None or encoded is None else 1 / (1 / decoded + 1 / encoded)
         return Capacity(images, answers, any(stage.is_mending for stage in stages))
 
     def refused(self) -> None:
         """A request could not be admitted; the stages' autoscaling should know."""
-        for stage in (self._preprocessor, self._encoder, self._generator):
+        for stage in self._stages:
             stage.refused()
 
     def ingress_replicas(self) -> int:
@@ -156,6 +166,31 @@ class Ingress:
         silent = [client.stage for client, is_there in asked if not is_there]
         return f"no replica answers of: {', '.join(silent)}" if silent else None
 
+    async def status(self) -> list[StageStatus]:
+        """The ingress and the stages: replicas as Ray Serve counts them, and what waits in them."""
+        deployments = await self._deployments()
+        waiting = await gather(client.replicas.waiting() for client in self._stages)
+        found = [_status("ingress", deployments["Ingress"])]
+        for client, wait in zip(self._stages, waiting, strict=True):
+            known = _status(client.stage, deployments[client.stage.capitalize()])
+            capacity = client.replicas.capacity()
+            capacity = capacity and capacity * client.replicas.callers
+            found.append(replace(known, waiting=wait, capacity_per_s=capacity))
+        return found
+
+    async def _deployments(self) -> dict[str, Any]:
+        """What Ray Serve's controller knows of each. One question at a time: it blocks a thread."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(asyncio.to_thread(serve.status))
+        try:
+            async with asyncio.timeout(STATUS_WITHIN_S):
+                status = await asyncio.shield(self._asking)
+        except TimeoutError:
+            raise Unavailable("Ray Serve's controller does not answer; try again later") from None
+        application = status.applications[serve.get_replica_context().app_name]
+        found: dict[str, Any] = application.deployments
+        return found
+
     async def metrics_urls(self) -> dict[str, str]:
         """Returns the URL of Ray's metrics exporter on each node, by its address and port."""
         nodes = await asyncio.to_thread(ray.nodes)
@@ -175,6 +210,13 @@ class Ingress:
             except Exception as error:  # the stages may still be starting
                 logger.warning("not ready yet: %r", error)
                 await asyncio.sleep(WARM_UP_RETRY_S)
+
+
+def _status(stage: str, deployment: Any) -> StageStatus:
+    """The replicas of a deployment, as Ray Serve's status has it."""
+    count = dict(deployment.replica_states)
+    running, stopping = count.pop("RUNNING", 0), count.pop("STOPPING", 0)
+    return StageStatus(stage, running, sum(count.values()), stopping)
 
 
 def _work(features: ImageFeatures, prompt: str, params: SamplingParams) -> Work:

@@ -11,12 +11,14 @@ import contextlib
 import math
 import uuid
 from collections.abc import Awaitable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.serve.handle import DeploymentHandle
 
 from blip2_serve.serve_internals import broadcast, check_health
 from blip2_serve.types import Vitals
+
+T = TypeVar("T")
 
 ASK_EVERY_S = 1.0
 QUIET_AFTER_S = 1.5
@@ -145,6 +147,13 @@ class Replicas:
                     await self.ask(())
         return any(heard >= now - ASK_EVERY_S for heard in self._heard.values())
 
+    async def waiting(self) -> int | None:
+        """How many requests wait in the replicas; None if none of them answers soon."""
+        answers = await broadcast(self._handle, "stats")
+        results = await asyncio.gather(*map(_soon, answers))
+        told = [stats["waiting"] for stats in results if stats is not None]
+        return sum(told) if told else None
+
     async def ask(self, busy: Collection[str]) -> None:
         """Asks every replica for its vitals; busy ones that are to stop, for their health."""
         answers = await broadcast(self._handle, "alive", self._id)
@@ -173,3 +182,11 @@ class Replicas:
         except Exception:  # as above
             return
         self._heard[replica] = self._loop.time()
+
+
+async def _soon(answer: Awaitable[T]) -> T | None:
+    try:
+        async with asyncio.timeout(ASK_EVERY_S):
+            return await answer
+    except Exception:  # as above
+        return None

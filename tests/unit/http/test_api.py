@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from blip2_serve.config import AppConfig
+from blip2_serve.errors import Unavailable
 from blip2_serve.types import SamplingParams
 from support.fake_backend import (
     PROMPT_TOKENS,
@@ -360,3 +361,31 @@ async def test_the_openapi_schema_describes_every_route(client: httpx.AsyncClien
     assert {*ROUTES, "/v1/models", "/health", "/ready"} <= described["paths"].keys()
     caption = described["paths"]["/v1/caption"]["post"]["requestBody"]["content"]
     assert caption.keys() == {"application/json", "multipart/form-data"}
+
+
+async def test_the_status_has_every_stage() -> None:
+    backend = FakeBackend()
+    async with client_of(backend) as client:
+        status = (await client.get("/v1/status")).json()
+        backend.is_ready = False
+        later = (await client.get("/v1/status")).json()
+    assert (status["object"], status["ready"], later["ready"]) == ("status", True, False)
+    names = ["ingress", "preprocessor", "encoder", "generator"]
+    assert [stage["name"] for stage in status["stages"]] == names
+    assert status["stages"][1] == {
+        "name": "preprocessor",
+        "replicas": {"running": 2, "starting": 1, "stopping": 0},
+        "waiting": 3,
+        "capacity_per_s": 20.5,
+    }
+
+
+async def test_nobody_knows_the_status_without_the_controller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def status(_: FakeBackend) -> None:
+        raise Unavailable("Ray Serve's controller does not answer")
+
+    monkeypatch.setattr(FakeBackend, "status", status)
+    async with client_of(FakeBackend()) as client:
+        assert (await client.get("/v1/status")).status_code == 503
