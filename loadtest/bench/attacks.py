@@ -11,7 +11,7 @@ in turn alone and beside each attack, which comes from a process of its own:
 - early closes: as many requests, of which each client leaves after sending half the body.
 
 An attacker whose connection is closed opens another. Prints a table and writes attacks.json.
-Attackers, users and server share the machine's cores.
+Attackers, users and server share the machine's cores, but attackers give way to the others.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import asyncio
 import contextlib
 import gc
 import multiprocessing
+import os
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,7 +41,9 @@ from loadtest.results import machine, markdown_table, write_json
 
 ALONE = "alone"
 DRIP_S, RETRY_S = 1.0, 1.0
-SETTLED_S = 2.0  # from an attack's first connections to the users' first request
+SETTLED_S = 2.0  # from the attackers' start to the users' first request
+STARTED_WITHIN_S = 60
+NICENESS = 19
 LARGE_HEAD = b"".join(b"x-header-%d: %s\r\n" % (number, b"a" * 105) for number in range(500))
 
 
@@ -109,9 +113,10 @@ HELD: dict[str, Client] = {
 REPEATED: dict[str, Client] = {"large heads": large_head, "early closes": early_close}
 
 
-def attack(name: str, target: Target, connections: int, rate: float) -> None:
+def attack(name: str, target: Target, connections: int, rate: float, begun: Event) -> None:
     """Attacks until the process is killed."""
     allow_many_files()
+    os.nice(NICENESS)
 
     async def hold() -> None:
         while True:
@@ -124,6 +129,7 @@ def attack(name: str, target: Target, connections: int, rate: float) -> None:
             await REPEATED[name](target)
 
     async def run() -> None:
+        begun.set()
         async with asyncio.TaskGroup() as group:
             if name in HELD:
                 for _ in range(connections):
@@ -140,11 +146,15 @@ def attacked(name: str, target: Target, args: argparse.Namespace) -> Iterator[No
     if name == ALONE:
         yield
         return
-    process = multiprocessing.get_context("spawn").Process(
-        target=attack, args=(name, target, args.connections, args.rate), daemon=True
+    context = multiprocessing.get_context("spawn")
+    begun = context.Event()
+    process = context.Process(
+        target=attack, args=(name, target, args.connections, args.rate, begun), daemon=True
     )
     process.start()
     try:
+        if not begun.wait(STARTED_WITHIN_S):
+            raise script.Missed("the attackers did not start")
         yield
         if not process.is_alive():
             raise script.Missed(f"the attackers ended with {process.exitcode}")

@@ -344,3 +344,13 @@ def test_how_to_ask_a_server_is_shown_with_the_key_that_it_asks_for(
     printed = capsys.readouterr().out
     assert ("a square" in printed) is (keys_file is None)
     assert ("Authorization: Bearer $BLIP2_API_KEY" in printed) is (keys_file is not None)
+
+
+def test_a_server_that_is_busy_at_once_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first clients may be quicker than the greeting."""
+    busy = {"error": {"message": "the server is busy"}}
+    transport = httpx.MockTransport(lambda _: httpx.Response(429, json=busy))
+    with httpx.Client(transport=transport, base_url="http://a") as server:
+        greet(server, "http://a", AppConfig())
+
+    assert "is ready at http://a" in capsys.readouterr().out

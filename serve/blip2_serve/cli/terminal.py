@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterable
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from blip2_serve import client
 from blip2_serve.config import AppConfig
 from blip2_serve.doctor import Finding
+from blip2_serve.errors import StartupError
 from blip2_serve.model.source import DEMO_PICTURE
 
 out = Console(highlight=False, soft_wrap=True)
@@ -34,7 +36,10 @@ def report(findings: Iterable[Finding]) -> bool:
 def greet(server: httpx.Client, url: str, config: AppConfig) -> None:
     """Says that the server is ready, and how to ask it; shows a caption if anybody may ask."""
     needs_key = config.ingress.access.keys_file is not None
-    caption = None if needs_key else client.caption(server, DEMO_PICTURE.read_bytes())
+    caption = None
+    if not needs_key:
+        with contextlib.suppress(StartupError):  # it may be busy: others ask it already
+            caption = client.caption(server, DEMO_PICTURE.read_bytes())
     out.print(f"\n[bold]{config.model_name}[/] is ready at [bold]{url}[/]")
     if caption is not None:
         out.print(f"{DEMO_PICTURE.name}: {caption}", markup=False)
