@@ -22,17 +22,17 @@ from blip2_serve.compute.cpu import compiler
 
 # Prints for each kernel of an attention whether it came from the disk, and a product.
 SCRIPT = """
-import json, torch
+import json, sys, torch
 from blip2_serve.compute.cpu import paged_attention as attention
 
 def is_kept(dtype, head_dim):
     return bool(attention.kernel(dtype, head_dim).stats.cache_hits)
 
-kinds = ((torch.float32, 8), (torch.float32, 16))
+kinds = [(torch.float32, int(head_dim)) for head_dim in sys.argv[1:]]
 found = [is_kept(*kind) for kind in kinds]
-torch.manual_seed(0)
 answers = []
 for dtype, head_dim in kinds:
+    torch.manual_seed(0)
     kv = torch.randn(2, 9, 2, head_dim)
     attend = attention.attend_decode([(1, 2, 3)], kv[None])
     answers.append(float(attend(0, torch.randn(1, 3, 2, head_dim)).sum()))
@@ -40,9 +40,9 @@ print(json.dumps([found, answers]))
 """
 
 
-def in_a_new_process(folder: Path) -> tuple[list[bool], list[float]]:
+def in_a_new_process(folder: Path, *head_dims: int) -> tuple[list[bool], list[float]]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, *map(str, head_dims)],
         env={**os.environ, "NUMBA_CACHE_DIR": str(folder)},
         check=True,
         capture_output=True,
@@ -54,11 +54,21 @@ def in_a_new_process(folder: Path) -> tuple[list[bool], list[float]]:
 
 @pytest.mark.slow
 def test_another_process_finds_each_kernel(tmp_path: Path) -> None:
-    first, expected = in_a_new_process(tmp_path)
-    second, answers = in_a_new_process(tmp_path)
+    first, expected = in_a_new_process(tmp_path, 8, 16)
+    second, answers = in_a_new_process(tmp_path, 8, 16)
 
     assert first == [False, False]
     assert second == [True, True]
+    assert answers == expected
+
+
+@pytest.mark.slow
+def test_kernels_that_two_processes_compiled_are_not_mixed_up(tmp_path: Path) -> None:
+    """Both are the first kernel of their process: numba gives their machine code one name."""
+    expected = [in_a_new_process(tmp_path, size)[1][0] for size in (8, 16)]
+    found, answers = in_a_new_process(tmp_path, 8, 16)
+
+    assert found == [True, True]
     assert answers == expected
 
 

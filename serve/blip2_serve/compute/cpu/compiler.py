@@ -41,6 +41,7 @@ def compiled(
     `numba.prange` in it runs in parallel. Compiling takes a second or two, but for those that are
     found on the disk; `variant` sets apart kernels that are made by the same code.
     """
+    _name(function)
     kernel = numba.njit(parallel=True, nogil=True, fastmath=_fastmath(reordered))(function)
     with contextlib.suppress(RuntimeError):  # no place to keep it can be written
         kernel._cache = _Kept(function, signature, variant)
@@ -101,9 +102,25 @@ def _code() -> str:
 
 def part(function: Callable[P, R], *, reordered: bool = False) -> Callable[P, R]:
     """Makes a function that kernels can call, and Python cannot."""
+    _name(function)
     make = numba.njit(fastmath=_fastmath(reordered), no_cpython_wrapper=True, no_cfunc_wrapper=True)
     made: Callable[P, R] = make(function)
     return made
+
+
+def _name(function: Callable[..., Any]) -> None:
+    """Names a closure by what is in it.
+
+    numba names machine code by the function's name, the types, and a number that begins anew in
+    each process. Of two kernels from the disk that had the same in two processes, such as those for
+    two head sizes, the linker would call the wrong one.
+    """
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    if cells:
+        inner = [getattr(value, "py_func", value) for value in cells]
+        names = [getattr(value, "__qualname__", repr(value)) for value in inner]
+        digest = hashlib.sha256(repr(names).encode()).hexdigest()
+        function.__qualname__ = f"{function.__qualname__}_{digest[:16]}"
 
 
 def threads() -> int:
