@@ -40,36 +40,46 @@ print(json.dumps([found, answers]))
 """
 
 
-def in_a_new_process(folder: Path, *head_dims: int) -> tuple[list[bool], list[float]]:
+def printed(script: str, folder: Path, *arguments: object) -> Any:
+    """What a new process prints as JSON, with its kernels kept in this folder."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *map(str, head_dims)],
-        env={**os.environ, "NUMBA_CACHE_DIR": str(folder)},
+        [sys.executable, "-c", script, *map(str, arguments)],
+        # Flags are in numba's names, too: a set, whose order depends on the seed.
+        env={**os.environ, "NUMBA_CACHE_DIR": str(folder), "PYTHONHASHSEED": "0"},
         check=True,
         capture_output=True,
         text=True,
     )
-    found, answers = json.loads(done.stdout.splitlines()[-1])
-    return found, answers
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_another_process_finds_each_kernel(tmp_path: Path) -> None:
-    first, expected = in_a_new_process(tmp_path, 8, 16)
-    second, answers = in_a_new_process(tmp_path, 8, 16)
+    first, expected = printed(SCRIPT, tmp_path, 8, 16)
+    second, answers = printed(SCRIPT, tmp_path, 8, 16)
 
     assert first == [False, False]
     assert second == [True, True]
     assert answers == expected
 
 
-@pytest.mark.slow
-def test_kernels_that_two_processes_compiled_are_not_mixed_up(tmp_path: Path) -> None:
-    """Both are the first kernel of their process: numba gives their machine code one name."""
-    expected = [in_a_new_process(tmp_path, size)[1][0] for size in (8, 16)]
-    found, answers = in_a_new_process(tmp_path, 8, 16)
+NAMES = """
+import json, re, torch
+from blip2_serve.compute.cpu import paged_attention as attention
 
-    assert found == [True, True]
-    assert answers == expected
+(code,) = attention.kernel(torch.float32, 8).inspect_llvm().values()
+print(json.dumps(re.findall('define .*@"?(.*paged_attention[^"(]*)', code)))
+"""
+
+
+@pytest.mark.slow
+def test_no_two_processes_give_their_machine_code_the_same_names(tmp_path: Path) -> None:
+    """Of two kernels from the disk with a name in common, the linker calls one for both."""
+    first, second = (set(printed(NAMES, tmp_path / name)) for name in ("a", "b"))
+
+    assert first
+    assert second
+    assert not first & second
 
 
 SIGNATURE = types.void(types.float32[::1])

@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
+import secrets
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numba
 import torch
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
 from numba.core.typing import Signature
@@ -21,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 # The threads that torch computes with, where it can be: a second set would compete with them.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]
+
+# numba counts the functions of a process, and names their machine code by that number, their types
+# and flags. Of two that two processes had named alike, such as those for two head sizes, the linker
+# would call one for both: so no two processes begin to count at the same number.
+FunctionIdentity._unique_ids = itertools.count(secrets.randbits(60))
 
 # Lets LLVM add in any order, or it could not use vector instructions.
 _REORDERED = frozenset({"reassoc", "contract", "nsz"})
@@ -41,7 +49,6 @@ def compiled(
     `numba.prange` in it runs in parallel. Compiling takes a second or two, but for those that are
     found on the disk; `variant` sets apart kernels that are made by the same code.
     """
-    _name(function)
     kernel = numba.njit(parallel=True, nogil=True, fastmath=_fastmath(reordered))(function)
     with contextlib.suppress(RuntimeError):  # no place to keep it can be written
         kernel._cache = _Kept(function, signature, variant)
@@ -102,25 +109,9 @@ def _code() -> str:
 
 def part(function: Callable[P, R], *, reordered: bool = False) -> Callable[P, R]:
     """Makes a function that kernels can call, and Python cannot."""
-    _name(function)
     make = numba.njit(fastmath=_fastmath(reordered), no_cpython_wrapper=True, no_cfunc_wrapper=True)
     made: Callable[P, R] = make(function)
     return made
-
-
-def _name(function: Callable[..., Any]) -> None:
-    """Names a closure by what is in it.
-
-    numba names machine code by the function's name, the types, and a number that begins anew in
-    each process. Of two kernels from the disk that had the same in two processes, such as those for
-    two head sizes, the linker would call the wrong one.
-    """
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    if cells:
-        inner = [getattr(value, "py_func", value) for value in cells]
-        names = [getattr(value, "__qualname__", repr(value)) for value in inner]
-        digest = hashlib.sha256(repr(names).encode()).hexdigest()
-        function.__qualname__ = f"{function.__qualname__}_{digest[:16]}"
 
 
 def threads() -> int:
