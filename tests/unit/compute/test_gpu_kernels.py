@@ -203,7 +203,7 @@ for kernel, types, constants, warps in kernels:
     ("dtype", "capability"),
     [
         ("bf16", 90),
-        ("fp16", 80),
+        pytest.param("fp16", 80, marks=pytest.mark.long),
         pytest.param("bf16", 80, marks=pytest.mark.long),
         pytest.param("fp32", 80, marks=pytest.mark.long),
     ],

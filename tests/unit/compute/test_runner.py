@@ -107,7 +107,7 @@ def model() -> Model:
         pytest.param(
             (CapturingMixed(DEVICE), 8, 64, 1, 12),
             id="captured prefill",
-            marks=[TRITON, pytest.mark.slow],
+            marks=[TRITON, pytest.mark.long],
         ),
     ],
 )
