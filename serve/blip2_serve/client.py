@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -90,18 +91,19 @@ class Chat:
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
                 if data not in ("", "[DONE]"):
-                    piece = _understood(response, lambda: _piece(json.loads(data)))  # noqa: B023
+                    piece = _understood(response, partial(_piece, data))
                     answer += piece
                     yield piece
         self._messages.append({"role": "assistant", "content": answer})
 
 
-def _piece(event: Any) -> str:
+def _piece(data: str) -> str:
     """The text of a chunk.
 
     Raises:
         StartupError: it is an error instead.
     """
+    event = json.loads(data)
     if "error" in event:
         raise StartupError(str(event["error"]["message"]))
     return "".join(choice["delta"].get("content", "") for choice in event["choices"])

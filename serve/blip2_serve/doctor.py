@@ -56,9 +56,14 @@ def _checked(about: str, seen: str, check: Callable[[], None]) -> Finding:
     try:
         check()
     except StartupError as error:
-        problem, _, advice = str(error).rpartition(": ")
-        return Finding("bad", about, problem, advice)
+        return _bad(about, error)
     return Finding("good", about, seen)
+
+
+def _bad(about: str, error: StartupError) -> Finding:
+    """These errors say what to do behind their last colon."""
+    problem, _, advice = str(error).rpartition(": ")
+    return Finding("bad", about, problem, advice)
 
 
 def _python() -> Finding:
@@ -143,8 +148,7 @@ def _model(config: AppConfig) -> Iterator[Finding]:
         checkpoint = open_checkpoint(config.model, config.revision)
         dtype = resolve_dtype(config.dtype, place, checkpoint.config)
     except StartupError as error:
-        problem, _, advice = str(error).rpartition(": ")
-        yield Finding("bad", "checkpoint", problem, advice)
+        yield _bad("checkpoint", error)
         return
     yield Finding("good", "checkpoint", f"{config.model} is complete")
     stored = sum(path.stat().st_size for path in {*checkpoint.files.values()})
