@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +27,16 @@ TITLE = "ray::ServeReplica:blip2:{}"
 def server(*titles: str) -> Iterator[Processes]:
     """A process whose descendants have these titles, and are replaced when they die."""
     keepers = " & ".join(f"bash -c '{QUOTED}' '{title}'" for title in titles)
-    process = psutil.Popen(["bash", "-c", f"{keepers} & wait"], stderr=subprocess.DEVNULL)
+    process = psutil.Popen(
+        ["bash", "-c", f"{keepers} & wait"], stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         found = Processes(process.pid)
         wait_until(lambda: len(named(found, *titles)) >= len(titles), 30)
         yield found
     finally:
-        # Parents first, or they would replace their children.
-        family = [process, *process.children(recursive=True)]
-        for member in family:
-            member.kill()
+        # All at once, or a parent could replace a child that nobody knows yet.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
