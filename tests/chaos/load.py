@@ -118,6 +118,7 @@ class Load:
         self._at_most = at_most
         self._rng = random.Random(seed)
         self._run = self._rng.getrandbits(32)
+        self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -137,19 +138,21 @@ class Load:
 
     async def run(self, session: aiohttp.ClientSession, until: asyncio.Event) -> None:
         """Sends until the event is set; returns once all are answered."""
-        for number in itertools.count():
-            if until.is_set():
-                break
+        while not until.is_set():
             while self._at_most and len(self._tasks) >= self._at_most:
                 await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            template, expected = self._rng.choice(self._templates)
-            picture = template.picture + self._rng.randbytes(16)  # decoders ignore the rest
-            name = f"chaos-{self._run:08x}-{number}"
-            task = asyncio.create_task(self._ask(session, name, template, picture, expected))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self.send(session)
             await asyncio.sleep(self._rng.expovariate(self._rate))
         await asyncio.gather(*self._tasks)
+
+    def send(self, session: aiohttp.ClientSession) -> None:
+        """Sends one request now."""
+        template, expected = self._rng.choice(self._templates)
+        picture = template.picture + self._rng.randbytes(16)  # decoders ignore the rest
+        name = f"chaos-{self._run:08x}-{next(self._numbers)}"
+        task = asyncio.create_task(self._ask(session, name, template, picture, expected))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _ask(
         self,

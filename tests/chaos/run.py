@@ -34,7 +34,7 @@ from tests.chaos.load import Load, new_session, templates, undisturbed
 
 REPLICAS = 2
 TEMPLATES_OF_EACH_KIND = 2
-BUSY = 4  # requests in flight
+BUSY, BUSY_FOR_S = 6, 0.1  # requests in flight just before a fault: without any it proves nothing
 WHOLE_WITHIN_S, SETTLE_S, POLL_S, READY_S = 180.0, 3.0, 0.2, 10.0
 LOADED = re.compile(r"ServeReplica:blip2:\w+ pid=(\d+)\).* loaded ")
 
@@ -121,8 +121,9 @@ async def run(up: Up, args: argparse.Namespace, file: Path) -> bool:
         async with load.running(session):
             for number, (kind, stage) in enumerate(plan(args.faults, rng, tuple(args.kinds)), 1):
                 await asyncio.sleep(rng.uniform(1, 3))
-                while load.in_flight < BUSY:  # a fault that meets no work proves nothing
-                    await asyncio.sleep(0.01)
+                for _ in range(load.in_flight, BUSY):
+                    load.send(session)
+                await asyncio.sleep(rng.uniform(0, BUSY_FOR_S))  # they are at any stage
                 print(f"fault {number}: {kind} {stage}, {load.in_flight} in flight", flush=True)
                 await asyncio.to_thread(inject, injector, kind, stage)
                 lacking = await until_whole(up, processes, session)
