@@ -25,8 +25,8 @@ from blip2_serve.http.compatibility import OpenAIFields
 from blip2_serve.http.schema import (
     CaptionRequest,
     ChatRequest,
+    ChunkFields,
     GenerateRequest,
-    StreamFields,
 )
 from blip2_serve.http.schema_completions import CompletionRequest
 from blip2_serve.http.schema_generation import GenerationFields
@@ -262,11 +262,11 @@ _SHARED = (GenerationFields, OpenAIFields)
 TABLES: Mapping[str, Callable[[], str]] = {
     "parameters": lambda: parameters(GenerationFields),
     "parameters.openai": lambda: parameters(OpenAIFields),
-    "parameters.stream": lambda: parameters(StreamFields),
-    "parameters.chat": lambda: parameters(ChatRequest, *_SHARED, StreamFields),
-    "parameters.generate": lambda: parameters(GenerateRequest, *_SHARED, StreamFields),
+    "parameters.stream": lambda: parameters(ChunkFields),
+    "parameters.chat": lambda: parameters(ChatRequest, *_SHARED, ChunkFields),
+    "parameters.generate": lambda: parameters(GenerateRequest, *_SHARED, ChunkFields),
     "parameters.completions": lambda: parameters(CompletionRequest, GenerateRequest),
-    "parameters.responses": lambda: parameters(ResponsesRequest, *_SHARED, StreamFields),
+    "parameters.responses": lambda: parameters(ResponsesRequest, *_SHARED, ChunkFields),
     "parameters.caption": lambda: parameters(CaptionRequest, *_SHARED),
     "config": _application,
     "config.stages": lambda: common_keys(StageConfig, STAGES),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,7 @@ class ImageFeatures:
         shape: That shape.
         dtype: Name of the tensor's dtype, such as "bfloat16".
         fingerprint: Of the checkpoint that they come from; empty if nobody knows.
+        encode_s: Seconds that the encoder took for them, its queue included.
     """
 
     digest: str
@@ -46,6 +47,7 @@ class ImageFeatures:
     shape: tuple[int, int]
     dtype: str
     fingerprint: str = ""
+    encode_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class SamplingParams:
         early_stopping: When beam search ends, as in transformers.
         top_logprobs: Number of likeliest tokens to list with each token's log-probability. None
             means no log-probabilities at all.
+        show_beams: Whether a stream tells of the beams at each step of a search.
     """
 
     max_tokens: int | None = None
@@ -151,6 +154,7 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     top_logprobs: int | None = None
+    show_beams: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -176,6 +180,21 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Beam:
+    """One line of a beam search under way.
+
+    Attributes:
+        text: Of its tokens so far.
+        score: Its log-probability divided by length ** length_penalty.
+        ended: Whether it is a whole answer, which others may still overtake.
+    """
+
+    text: str
+    score: float
+    ended: bool
+
+
+@dataclass(frozen=True)
 class TokenEvent:
     """New tokens of one answer, with the text that they have made certain.
 
@@ -189,6 +208,9 @@ class TokenEvent:
         index: Which of the n answers, from 0.
         logprobs: One for each new token, if asked for.
         last: Set on the last event of the whole request.
+        queue_s: On the first event of a stream, seconds that the request waited for the engine.
+        beams: The search's beams after this step, best first, if asked for.
+        resumed: Set on the first event after a replica was lost in the middle of the answer.
     """
 
     token_ids: tuple[int, ...]
@@ -198,6 +220,9 @@ class TokenEvent:
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     last: bool = False
+    queue_s: float = field(default=0.0, compare=False)
+    beams: tuple[Beam, ...] = ()
+    resumed: bool = False
 
     def __add__(self, later: TokenEvent) -> TokenEvent:
         """Joins two successive events of the same answer."""
@@ -206,6 +231,7 @@ class TokenEvent:
             token_ids=self.token_ids + later.token_ids,
             text=self.text + later.text,
             logprobs=self.logprobs + later.logprobs,
+            beams=later.beams or self.beams,
         )
 
 

@@ -407,7 +407,7 @@ async def test_an_event_is_one_line_for_clients_that_split_at_any_line_end() -> 
     async def tokens() -> AsyncIterator[TokenEvent]:
         yield TokenEvent((1,), LINE_ENDS, "stop", last=True)
 
-    writer = Writer(ChatShape, "naïve \u2028", return_token_ids=False, include_usage=False)
+    writer = Writer(ChatShape, "naïve \u2028", return_token_ids=False)
     sent = b"".join([event async for event in writer.events(tokens(), lambda error: error)])  # type: ignore[arg-type,return-value]
 
     lines = [line for line in sent.decode().splitlines() if line]

@@ -17,6 +17,7 @@ from blip2_serve.errors import Unavailable
 from blip2_serve.http.api import create_app
 from blip2_serve.http.refusals import Capacity
 from blip2_serve.types import (
+    Beam,
     Choice,
     Completion,
     FinishReason,
@@ -32,6 +33,7 @@ from support.recorder import FakeRecorder
 PROMPT_TOKENS = 9
 PIECES = ("\n", " a", " small ", "", " red", " circle", " \n")
 TEXT = "".join(PIECES)
+BEAMS = (Beam("a cat", -0.5, False), Beam("a cow", -0.75, True))
 TOKEN_IDS = tuple(range(10, 10 + len(PIECES)))
 ROUTES = ("/v1/chat/completions", "/v1/generate", "/v1/caption", "/v1/completions")
 
@@ -61,6 +63,9 @@ class FakeBackend:
     can_do: Capacity = field(default_factory=lambda: Capacity(100.0, 100.0))
     refusals: int = 0
     known: set[bytes] = field(default_factory=set)  # images whose features are held
+    encode_s: float = 0.0  # as told
+    queue_s: float = 0.0
+    loses_replica_after: int | None = None  # tokens
     together: asyncio.Barrier | None = None  # makes calls of `features` wait for each other
 
     async def unready(self) -> str | None:
@@ -99,7 +104,7 @@ class FakeBackend:
                 raise
         if image in self.failures:
             raise self.failures[image]
-        return ImageFeatures(image.hex(), b"", (0, 8), "float32")
+        return ImageFeatures(image.hex(), b"", (0, 8), "float32", encode_s=self.encode_s)
 
     async def generate(
         self, features: ImageFeatures, prompt: str, params: SamplingParams
@@ -122,11 +127,21 @@ class FakeBackend:
                 if i == self.stream_fails_after:
                     raise self.stream_failure
                 reason = self.finish_reason if i == len(TOKEN_IDS) - 1 else None
+                if params.show_beams:
+                    yield TokenEvent((), "", None, PROMPT_TOKENS, beams=BEAMS)
                 for index, pieces in enumerate(answers):
                     logprobs = logprobs_of(pieces, params)[i : i + 1]
                     last = reason is not None and index == params.n - 1
                     yield TokenEvent(
-                        (token,), pieces[i], reason, PROMPT_TOKENS, index, logprobs, last
+                        (token,),
+                        pieces[i],
+                        reason,
+                        PROMPT_TOKENS,
+                        index,
+                        logprobs,
+                        last,
+                        queue_s=0 if i else self.queue_s,
+                        resumed=i == self.loses_replica_after,
                     )
                 while self.endless:
                     await asyncio.sleep(0)

@@ -13,6 +13,8 @@ from itertools import takewhile
 from blip2_serve.engine.sequence import Request, Sequence
 from blip2_serve.types import FinishReason, TokenLogprob
 
+Line = tuple[list[int], float, bool]  # tokens, score, whether it is a hypothesis
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -86,6 +88,16 @@ class BeamSearch:
         self._agreed += sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
         tokens, logprobs = lines[0]
         return tokens[start : self._agreed], logprobs[start : self._agreed]
+
+    def lines(self, beams: list[Sequence]) -> list[Line]:
+        """The hypotheses and the living beams, best first; without end tokens."""
+        penalty = self._request.params.length_penalty
+        ended: list[Line] = [
+            (h.tokens[:-1] if h.reason == "stop" else h.tokens, h.score, True)
+            for h in self.hypotheses
+        ]
+        alive = [([*b.output], b.score / len(b.output) ** penalty, False) for b in beams]
+        return sorted(ended + alive, key=lambda line: -line[1])
 
     def _add(self, candidate: Candidate, length: int) -> None:
         params = self._request.params

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from blip2_serve.engine.beam import Candidate
+from blip2_serve.engine.beam import Candidate, Line
 from blip2_serve.engine.detokenizer import Decode
 from blip2_serve.engine.live import Live, check_sent
 from blip2_serve.engine.scheduler import Admission, Scheduler
@@ -29,7 +29,7 @@ from blip2_serve.engine.step import (
     StepResult,
 )
 from blip2_serve.errors import Blip2ServeError, TimedOut, Unavailable
-from blip2_serve.types import FinishReason, TokenLogprob
+from blip2_serve.types import Beam, FinishReason, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class _News:
     tokens: list[int]
     logprobs: Iterable[TokenLogprob]
     reason: FinishReason | None
+    lines: Iterable[Line] = ()  # of a search that is shown
 
 
 class Engine:
@@ -283,9 +284,9 @@ class Engine:
         best = None if beams else search.hypotheses[0]
         if best:
             request.sequences = [best.beam]
+        first = best.beam if best else beams[0]
         found: list[tuple[int, Sequence, list[int], list[TokenLogprob], FinishReason | None]] = []
         if request.params.n == 1:
-            first = best.beam if best else beams[0]
             found = [(0, first, *search.newly_agreed(beams), best.reason if best else None)]
         elif best:
             found = [
@@ -301,6 +302,9 @@ class Engine:
         except Unavailable as error:
             self._fail(live, error)
             return []
+        if request.params.show_beams:
+            # First: the last event of a request is an answer's.
+            news.insert(0, _News(live, 0, first, [], [], None, search.lines(beams)))
         if best:
             self._scheduler.end(best.beam)
         return news
@@ -313,7 +317,9 @@ class Engine:
             live, request = new.live, new.live.request
             event = live.answers[new.index].add(new.tokens, [*new.logprobs], new.reason)
             if event.finish_reason is None:
-                if new.tokens:
+                if new.lines:
+                    event = replace(event, beams=self._beams(new.lines))
+                if new.tokens or new.lines:
                     yield request.id, event
                 continue
             if new.reason is None:
@@ -325,6 +331,9 @@ class Engine:
                 del self._live[request.id]
                 event = replace(event, last=True)
             yield request.id, event
+
+    def _beams(self, lines: Iterable[Line]) -> tuple[Beam, ...]:
+        return tuple(Beam(self._decode(tokens), score, ended) for tokens, score, ended in lines)
 
 
 def _lives(sequence: Sequence) -> bool:

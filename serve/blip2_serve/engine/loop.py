@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from blip2_serve.engine.engine import Engine
@@ -49,6 +49,7 @@ class _Reader:
 
     submitted: float  # time.perf_counter()
     due: float  # loop.time()
+    queue_s: float = 0.0  # from when it was submitted until it was admitted
     waiting: list[_Item] = field(default_factory=list)
     woken: asyncio.Queue[list[_Item]] = field(default_factory=asyncio.Queue)
 
@@ -108,12 +109,14 @@ class EngineLoop:
         self._readers[request.id] = reader
         self._streams += not whole
         self._post(partial(self._add, request))
-        finished = False
+        first, finished = True, False
         try:
             while not finished:
                 events, failure = await _next(reader.woken)
                 finished = failure is not None or events[-1].last
                 for event in _merged(events):
+                    if first:
+                        event, first = replace(event, queue_s=reader.queue_s), False
                     yield event
                 if failure is not None:
                     raise failure
@@ -174,13 +177,16 @@ class EngineLoop:
         self._progress.begin()
         result = self._engine.step()
         self._progress.end(result.report.tokens if result.report else 1)
+        for admission in result.admitted:
+            if reader := self._readers.get(admission.request_id):
+                reader.queue_s = start - reader.submitted
         if result.events or result.failures:
             self._call_soon(self._deliver, result.events, result.failures)
         self._measure(start, result)
 
     def _observe_step(self, start: float, result: StepResult) -> None:
         readers = (self._readers.get(admission.request_id) for admission in result.admitted)
-        queue_seconds = tuple(start - reader.submitted for reader in readers if reader)
+        queue_seconds = tuple(reader.queue_s for reader in readers if reader)
         answered = sum(len(event.token_ids) for _, event in result.events)
         seconds = time.perf_counter() - start
         self._observe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -166,17 +167,15 @@ class Api:
         call: ModelCall,
         model: str,
     ) -> Response:
-        writer = openai.Writer(
-            shape,
-            model,
-            return_token_ids=bool(request.return_token_ids),
-            include_usage=request.include_usage,
-        )
+        token_ids = bool(request.return_token_ids)
+        writer = openai.Writer(shape, model, return_token_ids=token_ids, include=request.included)
         if not request.stream:
             return JSONResponse(writer.body(await self._service.complete(call)))
+        if "beams" in request.included:
+            call = replace(call, params=replace(call.params, show_beams=True))
         tokens = await self._service.stream(call)
         report = partial(report_broken_stream, recorder=self._service.recorder)
-        return TokenStreamResponse(tokens, writer.events(tokens, report))
+        return TokenStreamResponse(tokens, writer.events(tokens, report, tokens.timing))
 
     async def models(self) -> Response:
         """Lists the served model: its own name first, then one for each preset."""

@@ -31,6 +31,9 @@ class Exchange:
     scope: Scope
     arrived: float  # by time.perf_counter()
     error: Blip2ServeError | None = None  # set if the answer is an error
+    admitted: float = 0.0  # by time.perf_counter(), as the next
+    encoded: float = 0.0  # when the features of its image were there
+    encode_s: float = 0.0  # that the encoder took for them, maybe for an earlier request
 
     @property
     def route(self) -> str:
@@ -103,6 +106,18 @@ def note_error(recorder: Recorder, error: Blip2ServeError, *, answers: bool = Tr
         recorder.add(metrics.REJECTIONS, reason=error.code)
 
 
+def note_admitted() -> None:
+    """The request goes to the stages now."""
+    if exchange := _current.get(None):
+        exchange.admitted = time.perf_counter()
+
+
+def note_encoded(encode_s: float) -> None:
+    """The features of its image are there; the encoder took so many seconds for them."""
+    if exchange := _current.get(None):
+        exchange.encoded, exchange.encode_s = time.perf_counter(), encode_s
+
+
 class StreamTimer:
     """Measures one streamed answer: time to first token, and latency between later tokens."""
 
@@ -110,18 +125,42 @@ class StreamTimer:
         self._recorder = recorder
         self._exchange = _current.get()
         self._previous: dict[int, float] = {}  # by choice: when its last event came
+        self._first = self._last = 0.0
+        self._queue_s = 0.0
 
     def received(self, event: TokenEvent) -> None:
         """Call this as soon as the event is there."""
+        self._queue_s = self._queue_s or event.queue_s
+        if not (event.token_ids or event.finish_reason):  # it only tells of beams
+            return
         now = time.perf_counter()
         route = self._exchange.route
         if not self._previous:
             seconds = now - self._exchange.arrived
             self._recorder.observe(metrics.TIME_TO_FIRST_TOKEN, seconds, route=route)
+            self._first = now
         elif event.index in self._previous and event.token_ids:
             seconds = (now - self._previous[event.index]) / len(event.token_ids)
             self._recorder.observe(metrics.INTER_TOKEN_LATENCY, seconds, route=route)
-        self._previous[event.index] = now
+        self._previous[event.index] = self._last = now
+
+    def timing(self) -> dict[str, float]:
+        """Where the time has gone, in seconds, from the request's arrival to its last token.
+
+        Features that were kept, or on their way for another request, cost the rest of their time.
+        """
+        exchange = self._exchange
+        image_s, first_s = exchange.encoded - exchange.admitted, self._first - exchange.encoded
+        encode_s, queue_s = min(image_s, exchange.encode_s), min(first_s, self._queue_s)
+        spans = {
+            "admission_s": exchange.admitted - exchange.arrived,
+            "image_decode_s": image_s - encode_s,
+            "image_encode_s": encode_s,
+            "queue_s": queue_s,
+            "first_token_s": first_s - queue_s,
+            "tokens_s": self._last - self._first,
+        }
+        return {name: round(seconds, 6) for name, seconds in spans.items()}
 
 
 def _outcome(error: Blip2ServeError | None) -> str:

@@ -7,8 +7,8 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +16,7 @@ from blip2_serve.errors import Blip2ServeError
 from blip2_serve.types import Completion, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
+
 
 # json.dumps would make an encoder for every chunk.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -122,7 +123,12 @@ class Writer:
     """Writes the answer to one request."""
 
     def __init__(
-        self, shape: Shape, model: str, *, return_token_ids: bool, include_usage: bool
+        self,
+        shape: Shape,
+        model: str,
+        *,
+        return_token_ids: bool,
+        include: Collection[str] = (),
     ) -> None:
         self._shape = shape
         self._head: Json = {
@@ -132,7 +138,7 @@ class Writer:
         }
         self._chunk_head: Json = {**self._head, "object": shape.chunk_object}
         self._return_token_ids = return_token_ids
-        self._include_usage = include_usage
+        self._include = include
 
     def body(self, completion: Completion) -> Json:
         """The answer to a request without `stream`."""
@@ -156,11 +162,12 @@ class Writer:
         self,
         tokens: AsyncIterator[TokenEvent],
         report: Callable[[Exception], Blip2ServeError],
+        timing: Callable[[], Json] = dict,
     ) -> AsyncIterator[bytes]:
         """The answer to a request with `stream`: server-sent events up to [DONE].
 
         An error can no longer set the status. It is sent as the last event instead, as `report`
-        makes it.
+        makes it. `timing` says at the end where the time has gone.
         """
         prompt_tokens = completion_tokens = 0
         sent: dict[int, _Sent] = defaultdict(_Sent)  # by choice
@@ -168,15 +175,24 @@ class Writer:
             async for event in tokens:
                 prompt_tokens = event.prompt_tokens
                 completion_tokens += len(event.token_ids)
+                if event.resumed and "events" in self._include:
+                    yield self._chunk([], {"event": {"type": "replica_replaced"}})
                 if event.index not in sent and (first := self._shape.first_chunk()):
                     yield self._chunk([_choice(event.index, first, None, None)])
                 if choice := self._delta(event, sent[event.index]):
                     yield self._chunk([choice])
+                if event.beams and "beams" in self._include:
+                    yield self._chunk([], {"beams": [asdict(beam) for beam in event.beams]})
         except Exception as error:
             yield event_of(report(error).body())
             return
-        if self._include_usage:
-            yield self._chunk([], usage(prompt_tokens, completion_tokens))
+        told: Json = {}
+        if "usage" in self._include:
+            told["usage"] = usage(prompt_tokens, completion_tokens)
+        if "timing" in self._include:
+            told["timing"] = timing()
+        if told:
+            yield self._chunk([], told)
         yield b"data: [DONE]\n\n"
 
     def _delta(self, event: TokenEvent, sent: _Sent) -> Json | None:
@@ -193,11 +209,11 @@ class Writer:
             choice["token_ids"] = event.token_ids
         return choice
 
-    def _chunk(self, choices: list[Json], total: Json | None = None) -> bytes:
+    def _chunk(self, choices: list[Json], told: Json | None = None) -> bytes:
         chunk = {**self._chunk_head, "choices": choices}
-        if self._include_usage:
-            chunk["usage"] = total  # null in all chunks but the last, as OpenAI has it
-        return event_of(chunk)
+        if "usage" in self._include:
+            chunk["usage"] = None  # in all chunks but the last, as OpenAI has it
+        return event_of({**chunk, **(told or {})})
 
 
 def _choice(index: int, content: Json, logprobs: Json | None, finish_reason: str | None) -> Json:

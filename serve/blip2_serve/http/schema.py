@@ -34,6 +34,25 @@ class StreamOptions(Strict):
     )
 
 
+class ChunkOptions(StreamOptions):
+    """What this server's streams can tell besides OpenAI's, each in chunks without choices."""
+
+    include_timing: bool | None = Field(
+        None,
+        description="Whether the last chunk, which has no choices, tells where the time went.",
+    )
+    include_beams: bool | None = Field(
+        None,
+        description="Whether to send the beams of a search at each step, in chunks without "
+        "choices. No effect without a beam search.",
+    )
+    include_events: bool | None = Field(
+        None,
+        description="Whether to tell, in a chunk without choices, that a replica was lost and "
+        "another one goes on with the answer.",
+    )
+
+
 class StreamFields(Strict):
     stream: bool | None = Field(
         None, description="Whether to send the answer as server-sent events while it is generated."
@@ -48,15 +67,23 @@ class StreamFields(Strict):
             raise InvalidRequest("stream_options needs stream: true", "stream_options")
         return self
 
+
+class ChunkFields(StreamFields):
+    stream_options: ChunkOptions | None = Field(
+        None, description="Options of a streamed answer. Needs `stream`."
+    )
+
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+    def included(self) -> frozenset[str]:
+        """What a streamed answer tells besides itself: options by their names after `include_`."""
+        options = self.stream_options.model_dump() if self.stream_options else {}
+        return frozenset(name.removeprefix("include_") for name, on in options.items() if on)
 
 
 # -- chat ----------------------------------------------------------------------------------------
 
 
-class ChatRequest(GenerationFields, OpenAIFields, StreamFields):
+class ChatRequest(GenerationFields, OpenAIFields, ChunkFields):
     messages: list[Message] = Field(
         min_length=1,
         max_length=MOST_ITEMS,
@@ -101,7 +128,7 @@ _IMAGE = (
 )
 
 
-class GenerateRequest(GenerationFields, OpenAIFields, StreamFields):
+class GenerateRequest(GenerationFields, OpenAIFields, ChunkFields):
     image: str = Field(description=_IMAGE)
     prompt: str | None = Field(
         None,

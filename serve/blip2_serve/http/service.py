@@ -12,7 +12,7 @@ from blip2_serve.errors import InvalidRequest, ModelNotFound
 from blip2_serve.http import deadline, gate
 from blip2_serve.http.admission import Admission
 from blip2_serve.http.images import ImageReader
-from blip2_serve.http.measure import StreamTimer
+from blip2_serve.http.measure import StreamTimer, note_admitted, note_encoded
 from blip2_serve.http.presets import Preset, names_of, within
 from blip2_serve.http.refusals import Capacity
 from blip2_serve.http.schema_generation import GenerationFields
@@ -237,10 +237,12 @@ class Service:
             self.plan(call.params, images, call.priority)
         if ticket:
             await ticket.turn()
+        note_admitted()
         try:
             features = await self.backend.features(call.image, owner)
         except InvalidRequest as error:
             raise error.about("image") from error  # the stages know no field names
+        note_encoded(features.encode_s)
         if ticket:
             ticket.encoded()
         return features

@@ -43,6 +43,10 @@ class TokenStream:
             self._timer.received(event)
         return event
 
+    def timing(self) -> dict[str, float]:
+        """Where the time has gone so far, as `StreamTimer.timing`."""
+        return self._timer.timing()
+
     async def aclose(self) -> None:
         """Ends the backend's work, unless it has ended."""
         self._alarm.stop()

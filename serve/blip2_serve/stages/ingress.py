@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -131,8 +132,9 @@ class Ingress:
     async def _encode(self, image: bytes, name: str) -> ImageFeatures:
         work = Work(name)
         pixels = await self._preprocessor.call("pixels", image, work=work)
+        began = time.perf_counter()
         features: ImageFeatures = await self._encoder.call("encode", pixels, name, work=work)
-        return features
+        return replace(features, encode_s=time.perf_counter() - began)
 
     async def generate(
         self, features: ImageFeatures, prompt: str, params: SamplingParams
@@ -150,12 +152,11 @@ class Ingress:
         """Yields the answers as they come; leaving early cancels the generation."""
         work, progress = _work(features, prompt, params), Progress(params.n)
         events = self._generator.stream(
-            "stream", features, prompt, params, resume=progress.sent, work=work
+            "stream", features, prompt, params, resume=progress.begin, work=work
         )
         async with aclosing(events):
             async for event in events:
-                progress.add(event)
-                yield event
+                yield progress.add(event)
 
     async def unready(self) -> str | None:
         """Why requests would not be answered now; None: they would be."""

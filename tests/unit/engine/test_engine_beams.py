@@ -70,3 +70,32 @@ def test_concurrent_beam_searches_and_samples_do_not_mix() -> None:
     assert bench.texts("b") == ["123456", "123789"]
     assert bench.texts("c") == ["uvwxyz", "uvwabc", "123456"]
     assert bench.texts("d") == ["greedy"]
+
+
+def test_a_search_that_is_shown_tells_of_its_beams_at_each_step() -> None:
+    bench = Bench()
+    scripts = [tokens("cat", EOS), tokens("dog", EOS)]
+    bench.add("a", *scripts, num_beams=2, n=2, early_stopping=True, show_beams=True)
+    bench.finish()
+
+    shown = [[beam.text for beam in e.beams] for e in bench.events["a"] if e.beams]
+    assert shown[:2] == [["c", "d"], ["ca", "do"]]
+    assert shown[-1] == ["cat", "dog"]
+    ended = [beam.ended for event in bench.events["a"][-3:] for beam in event.beams]
+    assert all(ended)
+    for event in bench.events["a"]:
+        scores = [beam.score for beam in event.beams]
+        assert scores == sorted(scores, reverse=True)
+        assert not (event.beams and event.token_ids)  # what is told belongs to no answer
+
+
+def test_beams_that_are_shown_change_no_answer() -> None:
+    scripts = ["the cat sits", "the cow runs", tokens("the", EOS)]
+    answers = []
+    for show in (False, True):
+        bench = Bench()
+        bench.add("a", *scripts, num_beams=3, show_beams=show)
+        bench.finish()
+        answers.append(bench.answer("a"))
+        assert bench.events["a"][-1].last
+    assert answers[0] == answers[1]

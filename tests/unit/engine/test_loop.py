@@ -355,6 +355,24 @@ async def test_a_full_queue_rejects_the_next_request(
     await bench.until_held(0)
 
 
+async def test_the_first_event_tells_how_long_its_request_waited(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(max_num_seqs=1)
+    first = await bench.begin("a")
+    await until(lambda: bench.loop.stats().running == 1)
+    second = await bench.begin("b")
+    submitted = time.perf_counter()
+    bench.runner.allow(1)  # new requests come in between steps
+    await bench.until_held(2)
+    waited = time.perf_counter() - submitted
+    bench.runner.allow(1_000)
+    a, b = await asyncio.gather(first, second)
+    assert b[0].queue_s > waited
+    assert a[0].queue_s > 0
+    assert not any(event.queue_s for event in [*a[1:], *b[1:]])
+
+
 async def test_a_request_that_can_never_fit_is_rejected(make: Callable[..., Bench]) -> None:
     bench = make(free=True)
     with pytest.raises(ContextLengthExceeded):

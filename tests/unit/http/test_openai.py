@@ -57,15 +57,18 @@ def as_unavailable(_: Exception) -> Blip2ServeError:
     return Unavailable("lost")
 
 
-def writer(shape: openai.Shape, **options: bool) -> openai.Writer:
-    wanted = {"return_token_ids": False, "include_usage": False, **options}
-    return openai.Writer(shape, "demo", **wanted)
+def writer(shape: openai.Shape, *include: str, return_token_ids: bool = False) -> openai.Writer:
+    return openai.Writer(shape, "demo", return_token_ids=return_token_ids, include=include)
 
 
 async def chunks_of(
-    shape: openai.Shape, events: AsyncIterator[TokenEvent], **options: bool
+    shape: openai.Shape,
+    events: AsyncIterator[TokenEvent],
+    *include: str,
+    return_token_ids: bool = False,
 ) -> list[Any]:
-    sent = [chunk async for chunk in writer(shape, **options).events(events, as_unavailable)]
+    made = writer(shape, *include, return_token_ids=return_token_ids)
+    sent = [chunk async for chunk in made.events(events, as_unavailable)]
     assert all(c.startswith(b"data: ") and c.endswith(b"\n\n") for c in sent)
     payloads = [c.removeprefix(b"data: ").removesuffix(b"\n\n") for c in sent]
     assert not any(b"\n" in p or b"\r" in p for p in payloads)
@@ -156,7 +159,7 @@ async def test_the_only_finish_reason_comes_last(shape: openai.Shape, pieces: li
 
 
 async def test_usage_counts_tokens_without_text_too() -> None:
-    sent = await chunks_of(openai.ChatShape, replay(["a", "", " ", "b"]), include_usage=True)
+    sent = await chunks_of(openai.ChatShape, replay(["a", "", " ", "b"]), "usage")
 
     assert sent[-2]["usage"] == {"prompt_tokens": 4, "completion_tokens": 4, "total_tokens": 8}
     assert sent[-2]["choices"] == []
@@ -164,7 +167,7 @@ async def test_usage_counts_tokens_without_text_too() -> None:
 
 async def test_usage_counts_the_tokens_of_all_choices() -> None:
     events = interleaved([["a", "b"], ["c"], ["d"]], [0, 2, 1, 0])
-    sent = await chunks_of(openai.TextShape, events, include_usage=True)
+    sent = await chunks_of(openai.TextShape, events, "usage")
     whole = Completion(
         (Choice((1, 2), "ab", "stop"), Choice((3,), "c", "stop"), Choice((4,), "d", "stop")), 4
     )
@@ -182,7 +185,7 @@ async def test_token_ids_are_sent_even_if_they_make_no_text_yet() -> None:
 
 @pytest.mark.parametrize("shape", [openai.ChatShape, openai.TextShape])
 async def test_after_an_error_there_is_no_done_and_no_usage(shape: openai.Shape) -> None:
-    sent = await chunks_of(shape, replay(["a", "b"], KeyError("secret")), include_usage=True)
+    sent = await chunks_of(shape, replay(["a", "b"], KeyError("secret")), "usage")
 
     assert sent[-1] == Unavailable("lost").body()
     assert "[DONE]" not in sent

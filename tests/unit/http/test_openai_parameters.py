@@ -161,7 +161,10 @@ async def test_null_means_not_given(
         assert backend.params[1] == backend.params[0]
 
 
-@pytest.mark.parametrize("name", ["include_usage", "include_obfuscation"])
+@pytest.mark.parametrize(
+    "name",
+    ["include_usage", "include_obfuscation", "include_timing", "include_beams", "include_events"],
+)
 @pytest.mark.parametrize("value", [None, True, False])
 @pytest.mark.parametrize("route", ROUTES[:2])
 async def test_options_of_a_stream_may_be_null_too(

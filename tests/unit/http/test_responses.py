@@ -614,3 +614,13 @@ async def test_responses_are_counted_and_timed_by_their_route(backend: FakeBacke
     counted = {key[1:]: n for key, n in recorder.counted.items() if key[0] == metrics.REQUESTS.name}
     assert counted == {(ROUTE, "ok"): 2, (ROUTE, "invalid"): 1, (ROUTE, "unavailable"): 1}
     assert len(recorder.observed[metrics.TIME_TO_FIRST_TOKEN.name, ROUTE]) == 2
+
+
+@pytest.mark.parametrize("name", ["include_timing", "include_beams", "include_events"])
+async def test_what_only_chunks_can_tell_is_refused_by_name(
+    client: httpx.AsyncClient, name: str
+) -> None:
+    answer = await post(client, ROUTE, asking(stream=True, stream_options={name: True}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "stream_options"
+    assert name in answer.json()["error"]["message"]

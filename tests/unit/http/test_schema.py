@@ -293,17 +293,26 @@ def test_a_chat_accepts_its_limit_by_either_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        pytest.param({}, False, id="stream off"),
-        pytest.param({"stream": True}, False, id="no options"),
-        pytest.param({"stream": True, "stream_options": {}}, False, id="empty options"),
+        pytest.param({}, set(), id="stream off"),
+        pytest.param({"stream": True}, set(), id="no options"),
+        pytest.param({"stream": True, "stream_options": {}}, set(), id="empty options"),
         pytest.param(
-            {"stream": True, "stream_options": {"include_usage": True}}, True, id="include_usage"
+            {
+                "stream": True,
+                "stream_options": {
+                    "include_usage": True,
+                    "include_timing": True,
+                    "include_beams": False,
+                },
+            },
+            {"usage", "timing"},
+            id="some",
         ),
-        pytest.param({"stream": False, "stream_options": None}, False, id="null options"),
+        pytest.param({"stream": False, "stream_options": None}, set(), id="null options"),
     ],
 )
-def test_usage_is_included_on_request(fields: dict[str, Any], expected: bool) -> None:
-    assert GenerateRequest.model_validate({"image": "x", **fields}).include_usage is expected
+def test_a_stream_includes_what_is_asked_for(fields: dict[str, Any], expected: set[str]) -> None:
+    assert GenerateRequest.model_validate({"image": "x", **fields}).included == expected
 
 
 def test_a_caption_request_has_one_image_or_several() -> None:

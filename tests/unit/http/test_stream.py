@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from blip2_serve.errors import (
     Overloaded,
 )
 from blip2_serve.http.api import create_app
+from blip2_serve.observe import metrics
 from support.fake_backend import (
     ROUTES,
     TEXT,
@@ -24,6 +26,7 @@ from support.fake_backend import (
     FakeBackend,
     body_for,
     chat,
+    client_of,
     data_url,
     error_of,
     events_of,
@@ -134,6 +137,102 @@ async def test_usage_is_the_last_chunk_on_request(client: httpx.AsyncClient, rou
     assert usage["choices"] == []
     assert usage["usage"] == (await post(client, route, body_for(route))).json()["usage"]
     assert all(chunk["usage"] is None for chunk in chunks)
+
+
+def told(events: list[Any], name: str) -> list[Any]:
+    """What chunks without choices tell under this name."""
+    return [event[name] for event in events if not event["choices"] and name in event]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_a_stream_tells_of_nothing_but_its_answer_unless_asked(route: str) -> None:
+    backend = FakeBackend(loses_replica_after=1)
+    async with client_of(backend) as client:
+        *chunks, _ = events_of(await post(client, route, body_for(route, stream=True, num_beams=2)))
+
+    assert all(chunk["choices"] for chunk in chunks)
+    assert not any(chunk.keys() & {"timing", "beams", "event"} for chunk in chunks)
+    assert not backend.params[0].show_beams
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_the_beams_of_a_search_are_told_on_request(
+    client: httpx.AsyncClient, route: str
+) -> None:
+    body = body_for(route, stream=True, num_beams=2, stream_options={"include_beams": True})
+    *chunks, _ = events_of(await post(client, route, body))
+
+    beams = told(chunks, "beams")
+    assert len(beams) == len(TOKEN_IDS)
+    assert beams[0] == [
+        {"text": "a cat", "score": -0.5, "ended": False},
+        {"text": "a cow", "score": -0.75, "ended": True},
+    ]
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+async def test_a_lost_replica_is_told_where_another_goes_on(route: str) -> None:
+    body = body_for(route, stream=True, stream_options={"include_events": True})
+    async with client_of(FakeBackend(loses_replica_after=2)) as client:
+        *chunks, _ = events_of(await post(client, route, body))
+
+    assert told(chunks, "event") == [{"type": "replica_replaced"}]
+    at = next(i for i, chunk in enumerate(chunks) if "event" in chunk)
+    earlier = [c for c in chunks[:at] if c["choices"] and c["choices"][0].get("delta", {"": 1})]
+    assert len(earlier) == 2 + ("chat" in route)  # a chat begins with a chunk for the role
+
+
+@pytest.mark.parametrize("route", ROUTES[:2])
+@pytest.mark.parametrize("usage", [False, True])
+async def test_the_last_chunk_tells_where_the_time_went_on_request(
+    client: httpx.AsyncClient, route: str, usage: bool
+) -> None:
+    options = {"include_timing": True, "include_usage": usage}
+    began = time.perf_counter()
+    body = body_for(route, stream=True, stream_options=options)
+    *chunks, last, _ = events_of(await post(client, route, body))
+    seconds = time.perf_counter() - began
+
+    assert last["choices"] == []
+    assert ("usage" in last) is usage
+    assert [*last["timing"]] == [
+        "admission_s",
+        "image_decode_s",
+        "image_encode_s",
+        "queue_s",
+        "first_token_s",
+        "tokens_s",
+    ]
+    assert all(value >= 0 for value in last["timing"].values())
+    assert 0 < sum(last["timing"].values()) <= seconds
+    assert not any("timing" in chunk for chunk in chunks)
+
+
+async def test_time_is_told_by_what_it_was_spent_on() -> None:
+    body = chat(stream=True, stream_options={"include_timing": True})
+    timings = []
+    # What an earlier request paid for, or a stage claims beyond the time there was, is not charged.
+    for encode_s, queue_s in ((0.0, 0.0), (60.0, 60.0)):
+        async with client_of(FakeBackend(encode_s=encode_s, queue_s=queue_s)) as client:
+            events = events_of(await post(client, ROUTES[0], body))
+        timings += told(events[:-1], "timing")
+    free, busy = timings
+    assert free["image_encode_s"] == free["queue_s"] == 0
+    assert free["image_decode_s"] > 0
+    assert free["first_token_s"] > 0
+    assert busy["image_decode_s"] == busy["first_token_s"] == 0
+    assert 0 < busy["image_encode_s"] < 60
+    assert 0 < busy["queue_s"] < 60
+
+
+async def test_beams_are_no_tokens_to_the_metrics() -> None:
+    recorder = FakeRecorder()
+    body = chat(stream=True, num_beams=2, stream_options={"include_beams": True})
+    async with client_of(FakeBackend(), recorder=recorder) as client:
+        await post(client, ROUTES[0], body)
+
+    latencies = recorder.observed[metrics.INTER_TOKEN_LATENCY.name, ROUTES[0]]
+    assert len(latencies) == len(TOKEN_IDS) - 1
 
 
 @pytest.mark.parametrize(

@@ -25,3 +25,19 @@ def test_nothing_is_left_to_send_once_all_answers_are_finished() -> None:
     assert progress.sent() == (None, ())
     progress.add(TokenEvent((2,), " b", "stop", index=1))
     assert progress.sent() is None
+
+
+def test_the_first_event_of_an_attempt_that_goes_on_is_marked() -> None:
+    progress = Progress(1)
+    assert progress.begin() == ()
+    assert not progress.add(TokenEvent((1,), " a")).resumed
+    assert progress.begin() == ((1,),)
+    marks = [progress.add(TokenEvent((i,), " b")).resumed for i in (2, 3)]
+    assert marks == [True, False]
+
+
+def test_an_attempt_that_begins_before_the_client_has_anything_is_not_marked() -> None:
+    progress = Progress(1)
+    progress.begin()
+    progress.begin()
+    assert not progress.add(TokenEvent((1,), " a")).resumed
