@@ -95,6 +95,7 @@ class StageStatus:
         starting: Replicas that will, once they have loaded.
         stopping: Replicas that finish what they have.
         waiting: Requests, or images, that wait in its replicas; None if no replica answers.
+        rate_per_s: Images, or tokens of answers, per second of late; None if no replica answers.
         capacity_per_s: Requests, or images, per second that it could do, as measured; None while
             nobody knows.
     """
@@ -104,6 +105,7 @@ class StageStatus:
     starting: int
     stopping: int
     waiting: int | None = None
+    rate_per_s: float | None = None
     capacity_per_s: float | None = None
 
 

@@ -25,7 +25,7 @@ async def test_replicas_queues_and_capacities_of_each_stage(
         async with asyncio.timeout(60):
             while True:
                 status = (await client.get("/v1/status")).json()
-                if all(s["capacity_per_s"] for s in status["stages"][1:]):
+                if all(s["capacity_per_s"] and s["rate_per_s"] for s in status["stages"][1:]):
                     break
         answers = await asyncio.gather(*requests)
     assert {answer.status_code for answer in answers} == {200}

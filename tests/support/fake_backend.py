@@ -74,8 +74,8 @@ class FakeBackend:
     async def status(self) -> list[StageStatus]:
         return [
             StageStatus("ingress", 1, 0, 0),
-            StageStatus("preprocessor", 2, 1, 0, 3, 20.5),
-            StageStatus("encoder", 1, 0, 1, 0, None),
+            StageStatus("preprocessor", 2, 1, 0, 3, 12.5, 20.5),
+            StageStatus("encoder", 1, 0, 1, 0, 0.0, None),
             StageStatus("generator", 0, 1, 0),
         ]
 

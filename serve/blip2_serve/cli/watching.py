@@ -14,7 +14,8 @@ from blip2_serve import client
 from blip2_serve.cli.terminal import out
 
 EVERY_S = 1.0
-COLUMNS = ("stage", "running", "starting", "stopping", "waiting", "per second at most")
+COLUMNS = ("stage", "running", "starting", "stopping", "waiting", "now", "at most")
+UNITS = {"generator": ("tokens", "answers")}  # per second, now and at most; the others: images
 
 
 def show(server: httpx.Client) -> None:
@@ -40,11 +41,13 @@ def table(status: Any) -> Table:
     for column in COLUMNS:
         found.add_column(column, justify="left" if column == "stage" else "right")
     for stage in status["stages"]:
-        replicas, capacity = stage["replicas"], stage["capacity_per_s"]
+        replicas = stage["replicas"]
+        units = UNITS.get(stage["name"], ("images", "images"))
+        rates = zip((stage["rate_per_s"], stage["capacity_per_s"]), units, strict=True)
         found.add_row(
             stage["name"],
             *(str(replicas[state] or "") for state in ("running", "starting", "stopping")),
             "" if stage["waiting"] is None else str(stage["waiting"]),
-            "" if capacity is None else f"{capacity:.1f}",
+            *("" if rate is None else f"{rate:.1f} {unit}/s" for rate, unit in rates),
         )
     return found

@@ -1,7 +1,8 @@
 """Who may use the server, and how much: decided before anything of a request is read or counted.
 
 Without a file of keys, everybody may. With one, every route asks for a key but those that probes
-use. A route is known by the path that the router will see, never by the Host or the raw URL.
+use, and the page for people, which asks for it. A route is known by the path that the router will
+see, never by the Host or the raw URL.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from starlette.types import Scope
 from blip2_serve.errors import RateLimited, Unauthorized
 from blip2_serve.http.addresses import client_of
 from blip2_serve.http.keys import Key, KeyFile
+from blip2_serve.http.page import FILES as PAGE_FILES
 from blip2_serve.ingress_config import AccessConfig
 
-OPEN = ("/health", "/ready")
+OPEN = ("/health", "/ready", "/")
 METRICS = "/metrics"
 MINUTE_S = 60.0
 
@@ -56,7 +58,7 @@ class Access:
         Raises:
             Unauthorized: it needs a key, and has none or another one.
         """
-        if self._keys is None or _path(scope) in self._open or _is_preflight(scope):
+        if self._keys is None or self._is_open(scope):
             return None
         sent = Headers(scope=scope).getlist("authorization")
         scheme, _, secret = (sent[0] if len(sent) == 1 else "").partition(" ")
@@ -70,6 +72,10 @@ class Access:
         caller = self._callers.setdefault(key.name, Caller(key.name, self._clock))
         caller.obey(key, max(1, self._replicas()))
         return caller
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = _path(scope)
+        return path in self._open or path.startswith(f"{PAGE_FILES}/") or _is_preflight(scope)
 
     def tenant(self, scope: Scope, caller: Caller | None) -> str:
         """With whom the request shares what it gets of a busy server."""

@@ -26,6 +26,7 @@ from blip2_serve.http.errors import add_error_handlers, report_broken_stream
 from blip2_serve.http.gate import Door, Gate
 from blip2_serve.http.headers import SecureHeaders
 from blip2_serve.http.measure import Measure
+from blip2_serve.http.page import add_page
 from blip2_serve.http.presets import default_prompt
 from blip2_serve.http.responses import Responses
 from blip2_serve.http.schema import ChatRequest, GenerateRequest
@@ -76,6 +77,7 @@ def create_app(backend: Backend, config: AppConfig, recorder: Recorder) -> FastA
     _outermost(app, SecureHeaders)
     for api in (Api(service), Responses(service), Captions(service)):
         app.include_router(api.router)
+    add_page(app)
     if config.ingress.cors_origins:
         _allow_origins(app, config.ingress.cors_origins)
     return app
@@ -225,6 +227,7 @@ def _stage(stage: StageStatus) -> dict[str, Any]:
             "stopping": stage.stopping,
         },
         "waiting": stage.waiting,
+        "rate_per_s": stage.rate_per_s,
         "capacity_per_s": stage.capacity_per_s,
     }
 

@@ -237,6 +237,10 @@ class Stage(_Object):
     waiting: int | None = Field(
         description="Requests, or images, that wait in its replicas; null if none of them answers."
     )
+    rate_per_s: float | None = Field(
+        description="Images, or tokens of answers, per second in the last five; null if none of "
+        "its replicas answers."
+    )
     capacity_per_s: float | None = Field(
         description="Requests, or images, per second that it could do, as measured; null while "
         "nobody knows."

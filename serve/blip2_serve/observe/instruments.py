@@ -22,7 +22,7 @@ from blip2_serve.engine.step import EngineStats
 from blip2_serve.errors import TimedOut
 from blip2_serve.observe import metrics
 from blip2_serve.observe.loading import LoadReport
-from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter
+from blip2_serve.observe.meter import BatchMeter, EngineMeter, Meter, RecentRate
 from blip2_serve.observe.metrics import Recorder, harmless
 from blip2_serve.scaling import Signals
 from blip2_serve.types import Call
@@ -61,6 +61,7 @@ class Instruments(ABC):
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
+        self._rate = RecentRate()
 
     def called(self, call: Call | None) -> None:
         """Takes note of what a call tells besides its work."""
@@ -101,8 +102,13 @@ class Instruments(ABC):
     def _waiting(self) -> int:
         """Requests that wait in this replica."""
 
+    @abstractmethod
+    def _done(self) -> float:
+        """Images, or tokens of answers, since the start."""
+
     def _report(self) -> None:
         """Records the state; called once per second."""
+        self._rate.note(self._done())
         self._recorder.set(metrics.QUEUE_DEPTH, self._waiting(), stage=self.stage)
 
     def _report_model(self, model: Model) -> None:
@@ -177,7 +183,11 @@ class PreprocessorInstruments(Instruments):
             "seconds": self._meter.seconds,
             "ongoing": self._here,
             "waiting": self._waiting(),
+            "per_s": self._rate.per_s,
         }
+
+    def _done(self) -> float:
+        return self._meter.items
 
     def _waiting(self) -> int:
         return max(0, self._here - self._threads)
@@ -227,8 +237,12 @@ class EncoderInstruments(Instruments):
             "batches": self._meter.batches,
             "seconds": self._meter.seconds,
             "waiting": self._waiting(),
+            "per_s": self._rate.per_s,
             **self._model.loading.stats(),
         }
+
+    def _done(self) -> float:
+        return self._meter.items
 
     def _waiting(self) -> int:
         return self._images_waiting()
@@ -249,6 +263,7 @@ class GeneratorInstruments(Instruments):
         self._max_num_seqs = max_num_seqs
         self._meter = EngineMeter(max_num_seqs)
         self._request_seconds = 0.0  # summed over requests that were not cancelled
+        self._answered = 0  # tokens
 
     def ready(self, model: Model, engine: Callable[[], EngineStats], build: dict[str, str]) -> None:
         """The replica can take requests now; `build` has the labels of BUILD_INFO."""
@@ -303,6 +318,7 @@ class GeneratorInstruments(Instruments):
             record.add(metrics.PROMPT_TOKENS, admission.prompt_tokens)
             record.add(metrics.CACHED_PROMPT_TOKENS, admission.cached_tokens)
         record.add(metrics.GENERATED_TOKENS, step.answered)
+        self._answered += step.answered
         record.add(metrics.EXPIRED, step.expired, stage=self.stage)
         if not (report := step.report):
             return
@@ -328,8 +344,12 @@ class GeneratorInstruments(Instruments):
         return {
             **asdict(self._engine()),
             "engine_seconds": self._request_seconds,
+            "per_s": self._rate.per_s,
             **self._model.loading.stats(),
         }
+
+    def _done(self) -> float:
+        return self._answered
 
     def _waiting(self) -> int:
         return self._engine().waiting

@@ -7,6 +7,7 @@ clock.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 import blip2_serve
@@ -53,6 +54,24 @@ class RecentMean:
     def value(self) -> float | None:
         """None until there are items."""
         return self._sum / self._weight if self._weight else None
+
+
+class RecentRate:
+    """How fast a total has grown of late. One thread may note while others read."""
+
+    def __init__(self, readings: int = 5, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._noted = deque([(clock(), 0.0)], maxlen=readings + 1)
+
+    def note(self, total: float) -> None:
+        """Notes a reading; call it at regular intervals."""
+        self._noted.append((self._clock(), total))
+
+    @property
+    def per_s(self) -> float:
+        """Over the last `readings` intervals; 0 before the first one is over."""
+        (began, before), *_, (now, total) = [self._noted[0], self._noted[-1]]
+        return (total - before) / (now - began) if now > began else 0.0
 
 
 class StepCost:

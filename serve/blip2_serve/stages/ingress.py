@@ -170,13 +170,14 @@ class Ingress:
     async def status(self) -> list[StageStatus]:
         """The ingress and the stages: replicas as Ray Serve counts them, and what waits in them."""
         deployments = await self._deployments()
-        waiting = await gather(client.replicas.waiting() for client in self._stages)
+        doing = await gather(client.replicas.doing() for client in self._stages)
         found = [_status("ingress", deployments["Ingress"])]
-        for client, wait in zip(self._stages, waiting, strict=True):
+        for client, done in zip(self._stages, doing, strict=True):
+            waiting, rate = done or (None, None)
             known = _status(client.stage, deployments[client.stage.capitalize()])
             capacity = client.replicas.capacity()
             capacity = capacity and capacity * client.replicas.callers
-            found.append(replace(known, waiting=wait, capacity_per_s=capacity))
+            found.append(replace(known, waiting=waiting, rate_per_s=rate, capacity_per_s=capacity))
         return found
 
     async def _deployments(self) -> dict[str, Any]:

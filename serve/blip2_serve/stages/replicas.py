@@ -147,12 +147,17 @@ class Replicas:
                     await self.ask(())
         return any(heard >= now - ASK_EVERY_S for heard in self._heard.values())
 
-    async def waiting(self) -> int | None:
-        """How many requests wait in the replicas; None if none of them answers soon."""
+    async def doing(self) -> tuple[int, float] | None:
+        """How many requests wait in the replicas, and what they do per second.
+
+        None if none of them answers soon.
+        """
         answers = await broadcast(self._handle, "stats")
         results = await asyncio.gather(*map(_soon, answers))
-        told = [stats["waiting"] for stats in results if stats is not None]
-        return sum(told) if told else None
+        told = [stats for stats in results if stats is not None]
+        if not told:
+            return None
+        return sum(stats["waiting"] for stats in told), sum(stats["per_s"] for stats in told)
 
     async def ask(self, busy: Collection[str]) -> None:
         """Asks every replica for its vitals; busy ones that are to stop, for their health."""

@@ -69,20 +69,29 @@ def paths(app: FastAPI) -> Iterator[tuple[str, str]]:
         yield "GET", str(getattr(route, "path", "/"))
 
 
-async def test_every_route_but_the_probes_asks_for_a_key(file: Path) -> None:
+async def test_every_route_but_the_probes_and_the_page_asks_for_a_key(file: Path) -> None:
     app = app_of(file)
     asked = [*paths(app), ("GET", "/nowhere"), ("POST", "/health/"), ("OPTIONS", "/v1/models")]
     assert len(asked) > 15
     async with client_of(app) as client:
         for method, path in asked:
             response = await client.request(method, path)
-            if path in ("/health", "/ready"):
+            if path in ("/health", "/ready", "/"):
                 assert response.is_success
             else:
                 assert response.status_code == 401, path
                 assert response.headers["www-authenticate"] == "Bearer"
                 if method != "HEAD":
                     assert error_of(response)["code"] == "invalid_api_key"
+
+
+async def test_the_files_of_the_page_are_open_and_lead_nowhere_else(file: Path) -> None:
+    async with client_of(app_of(file)) as client:
+        assert (await client.get("/page/main.js")).status_code == 200
+        for path in ("/page/../v1/models", "/page/%2e%2e/v1/models", "/page/..%2f..%2fconfig.py"):
+            answer = await client.get(httpx.URL("http://test").copy_with(raw_path=path.encode()))
+            assert answer.status_code in (401, 404), path
+        assert (await client.get("/pages")).status_code == 401
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -282,7 +291,7 @@ def test_what_was_used_outlives_a_change_of_the_limits(file: Path) -> None:
     clock = Clock()
     write(file, requests_per_minute=2)
     own = Access(AccessConfig(keys_file=str(file)), clock=clock)
-    scope = {"type": "http", "method": "POST", "path": "/", "headers": [header()]}
+    scope = {"type": "http", "method": "POST", "path": "/v1/caption", "headers": [header()]}
     found = own.caller(scope)
     assert found
     assert [wait_of(found) > 0 for _ in range(3)] == [False, False, True]

@@ -376,6 +376,7 @@ async def test_the_status_has_every_stage() -> None:
         "name": "preprocessor",
         "replicas": {"running": 2, "starting": 1, "stopping": 0},
         "waiting": 3,
+        "rate_per_s": 12.5,
         "capacity_per_s": 20.5,
     }
 

@@ -74,7 +74,13 @@ def test_a_decoded_image_counts(recorder: FakeRecorder) -> None:
     assert recorder.observed["blip2_queue_time_seconds", "preprocessor"] == [0.5]
     assert recorder.observed["blip2_image_decode_seconds",] == [0.1]
     assert len(recorder.observed["blip2_stage_duration_seconds", "preprocessor"]) == 1
-    assert instruments.stats() == {"images": 1, "seconds": 0.1, "ongoing": 0, "waiting": 0}
+    assert instruments.stats() == {
+        "images": 1,
+        "seconds": 0.1,
+        "ongoing": 0,
+        "waiting": 0,
+        "per_s": 0,
+    }
     assert instruments.signals().capacity == pytest.approx(2 / 0.1)
 
 

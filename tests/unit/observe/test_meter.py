@@ -6,7 +6,14 @@ import random
 
 import pytest
 
-from blip2_serve.observe.meter import BatchMeter, Deltas, EngineMeter, RecentMean, StepCost
+from blip2_serve.observe.meter import (
+    BatchMeter,
+    Deltas,
+    EngineMeter,
+    RecentMean,
+    RecentRate,
+    StepCost,
+)
 
 
 class Clock:
@@ -43,6 +50,18 @@ def test_no_items_leave_a_recent_mean_unknown() -> None:
     mean = RecentMean()
     mean.add(total=0, items=0)
     assert mean.value is None
+
+
+def test_a_recent_rate_is_that_of_the_last_readings() -> None:
+    clock = Clock()
+    rate = RecentRate(readings=3, clock=clock)
+    assert rate.per_s == 0
+    rates = []
+    for total in (10, 20, 30, 30, 30, 30):
+        clock.now += 2
+        rate.note(total)
+        rates.append(rate.per_s)
+    assert rates == [5, 5, 5, pytest.approx(20 / 6), pytest.approx(10 / 6), 0]
 
 
 @pytest.mark.parametrize(
