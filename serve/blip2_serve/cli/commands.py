@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from blip2_serve import __version__, client
-from blip2_serve.cli import asking, options, running, watching
+from blip2_serve.cli import asking, handover, options, running, watching
 from blip2_serve.cli.configuration import read_config
 from blip2_serve.cli.terminal import err, out, report
 from blip2_serve.doctor import examine
@@ -17,6 +18,8 @@ from blip2_serve.http.keys import add_key
 
 EXIT_INCOMPLETE, EXIT_USAGE = 1, 2
 URL = "http://127.0.0.1:8000"
+MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
+LATER = {**MORE, "allow_interspersed_args": False}  # all options after the name are its own
 
 app = typer.Typer(
     help="Serve BLIP-2 OPT models: captions, questions and chat about an image.",
@@ -36,13 +39,20 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
 
 
+def example(*lines: str) -> str:
+    """The end of a command's help."""
+    return "Examples:\n\n" + "\n\n".join(f"    blip2-serve {line}" for line in lines)
+
+
 @app.command()
 def version() -> None:
     """Print the version."""
     out.print(__version__)
 
 
-@app.command()
+@app.command(
+    epilog=example("up", "up --model Salesforce/blip2-opt-2.7b-coco", "up --config my.yaml")
+)
 def up(
     model: options.Model = None,
     host: options.Host = "127.0.0.1",
@@ -88,7 +98,7 @@ def given(flags: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in nested.items() if v not in (None, {})}
 
 
-@app.command()
+@app.command(epilog=example("doctor", "doctor --model Salesforce/blip2-opt-2.7b-coco"))
 def doctor(
     model: options.Model = None,
     host: options.Host = "127.0.0.1",
@@ -107,7 +117,11 @@ def doctor(
         sys.exit(EXIT_INCOMPLETE)
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "caption photo.jpg", "caption photos/ --json > captions.jsonl", "caption - < a.png"
+    )
+)
 def caption(
     images: options.Images, url: options.Url = URL, as_json: options.AsJson = False
 ) -> None:
@@ -118,21 +132,39 @@ def caption(
         sys.exit(EXIT_INCOMPLETE)
 
 
-@app.command()
+@app.command(epilog=example('ask photo.jpg "what is on the table?"', "ask photo.jpg"))
 def ask(image: options.Image, question: options.Question = None, url: options.Url = URL) -> None:
     """Ask about an image: one question, or a chat."""
     with client.connect(url) as server:
         asking.ask(server, image, question)
 
 
-@app.command()
+@app.command(epilog=example("status", "status --watch --url http://10.0.0.5:8000"))
 def status(url: options.Url = URL, watch: options.Watch = False) -> None:
     """Show what the stages of a server are doing."""
     with client.connect(url) as server:
         (watching.watch if watch else watching.show)(server)
 
 
-@keys.command()
+@app.command(context_settings=MORE, epilog=example("load", "load steady --level 8 --seconds 60"))
+def load(
+    context: typer.Context,
+    scenario: options.Scenario = "mixed",
+    url: options.Url = URL,
+    output: options.Output = None,
+) -> None:
+    """Load-test a server with locust; further options are the scenario's and locust's."""
+    folder = output or Path("results") / Path(scenario).stem
+    handover.hand_over(handover.load_command(scenario, url, folder, context.args))
+
+
+@app.command(context_settings=LATER, epilog=example("bench", "bench hops --help"))
+def bench(context: typer.Context, name: options.Benchmark = None) -> None:
+    """Run one of the repository's benchmarks; further options are its own."""
+    handover.hand_over(handover.bench_command(name, context.args))
+
+
+@keys.command(epilog=example("keys add alice --file keys.yaml --requests-per-minute 60"))
 def add(
     name: options.KeyName,
     file: options.KeysFile,

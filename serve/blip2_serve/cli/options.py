@@ -70,6 +70,16 @@ Question = Annotated[
     Argument(help="Question about the image. Without one, questions are read line by line."),
 ]
 
+# -- load tests and benchmarks ---------------------------------------------------------------------
+
+Scenario = Annotated[str, Argument(help="Name of a scenario in loadtest/scenarios, or a file.")]
+Output = Annotated[
+    Path | None, Option(help="Folder of the report.", show_default="results/SCENARIO")
+]
+Benchmark = Annotated[
+    str | None, Argument(help="Name of a benchmark. Without one, lists them.", show_default=False)
+]
+
 # -- keys ------------------------------------------------------------------------------------------
 
 KeyName = Annotated[str, Argument(help="Whose key it is.")]
