@@ -131,9 +131,9 @@ def rows(printed: str) -> list[list[str]]:
 
 STATUS = [
     ["ingress", "1"],
-    ["preprocessor", "2", "1", "3", "20.5"],
-    ["encoder", "1", "1", "0"],
-    ["generator", "1"],
+    ["preprocessor", "2,", "1", "starting", "3", "12.5", "images/s", "20.5", "images/s"],
+    ["encoder", "1,", "1", "stopping", "0", "0.0", "images/s"],
+    ["generator", "0,", "1", "starting"],
 ]
 
 

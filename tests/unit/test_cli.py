@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import httpx
@@ -21,7 +22,7 @@ from blip2_serve import __version__, preflight
 from blip2_serve.cli import main
 from blip2_serve.cli.commands import given
 from blip2_serve.cli.configuration import merged, read_config
-from blip2_serve.cli.running import Launch
+from blip2_serve.cli.running import Launch, loaded
 from blip2_serve.cli.terminal import greet
 from blip2_serve.config import AppConfig
 from blip2_serve.errors import StartupError
@@ -329,12 +330,31 @@ def test_a_file_of_keys_that_cannot_be_read_is_an_error_that_names_it(
     assert str(tmp_path / "none.yaml") in line
 
 
+STAGE = {
+    "name": "encoder",
+    "replicas": {"running": 2, "starting": 1, "stopping": 0},
+    "waiting": 3,
+    "rate_per_s": 7.25,
+    "capacity_per_s": None,
+}
+
+
+def test_while_stages_load_it_says_how_far_they_are() -> None:
+    states = {"Encoder": {"RUNNING": 1, "STARTING": 2}, "Generator": {"STARTING": 1}, "Ingress": {}}
+    deployments = {
+        name: SimpleNamespace(replica_states=replicas) for name, replicas in states.items()
+    }
+    assert loaded(deployments) == "encoder 1 of 3, generator 0 of 1, ingress 0 of 0"
+
+
 @pytest.mark.parametrize("keys_file", [None, "keys.yaml"])
 def test_how_to_ask_a_server_is_shown_with_the_key_that_it_asks_for(
     keys_file: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def answer(_: httpx.Request) -> httpx.Response:
+    def answer(request: httpx.Request) -> httpx.Response:
         assert keys_file is None, "it has no key to caption the picture with"
+        if request.url.path == "/v1/status":
+            return httpx.Response(200, json={"model": "demo", "ready": True, "stages": [STAGE]})
         return httpx.Response(200, json={"data": [{"caption": "a square"}]})
 
     config = AppConfig.model_validate({"ingress": {"access": {"keys_file": keys_file}}})
@@ -343,6 +363,8 @@ def test_how_to_ask_a_server_is_shown_with_the_key_that_it_asks_for(
 
     printed = capsys.readouterr().out
     assert ("a square" in printed) is (keys_file is None)
+    assert (" 7.2 images/s" in printed) is (keys_file is None)
+    assert "open http://a in a browser" in printed
     assert ("Authorization: Bearer $BLIP2_API_KEY" in printed) is (keys_file is not None)
 
 
@@ -353,4 +375,4 @@ def test_a_server_that_is_busy_at_once_goes_on(capsys: pytest.CaptureFixture[str
     with httpx.Client(transport=transport, base_url="http://a") as server:
         greet(server, "http://a", AppConfig())
 
-    assert "is ready at http://a" in capsys.readouterr().out
+    assert "is ready: open http://a" in capsys.readouterr().out

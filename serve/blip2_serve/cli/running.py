@@ -13,9 +13,10 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -27,6 +28,7 @@ from blip2_serve.http.keys import KeyFile
 
 APP_NAME = "blip2"
 READY_POLL_S = 0.2
+PROGRESS_EVERY_S = 0.5
 DRAIN_POLL_S = 0.1
 STARTED_WITHIN_S = 3600  # a first start downloads gigabytes
 
@@ -245,10 +247,42 @@ def _start_application(launch: Launch, host: str) -> None:
     )
     err.print(f"loading {config.model}")
     try:
-        serve.run(build(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        with _progress():
+            serve.run(build(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         reason = startup_error(APP_NAME) or error
         raise StartupError(f"the application did not start: {reason}") from None
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[None]:
+    """Says, in a terminal, how many replicas of each stage have loaded."""
+    from ray import serve
+
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(PROGRESS_EVERY_S):
+            with contextlib.suppress(Exception):  # the controller is not there yet
+                line.update(loaded(serve.status().applications[APP_NAME].deployments))
+
+    with err.status("starting Ray Serve") as line:
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            over.set()
+            telling.join()
+
+
+def loaded(deployments: Mapping[str, Any]) -> str:
+    """How many replicas of each deployment run, of those that are there."""
+    counts = {
+        name.lower(): (found.replica_states.get("RUNNING", 0), sum(found.replica_states.values()))
+        for name, found in deployments.items()
+    }
+    return ", ".join(f"{name} {running} of {count}" for name, (running, count) in counts.items())
 
 
 def startup_error(application: str) -> str | None:
