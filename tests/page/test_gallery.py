@@ -136,3 +136,7 @@ def test_a_picture_of_the_gallery_can_be_talked_about(page: Page, tmp_path: Path
     page.get_by_role("button", name="Ask about trip/b.png").click()
     expect(page.locator("figcaption")).to_have_text("b.png")
     expect(page.locator(".answer")).to_have_text("a red square 0")
+    page.get_by_role("button", name="Back to the gallery").click()
+    expect(page.locator(".card")).to_have_count(2)
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_role("heading", name="Ask about a picture")).to_be_visible()

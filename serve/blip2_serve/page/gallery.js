@@ -59,9 +59,17 @@ export function stop() {
   running = null;
 }
 
+export const isOpen = () => cards.length > 0;
+
+export function close() {
+  stop();
+  cards = [];
+  $("cards").replaceChildren();
+}
+
 export function setUp(closed) {
   $("gallery-stop").addEventListener("click", () => { running ? stop() : work(); count(); });
-  $("gallery-close").addEventListener("click", () => { stop(); closed(); });
+  $("gallery-close").addEventListener("click", () => { close(); closed(); });
   $("filter").addEventListener("input", filter);
   $("save-zip").addEventListener("click", () => save("captions.zip", zip(sidecars())));
   $("save-jsonl").addEventListener("click", () => save("captions.jsonl", jsonl()));

@@ -16,7 +16,7 @@ function showOnly(section) {
 }
 
 function take(files) {
-  gallery.stop();
+  gallery.close();
   if (files.length > 1) {
     conversation.close();
     showOnly("gallery");
@@ -27,9 +27,14 @@ function take(files) {
 }
 
 function askAbout(file) {
-  showOnly("conversation");
+  showConversation();
   conversation.begin(file);
   $("question").focus({ preventScroll: true });
+}
+
+function showConversation() {
+  showOnly("conversation");
+  $("another").textContent = gallery.isOpen() ? "Back to the gallery" : "Another picture";
 }
 
 function toggle(name, changed) {
@@ -43,15 +48,13 @@ function toggle(name, changed) {
 }
 
 function openKept(session) {
-  gallery.stop();
-  showOnly("conversation");
+  showConversation();
   conversation.open(session);
 }
 
-function backToStart() {
+function leaveConversation() {
   conversation.close();
-  showOnly("start");
-  $("pick").focus();
+  showOnly(gallery.isOpen() ? "gallery" : "start");
 }
 
 function composer() {
@@ -100,7 +103,7 @@ composer();
 shortcuts();
 toggle("sessions", (open) => open && sessions.list(openKept));
 toggle("stages", stages.watch);
-$("another").addEventListener("click", backToStart);
-$("home").addEventListener("click", (event) => { event.preventDefault(); gallery.stop(); backToStart(); });
+$("another").addEventListener("click", leaveConversation);
+$("home").addEventListener("click", (event) => { event.preventDefault(); gallery.close(); leaveConversation(); });
 $("key-open").addEventListener("click", async () => { if (await askForKey("The key for this server, if it asks for one.")) meet(); });
 meet();
