@@ -49,6 +49,7 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
     "downloads gigabytes": (
         "make serve MODEL=Salesforce/*",
         ".venv/bin/blip2-serve up --model Salesforce/*",
+        ".venv/bin/blip2-serve doctor --model Salesforce/*",
         "python k8s/weights.py pin *",
     ),
     "tests/serve/test_serve_run.py and tests/up/test_dev_cpu.py do it": (
@@ -69,6 +70,7 @@ NOT_RUN: Mapping[str, tuple[str, ...]] = {
     "installs packages": ("make install", ".venv/bin/pip install *"),
     "takes minutes": (
         "make load SCENARIO=*",
+        ".venv/bin/blip2-serve load *",
         "make chaos*",
         ".venv/bin/python -m loadtest.bench.overload *",
         ".venv/bin/python -m loadtest.bench.compare *",
@@ -183,7 +185,8 @@ def run(command: list[str], folder: Path, server: Up) -> str:
     """What it prints; it must succeed."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     # The small clients ask URL unless they are told of another.
-    command = [re.sub(r"(blip2-serve (?:ask|caption) .*)", rf"\1 --url {URL}", c) for c in command]
+    small = r"(blip2-serve (?:ask|caption|status)\b.*)"
+    command = [re.sub(small, rf"\1 --url {URL}", part) for part in command]
     path = f"{Path(sys.executable).parent}:{own['PATH']}"
     done = subprocess.run(
         [part.replace(URL, server.url) for part in command],
