@@ -9,7 +9,8 @@
 Each round starts every server, warms it up, measures each concurrency, and stops it; the order
 changes from round to round. Servers of --url are already running and must serve the same
 checkpoint. ":stream" after a name requests streamed answers. Every answer is checked, and the first
-wrong one ends the run. Prints a table, and writes results.json and plot.png.
+wrong one, or a refusal, ends the run; so this project's servers let users wait (patient.yaml).
+Prints a table, and writes results.json and plot.png.
 
 The checkpoint has 108M random parameters in bfloat16. It is written to --checkpoint unless it is
 there already, by default to a temporary folder.
@@ -76,7 +77,9 @@ def one_server(
             endpoint = servers.connect(args.url[name])
         else:
             log = args.output / "logs" / f"{entry.replace(':', '-')}-{number + 1}.log"
-            endpoint = stack.enter_context(servers.running(name, args.checkpoint, log))
+            endpoint = stack.enter_context(
+                servers.running(name, args.checkpoint, log, patient=True)
+            )
 
         def measure(users: int, seconds: float, *series: int) -> client.Window:
             expected = int(args.most_per_second * seconds) + EXTRA_REQUESTS * users

@@ -23,6 +23,7 @@ from blip2_serve.client import is_loopback, key_headers
 KINDS = {"blip2-serve": (), "int8": ("--quantize", "int8")}
 MONOLITH = "monolith"
 NAMES = (*KINDS, MONOLITH)
+PATIENT = Path(__file__).parent / "patient.yaml"
 
 READY_WITHIN_S, READY_POLL_S = 300, 0.5
 STOPPED_WITHIN_S, STOP_POLL_S = 60, 0.1
@@ -60,14 +61,17 @@ def connect(url: str) -> Endpoint:
 
 
 @contextlib.contextmanager
-def running(name: str, checkpoint: Path, log: Path) -> Iterator[Endpoint]:
+def running(name: str, checkpoint: Path, log: Path, *, patient: bool = False) -> Iterator[Endpoint]:
     """Starts one of NAMES, with its output in `log`, and stops it with all its processes.
+
+    One of this project that is `patient` refuses nobody for a wait of less than a minute.
 
     Raises:
         ServerFailed: it exits, or is not ready in time.
     """
     port = free_port()
-    with started(command(name, checkpoint, port), port, log) as endpoint:
+    flags = ["--config", str(PATIENT)] if patient and name in KINDS else []
+    with started([*command(name, checkpoint, port), *flags], port, log) as endpoint:
         yield endpoint
 
 
