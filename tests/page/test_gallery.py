@@ -13,7 +13,7 @@ from blip2_serve.errors import InvalidImage, Overloaded
 from blip2_serve.model.source import DEMO_PICTURE
 from tests.page.conftest import Site
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PICTURE = DEMO_PICTURE.read_bytes()
 CAPTION = "a red square"

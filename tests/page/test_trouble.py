@@ -14,7 +14,7 @@ from blip2_serve.ingress_config import AccessConfig, IngressConfig
 from tests.page.conftest import Site
 from tests.page.test_conversation import CAPTION, PICTURE, ask, captioned, upload
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SECRET = "blip2-secret"
 
