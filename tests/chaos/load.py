@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import random
+from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def new_session() -> aiohttp.ClientSession:
 class Load:
     """Sends requests at `rate` per second, and records them in `writer`.
 
-    With `at_most`, none is sent while that many are in flight.
+    More are sent while fewer than `at_least` are in flight, and none while `at_most` are.
     """
 
     def __init__(
@@ -113,9 +114,10 @@ class Load:
         rate: float,
         seed: int,
         at_most: int | None = None,
+        at_least: int = 0,
     ) -> None:
         self._url, self._templates, self._writer, self._rate = url, some, writer, rate
-        self._at_most = at_most
+        self._at_most, self._at_least = at_most, at_least
         self._rng = random.Random(seed)
         self._run = self._rng.getrandbits(32)
         self._numbers = itertools.count()
@@ -140,10 +142,19 @@ class Load:
         """Sends until the event is set; returns once all are answered."""
         while not until.is_set():
             while self._at_most and len(self._tasks) >= self._at_most:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(self._tasks, return_when=FIRST_COMPLETED)
             self.send(session)
-            await asyncio.sleep(self._rng.expovariate(self._rate))
+            await self._until_due(self._rng.expovariate(self._rate))
         await asyncio.gather(*self._tasks)
+
+    async def _until_due(self, seconds: float) -> None:
+        """Waits so long, or until too few requests are in flight."""
+        due = now() + seconds
+        while len(self._tasks) >= self._at_least and (left := due - now()) > 0:
+            if self._at_least:
+                await asyncio.wait(self._tasks, timeout=left, return_when=FIRST_COMPLETED)
+            else:
+                await asyncio.sleep(left)
 
     def send(self, session: aiohttp.ClientSession) -> None:
         """Sends one request now."""

@@ -97,21 +97,24 @@ async def test_replicas_that_are_stopped_finish_their_answers(nodes: RayNodes) -
     await asyncio.to_thread(nodes.deploy, overridden(own, {"Generator": {"num_replicas": 2}}))
     await asyncio.to_thread(nodes.until_replicas, {"Generator": 2})
     before = total(nodes, "replays_total")
-    begun = asyncio.Event()
+    begun, stopped = asyncio.Event(), asyncio.Event()
+    ends: list[bytes] = []
 
-    async def read(session: aiohttp.ClientSession) -> bytes:
-        async with session.post(f"{nodes.url}/v1/generate", json=LONG) as response:
-            await response.content.readline()
-            begun.set()
-            return await response.read()
+    async def read_on(session: aiohttp.ClientSession) -> None:
+        while not stopped.is_set():
+            async with session.post(f"{nodes.url}/v1/generate", json=LONG) as response:
+                await response.content.readline()
+                begun.set()
+                ends.append((await response.read()).rstrip()[-6:])
 
     async with new_session() as session:
-        reading = [asyncio.create_task(read(session)) for _ in range(8)]
+        reading = [asyncio.create_task(read_on(session)) for _ in range(8)]
         await begun.wait()
         await asyncio.to_thread(nodes.deploy, own)
-        answers = await asyncio.gather(*reading)
-    assert all(answer.rstrip().endswith(b"[DONE]") for answer in answers)
-    await asyncio.to_thread(nodes.until_replicas, {"Generator": 1})
+        await asyncio.to_thread(nodes.until_replicas, {"Generator": 1})
+        stopped.set()
+        await asyncio.gather(*reading)
+    assert {*ends} == {b"[DONE]"}
     assert total(nodes, "replays_total") == before
 
 
