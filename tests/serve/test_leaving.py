@@ -299,26 +299,30 @@ def memory(app: Planted) -> dict[str, int]:
     return {f"{stage} {p.pid}": p.memory_info().rss for stage, p in replicas(app)}
 
 
+TOKENS = 1000  # of an answer, one in each step
+
+
 @pytest.mark.soak
 async def test_how_soon_its_slots_are_free(app: Planted) -> None:
-    """Prints it; the limit is generous, as the machine may be busy."""
-    seconds = []
+    """Prints it. How fast the machine is makes no difference to the engine's steps until then."""
+    seconds, steps = [], []
     for number in range(200):
-        more = {"n": 8, "temperature": 1, "max_tokens": 1000, "stream": True}
+        more = {"n": 8, "temperature": 1, "max_tokens": TOKENS, "stream": True}
         async with app.client() as client:
             body = {**LONG, **more, "prompt": f"number {number}"}
             async with client.stream("POST", URL, json=body) as answer:
                 await anext(answer.aiter_lines())
-                is_running = bool((await app.stats("Generator"))["running"])
+                before = await app.stats("Generator")
             began = time.perf_counter()
-            while (await app.stats("Generator"))["running"]:
+            while (after := await app.stats("Generator"))["running"]:
                 pass
-            if is_running:  # else the answer was over before anyone looked
+            if before["running"]:  # else the answer was over before anyone looked
                 seconds.append(time.perf_counter() - began)
+                steps.append(after["steps"] - before["steps"])
     seconds.sort()
     assert len(seconds) > 20
     middle = seconds[len(seconds) // 2]
     print(
         f"slots are free after {middle:.3f} s (p50 of {len(seconds)}), {seconds[-1]:.3f} s at most"
     )
-    assert seconds[-1] < WITHIN_S
+    assert max(steps) < TOKENS / 4
