@@ -32,7 +32,7 @@ def main() -> None:
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         for take in (conversation, gallery):
-            page = browser.new_page(viewport={"width": 1000, "height": 760})
+            page = browser.new_page(viewport={"width": 1000, "height": 900})
             page.goto(URL)
             take(page, Path(folder))
             keep(page.screenshot(), take.__name__)
@@ -55,15 +55,18 @@ def conversation(page: Page, _: Path) -> None:
 
 
 def gallery(page: Page, folder: Path) -> None:
+    scenes_folder = folder / "scenes"
+    scenes_folder.mkdir()
     for number, seed in enumerate(GALLERY, 1):
-        scenes.sample(seed).image.save(folder / f"scene-{number}.png")
-    page.locator("#folder").set_input_files(folder)
+        scenes.sample(seed).image.save(scenes_folder / f"{number}.png")
+    page.locator("#folder").set_input_files(scenes_folder)
     expect(page.locator("#progress")).to_have_text(f"{len(GALLERY)} of {len(GALLERY)}")
 
 
 def keep(screenshot: bytes, name: str) -> None:
     """Few colours make a small file."""
     image = Image.open(io.BytesIO(screenshot)).convert("RGB").quantize(COLOURS)
+    PICTURES.mkdir(exist_ok=True)
     image.save(PICTURES / f"{name}.png", optimize=True)
 
 
