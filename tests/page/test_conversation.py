@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect
 from blip2_serve.model.source import DEMO_PICTURE
 from tests.page.conftest import Site
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PICTURE = DEMO_PICTURE.read_bytes()
 CAPTION = "a red square 0"

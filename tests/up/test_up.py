@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> It
 
 def test_it_captions_the_shipped_picture_and_shows_how_to_ask(server: Up) -> None:
     printed = server.log.read_text()
-    assert f"ready at {server.url}" in printed
+    assert f"is ready: open {server.url} in a browser" in printed
+    assert re.search(r"generator +1 ", printed)  # of the table of stages
     assert "a large red square at the top left" in printed
     assert f"{server.url}/v1/caption" in printed
     assert '"message": "loaded vision model' in printed
