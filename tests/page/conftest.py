@@ -28,6 +28,9 @@ from support.browser import running_browser
 from support.fake_backend import FakeBackend
 from support.recorder import FakeRecorder
 
+# Chromium drops what is typed before it has drawn the page.
+PAINTED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 SAID = (" a", " red", " square")
 
 
@@ -142,6 +145,7 @@ def page(browser: Browser, site: Site, allowed: list[str], tmp_path: Path) -> It
     page.on("pageerror", lambda error: said.append(str(error)))
     page.goto(site.url)
     page.get_by_text("How to answer: Greedy").wait_for()
+    page.evaluate(PAINTED)
     yield page
     page.screenshot(path=tmp_path / "page.png")
     context.close()
