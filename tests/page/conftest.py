@@ -24,7 +24,7 @@ from blip2_serve.types import (
     TokenLogprob,
 )
 from blip2_serve.types import Choice as Answer
-from support.browser import running_browser
+from support.browser import WITHIN_MS, running_browser
 from support.fake_backend import FakeBackend
 from support.recorder import FakeRecorder
 
@@ -138,7 +138,7 @@ def page(browser: Browser, site: Site, allowed: list[str], tmp_path: Path) -> It
     """The page, opened. Fails the test if the console says anything that is not `allowed`."""
     context = browser.new_context(viewport={"width": 1000, "height": 800}, accept_downloads=True)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(WITHIN_MS)
     page = context.new_page()
     said: list[str] = []
     page.on("console", lambda message: said.append(message.text))

@@ -18,10 +18,7 @@ QUESTION = "how many shapes are there?"
 def page() -> Iterator[Page]:
     with running_browser() as browser:
         page = browser.new_page()
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
         yield page
-        expect.set_options(timeout=5_000)
 
 
 def test_what_the_page_shows_is_what_the_api_answers(page: Page, demo: App) -> None:

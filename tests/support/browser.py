@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
+WITHIN_MS = 20_000  # on two busy cores
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -32,6 +33,7 @@ def executable() -> str:
 def running_browser() -> Iterator[Browser]:
     """A browser for tests that are not coroutines: no event loop runs in its thread meanwhile."""
     path = executable()
+    expect.set_options(timeout=WITHIN_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield browser
