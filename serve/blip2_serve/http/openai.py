@@ -17,7 +17,6 @@ from blip2_serve.types import Completion, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
 
-
 # json.dumps would make an encoder for every chunk.
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -198,7 +197,8 @@ class Writer:
     def _delta(self, event: TokenEvent, sent: _Sent) -> Json | None:
         """What `event` adds to its choice, if anything."""
         text = sent.stripper.push(event.text) if self._shape.strip else event.text
-        if not (text or event.finish_reason or event.logprobs or self._return_token_ids):
+        tells_ids = self._return_token_ids and event.token_ids
+        if not (text or event.finish_reason or event.logprobs or tells_ids):
             return None
         logprobs = None
         if event.logprobs:
